@@ -1,0 +1,86 @@
+# swan: `make` alone lists what there is. Each target installs what it needs into .venv.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+KATEX  := katex@0.16.22
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip -qq --disable-pip-version-check
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+# A stamp .venv/.has-EXTRAS stands for "swan is installed with these extras".
+RUN  := $(VENV)/.has-hf,cli,plot
+TEST := $(VENV)/.has-hf,cli,plot,test
+DEV  := $(VENV)/.has-hf,cli,plot,test,dev
+DOCS := $(VENV)/.has-hf,cli,plot,docs
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install demo test test-all check format docs docs-serve bench model dist clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+install: $(DEV) ## make .venv with everything to develop (but the docs tools)
+
+demo: $(RUN) ## see it work on a small real model
+	@$(BIN)/swan demo
+
+model: $(RUN) ## fetch the default model into the cache folder
+	@$(BIN)/python -m swan.evaluation.sources smollm2-135m
+
+test: $(TEST) ## tests and docstring examples, in minutes
+	@$(BIN)/pytest -m "not slow"
+
+test-all: $(TEST) ## every test, with more random examples
+	@HYPOTHESIS_PROFILE=deep $(BIN)/pytest
+
+check: $(DEV) ## format, lint, types, floors
+	@$(BIN)/ruff format --check
+	@$(BIN)/ruff check
+	@$(BIN)/pyright
+	@$(BIN)/pyright --project pyright-strict.json
+	@$(BIN)/lint-imports
+
+format: $(DEV) ## format, and fix what ruff can
+	@$(BIN)/ruff check --fix-only
+	@$(BIN)/ruff format
+
+docs: $(DOCS) docs/vendor/katex ## build the pages into site/ (needs npm)
+	@$(MKDOCS) build --strict
+
+docs-serve: $(DOCS) docs/vendor/katex ## build the pages at each change and serve them
+	@$(MKDOCS) serve
+
+bench: $(RUN) ## timings, written to benchmarks/results (needs a GPU)
+	@bash benchmarks/gpu.sh
+
+dist: $(BIN)/pip ## build the wheel and the sdist into dist/
+	@$(PIP) install build
+	@$(BIN)/python -m build
+
+clean: ## remove all that make has made
+	rm -rf $(VENV) .hypothesis .import_linter_cache .ruff_cache dist site docs/vendor
+
+# Installation -------------------------------------------------------------------------------------
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("swan needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/pip
+	@echo "installing $(TORCH)"
+	@$(PIP) install "$(TORCH)"
+	@touch $@
+
+$(VENV)/.has-%: pyproject.toml $(VENV)/.torch
+	@echo "installing swan[$*]"
+	@$(PIP) install --editable ".[$*]"
+	@touch $@
+
+# The formulas of the pages are set by KaTeX, served with them: no page loads anything from elsewhere.
+docs/vendor/katex:
+	@rm -rf docs/vendor && mkdir -p docs/vendor
+	@cd docs/vendor && npm pack --silent $(KATEX) >/dev/null && tar -xzf katex-*.tgz
+	@cd docs/vendor/package && mv LICENSE dist && rm dist/README.md && mv dist ../katex
+	@rm -r docs/vendor/package docs/vendor/katex-*.tgz

@@ -1,0 +1,245 @@
+"""`calibrate` and its result, `Calibration`: bases of every layer, saved as one safetensors file."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from swan.calibration.bases import Basis, layer_bases
+from swan.calibration.capture import fingerprint, observing
+from swan.calibration.moments import Moments
+from swan.calibration.progress import track
+from swan.functional.rotation import check_basis
+
+__all__ = ["Calibration", "LayerBases", "calibrate"]
+
+FORMAT = "swan-calibration-1"
+MOMENTS = ("q", "k", "v", "o")
+
+
+@dataclass(frozen=True)
+class LayerBases:
+    """Bases of one layer, float32.
+
+    Args:
+        key_basis: ``[kv_heads, d, d]``.
+        value_basis: ``[kv_heads, dv, dv]``.
+        key_spectrum: share of importance of each column ``[kv_heads, d]``, descending.
+        value_spectrum: the same for values.
+    """
+
+    key_basis: Tensor
+    value_basis: Tensor
+    key_spectrum: Tensor
+    value_spectrum: Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found out about a model: one key and one value basis per layer and KV head.
+
+    Args:
+        layers: bases of each layer.
+        moments: second moments of each layer, from which other bases can be made.
+        basis: name of the basis.
+        seed: seed of a random basis.
+        fingerprint: fields of the model's configuration, checked by `swan.attach`.
+
+    Example:
+        >>> import swan
+        >>> model = torch.nn.Sequential(swan.SwanAttention(64, heads=4))
+        >>> calibration = swan.calibrate(model, [torch.randn(2, 50, 64)])
+        >>> calibration
+        Calibration(basis='joint', layers=1, tokens=100)
+
+    Source: arXiv:2511.18936.
+    """
+
+    layers: tuple[LayerBases, ...]
+    moments: tuple[Moments, ...]
+    basis: Basis
+    seed: int
+    fingerprint: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that each layer saw."""
+        return self.moments[0].tokens
+
+    @property
+    def dims(self) -> list[tuple[int, int]]:
+        """Head dimensions of keys and values of each layer."""
+        return [(layer.key_basis.shape[-1], layer.value_basis.shape[-1]) for layer in self.layers]
+
+    def with_basis(self, basis: Basis, *, seed: int = 0) -> "Calibration":
+        """The same measurement with another basis: nothing is run again.
+
+        Args:
+            basis: ``"joint"``, ``"pca"``, ``"random"`` or ``"identity"``.
+            seed: seed of ``"random"``; each layer draws its own.
+        """
+        return _from_moments(self.moments, basis, seed, self.fingerprint)
+
+    def report(self) -> list[dict[str, float]]:
+        """Share of importance in the leading quarter and half of the coordinates, a row for each layer."""
+        rows = []
+        for index, layer in enumerate(self.layers):
+            row: dict[str, float] = {"layer": index}
+            for name, spectrum in (("keys", layer.key_spectrum), ("values", layer.value_spectrum)):
+                captured = spectrum.cumsum(-1).mean(0)
+                d = spectrum.shape[-1]
+                row[f"{name}_quarter"] = captured[d // 4 - 1].item()
+                row[f"{name}_half"] = captured[d // 2 - 1].item()
+            rows.append(row)
+        return rows
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError where `model` is not of the configuration that was calibrated."""
+        expected, got = self.fingerprint, json.loads(json.dumps(fingerprint(model)))
+        differing = [name for name in {**expected, **got} if expected.get(name) != got.get(name)]
+        if differing:
+            listed = ", ".join(f"{n}: {expected.get(n)} calibrated, {got.get(n)} here" for n in differing)
+            raise ValueError(f"this calibration is of another model ({listed}); run swan.calibrate on this one")
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; a file that is there is replaced whole or not at all."""
+        path = Path(path)
+        tensors = {}
+        for i, (layer, moments) in enumerate(zip(self.layers, self.moments, strict=True)):
+            for field in dataclasses.fields(layer):
+                tensors[f"layers.{i}.{field.name}"] = getattr(layer, field.name).contiguous().cpu()
+            for name in MOMENTS:
+                tensors[f"layers.{i}.moments.{name}"] = getattr(moments, name).cpu()
+        about = {
+            "format": FORMAT,
+            "basis": self.basis,
+            "seed": self.seed,
+            "tokens": self.tokens,
+            "fingerprint": self.fingerprint,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata={"swan": json.dumps(about)})
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is not a calibration, or its tensors are not finite or not orthogonal.
+        """
+        with safe_open(str(path), framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("swan", "{}"))
+            if about.get("format") != FORMAT:
+                raise ValueError(f"{path} is not a calibration of this version of swan; run swan.calibrate again")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        count = 1 + max(int(name.split(".")[1]) for name in tensors)
+        layers, moments = [], []
+        for i in range(count):
+            layer = LayerBases(*(tensors[f"layers.{i}.{f.name}"] for f in dataclasses.fields(LayerBases)))
+            check_basis(layer.key_basis)
+            check_basis(layer.value_basis)
+            layers.append(layer)
+            moments.append(Moments(*(tensors[f"layers.{i}.moments.{n}"] for n in MOMENTS), tokens=about["tokens"]))
+            moments[-1].check(f"layer {i} of {path}")
+        return cls(tuple(layers), tuple(moments), about["basis"], about["seed"], about["fingerprint"])
+
+    def __repr__(self) -> str:
+        return f"Calibration(basis={self.basis!r}, layers={len(self.layers)}, tokens={self.tokens})"
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    basis: Basis = "joint",
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    """Run a model over some text and find an orthogonal basis for each layer and KV head.
+
+    Sums second moments of q, k (after RoPE) and v in float64; no activation is kept. Some 8,000 tokens of
+    ordinary text do.
+
+    Args:
+        model: a model of your own built from `SwanAttention`, or a transformers decoder.
+        batches: what the model is called with: token ids ``[batch, tokens]``, or dicts of keyword
+            arguments (with an ``attention_mask`` where rows are padded).
+        basis: ``"joint"`` (the paper's: queries and keys together, values and output projection together),
+            ``"pca"`` (keys and values alone), ``"random"`` or ``"identity"``.
+        seed: seed of a random basis.
+        progress: show a progress bar (needs rich).
+
+    Returns:
+        The calibration: give it to `swan.attach`.
+
+    Raises:
+        TypeError: the model has no attention that swan knows.
+        ValueError: no batch came, or activations hold NaN or infinity.
+
+    Example:
+        >>> import swan
+        >>> model = torch.nn.Sequential(swan.SwanAttention(64, heads=4))
+        >>> calibration = swan.calibrate(model, [torch.randn(2, 50, 64)])
+        >>> calibration.layers[0].key_basis.shape
+        torch.Size([4, 16, 16])
+
+    Source: arXiv:2511.18936.
+    """
+    moments: dict[int, Moments] = {}
+
+    def observe(index: int, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> None:
+        if index not in moments:
+            moments[index] = Moments.begin(k, v, attention)
+        moments[index].add(q, k, v, real)
+
+    about = fingerprint(model)
+    training = model.training
+    model.eval()
+    try:
+        with observing(model, observe):
+            for batch in track(batches, "calibrating", show=progress):
+                _run(model, batch, transformers=about["kind"] == "transformers")
+    finally:
+        model.train(training)
+    if not moments:
+        raise ValueError("no attention was observed; give calibrate at least one batch, and a decoder model")
+    ordered = tuple(moments[i] for i in sorted(moments))
+    for index, layer in enumerate(ordered):
+        layer.check(f"layer {index}")
+    return _from_moments(ordered, basis, seed, json.loads(json.dumps(about)))
+
+
+def _run(model: nn.Module, batch: Any, *, transformers: bool) -> None:
+    device = next(iter(model.parameters())).device
+    kwargs: dict[str, Any] = {"use_cache": False} if transformers else {}
+    body = cast(nn.Module, model.base_model) if transformers else model  # the head is of no interest
+    if isinstance(batch, dict):
+        named = cast("dict[str, Any]", batch)
+        body(**{name: t.to(device) if isinstance(t, Tensor) else t for name, t in named.items()}, **kwargs)
+    else:
+        body(batch.to(device), **kwargs)
+
+
+def _from_moments(moments: tuple[Moments, ...], basis: Basis, seed: int, fingerprint: dict[str, Any]) -> Calibration:
+    layers = []
+    for i, layer in enumerate(moments):
+        found = layer_bases(layer, basis, seed=seed + 2 * i)
+        layers.append(LayerBases(*(t.float().cpu() for t in found)))
+    return Calibration(tuple(layers), moments, basis, seed, fingerprint)

@@ -1,0 +1,397 @@
+"""Attention over dense and packed keys and values, and the exact merge of its parts."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from einops import einsum, rearrange, repeat
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from swan.functional import reference
+from swan.packed import Packed, unpack
+
+__all__ = ["Impl", "dense_attention", "merge_attention", "packed_attention", "swan_attention"]
+
+Impl = Literal["auto", "reference", "sdpa", "flex", "compiled"]
+TILE = 1024  # history tokens that are unpacked at a time
+
+
+@overload
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = ..., causal: bool = ..., scale: float | None = ...,
+    impl: Impl = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = ..., causal: bool = ..., scale: float | None = ...,
+    impl: Impl = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def dense_attention(
+    q: Float[Tensor, "batch heads queries d"],
+    k: Float[Tensor, "batch kv_heads tokens d"],
+    v: Float[Tensor, "batch kv_heads tokens dv"],
+    *,
+    mask: Bool[Tensor, "batch_or_1 heads_or_1 queries tokens"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    impl: Impl = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Softmax attention: $o_i = \sum_j p_{ij} v_j$, $p_i = \mathrm{softmax}_j(s\, q_i \cdot k_j)$.
+
+    Query head ``h`` reads KV head ``h // groups``. A query that sees no key gets a zero output and
+    a log-sum-exp of minus infinity, so parts merge exactly (`merge_attention`).
+
+    Args:
+        q: queries; ``heads`` is a multiple of ``kv_heads``.
+        k: keys.
+        v: values.
+        mask: True where a query sees a key.
+        causal: the last query sees all keys, the one before it all but the last, and so on.
+        scale: factor of the scores, ``d ** -0.5`` by default.
+        impl: ``"sdpa"`` (torch's fused kernels), ``"flex"`` (FlexAttention, compiled),
+            ``"compiled"`` (plain tensor code with scores in float32, made for torch.compile),
+            ``"reference"`` (float64-capable oracle); ``"auto"`` takes sdpa wherever it can give
+            what was asked for, else compiled.
+        return_lse: also return the natural log of the softmax denominator.
+
+    Returns:
+        Output ``[batch, heads, queries, dv]`` in the dtype of `q`; with `return_lse` also the
+        float32 log-sum-exp ``[batch, heads, queries]``.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or `impl` cannot do what was asked for.
+        TypeError: dtypes differ, or the mask is not boolean.
+
+    Example:
+        >>> q, k, v = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16)
+        >>> dense_attention(q, k, v, causal=True).shape
+        torch.Size([1, 4, 3, 16])
+    """
+    if not torch.compiler.is_compiling():
+        _check(q, k, v, mask)
+    factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
+    if impl == "auto":
+        impl = _choose(q, k, v, return_lse)
+    if k.shape[2] == 0:
+        out, lse = _nothing(q, v.shape[-1])
+    elif impl == "reference":
+        out, lse = reference.dense_attention(q, k, v, mask=mask, causal=causal, scale=factor)
+    else:
+        if causal and (mask is not None or impl != "sdpa" or return_lse or q.shape[2] != k.shape[2]):
+            mask, causal = _with_causal(mask, q, k), False
+        match impl:
+            case "sdpa" if return_lse:
+                out, lse = _sdpa_with_lse(q, k, v, mask, factor)
+            case "sdpa":
+                return _sdpa(q, k, v, mask, causal, factor)
+            case "flex":
+                out, lse = _flex(q, k, v, mask, factor, return_lse)
+            case "compiled":
+                out, lse = _tensor_code(q, k, v, mask, factor)
+            case _:
+                raise ValueError(f"impl must be auto, reference, sdpa, flex or compiled, got {impl!r}")
+    return (out, lse) if return_lse else out
+
+
+@overload
+def packed_attention(
+    q: Tensor,
+    k: Packed,
+    v: Packed,
+    *,
+    mask: Tensor | None = ...,
+    scale: float | None = ...,
+    impl: Impl = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def packed_attention(
+    q: Tensor,
+    k: Packed,
+    v: Packed,
+    *,
+    mask: Tensor | None = ...,
+    scale: float | None = ...,
+    impl: Impl = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def packed_attention(
+    q: Float[Tensor, "batch heads queries d"],
+    k: Packed,
+    v: Packed,
+    *,
+    mask: Bool[Tensor, "batch_or_1 heads_or_1 queries tokens"] | None = None,
+    scale: float | None = None,
+    impl: Impl = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attention over packed keys and values: `dense_attention` on what `unpack` would return.
+
+    At most 1024 tokens are unpacked at a time; their parts are merged by log-sum-exp, so the dense
+    history never exists (``impl="reference"`` is exempt).
+
+    Args:
+        q: rotated queries.
+        k: packed rotated keys.
+        v: packed rotated values.
+        mask: True where a query sees a token.
+        scale: factor of the scores, ``d ** -0.5`` by default.
+        impl: as in `dense_attention`, for each tile; FlexAttention cannot read packed tensors.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        As `dense_attention`.
+
+    Raises:
+        ValueError: shapes do not fit, or ``impl="flex"``.
+
+    Example:
+        >>> from swan import TopK, pack
+        >>> k, v = (pack(torch.randn(1, 2, 50, 16), TopK(16, keep=8)) for _ in range(2))
+        >>> packed_attention(torch.randn(1, 4, 1, 16), k, v).shape
+        torch.Size([1, 4, 1, 16])
+
+    Source: arXiv:2511.18936.
+    """
+    if impl == "flex":
+        raise ValueError(
+            "impl='flex' cannot read packed tensors, FlexAttention has no gather by token; use 'auto' or 'compiled'"
+        )
+    tokens = k.shape[2]
+    if v.shape[2] != tokens:
+        raise ValueError(f"keys hold {tokens} tokens and values {v.shape[2]}; pack both from the same tokens")
+    tile = max(tokens, 1) if impl == "reference" else TILE
+    parts: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, tokens, tile):
+        stop = min(start + tile, tokens)
+        seen = None if mask is None else mask[..., start:stop]
+        keys, values = unpack(k.tokens(start, stop)), unpack(v.tokens(start, stop))
+        parts.append(dense_attention(q, keys, values, mask=seen, scale=scale, impl=impl, return_lse=True))
+    out, lse = merge_attention(parts or [_nothing(q, v.layout.d)])
+    return (out, lse) if return_lse else out
+
+
+def merge_attention(
+    parts: Sequence[tuple[Float[Tensor, "batch heads queries dv"], Float[Tensor, "batch heads queries"]]],
+) -> tuple[Float[Tensor, "batch heads queries dv"], Float[Tensor, "batch heads queries"]]:
+    r"""Exact attention over the union of disjoint sets of keys, from each set's output and log-sum-exp.
+
+    $L = \log \sum_p e^{L_p}$, $o = \sum_p e^{L_p - L} o_p$, in float32.
+
+    Args:
+        parts: pairs (output, log-sum-exp); a part that saw nothing has a log-sum-exp of minus
+            infinity.
+
+    Returns:
+        Merged output, in the dtype of the first, and merged float32 log-sum-exp.
+
+    Raises:
+        ValueError: no parts.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
+        >>> parts = [dense_attention(q, k[:, :, i], v[:, :, i], return_lse=True) for i in (slice(3), slice(3, 8))]
+        >>> torch.allclose(merge_attention(parts)[0], dense_attention(q, k, v), atol=1e-6)
+        True
+
+    Source: Dao et al., arXiv:2205.14135.
+    """
+    if not parts:
+        raise ValueError("merge_attention needs at least one part (output, log-sum-exp)")
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([lse.float() for _, lse in parts])
+    lse = torch.logsumexp(lses, dim=0)
+    weights = torch.where(lse == -math.inf, 0, (lses - lse).exp())
+    outs = torch.stack([out.float() for out, _ in parts])
+    merged = einsum(weights, outs, "part b h q, part b h q d -> b h q d")
+    return merged.to(parts[0][0].dtype), lse
+
+
+def swan_attention(
+    q: Float[Tensor, "batch heads queries d"],
+    k_history: Packed | None,
+    v_history: Packed | None,
+    k_buffer: Float[Tensor, "batch kv_heads recent d"],
+    v_buffer: Float[Tensor, "batch kv_heads recent dv"],
+    *,
+    history_mask: Bool[Tensor, "batch_or_1 heads_or_1 queries tokens"] | None = None,
+    buffer_mask: Bool[Tensor, "batch_or_1 heads_or_1 queries recent"] | None = None,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, "batch heads queries dv"]:
+    r"""Attention over packed history and dense buffer together: one softmax, nothing rebuilt.
+
+    Args:
+        q: rotated queries.
+        k_history: packed keys, or None where there is no history yet.
+        v_history: packed values, or None.
+        k_buffer: dense keys: the buffer and the sinks, in any order.
+        v_buffer: dense values.
+        history_mask: True where a query sees a history token.
+        buffer_mask: True where a query sees a dense token.
+        scale: factor of the scores, ``d ** -0.5`` by default.
+        impl: as in `packed_attention`.
+
+    Returns:
+        Output in the rotated coordinates of the values: `inverse_rotate` brings it back.
+
+    Raises:
+        ValueError: shapes do not fit, or only one of the histories is given.
+
+    Example:
+        >>> from swan import TopK, pack
+        >>> history = [pack(torch.randn(1, 2, 50, 16), TopK(16, keep=8)) for _ in range(2)]
+        >>> recent = [torch.randn(1, 2, 4, 16) for _ in range(2)]
+        >>> swan_attention(torch.randn(1, 4, 1, 16), *history, *recent).shape
+        torch.Size([1, 4, 1, 16])
+
+    Source: arXiv:2511.18936.
+    """
+    if (k_history is None) != (v_history is None):
+        raise ValueError("give both histories, or None for both")
+    if k_history is None or v_history is None:
+        return dense_attention(q, k_buffer, v_buffer, mask=buffer_mask, scale=scale, impl=impl)
+    history = packed_attention(q, k_history, v_history, mask=history_mask, scale=scale, impl=impl, return_lse=True)
+    buffer = dense_attention(q, k_buffer, v_buffer, mask=buffer_mask, scale=scale, impl=impl, return_lse=True)
+    return merge_attention([history, buffer])[0]
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Impl:
+    if not return_lse:
+        return "sdpa"
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    return "sdpa" if _sdpa_gives_lse(q, v) and not grad else "compiled"
+
+
+def _sdpa_gives_lse(q: Tensor, v: Tensor) -> bool:
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and q.dtype != torch.float64
+
+
+def _nothing(q: Tensor, dv: int) -> tuple[Tensor, Tensor]:
+    out = q.new_zeros(*q.shape[:-1], dv)
+    return out, torch.full(q.shape[:-1], -math.inf, dtype=torch.float32, device=q.device)
+
+
+def _with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    queries, tokens = q.shape[2], k.shape[2]
+    ones = torch.ones(queries, tokens, dtype=torch.bool, device=q.device)
+    lower = ones.tril(tokens - queries)[None, None]
+    return lower if mask is None else mask & lower
+
+
+def _group_rows(q: Tensor, kv_heads: int) -> Tensor:
+    """Query groups as rows of their KV head: each key is read once for all of them."""
+    return rearrange(q, "b (h g) q d -> b h (g q) d", h=kv_heads)
+
+
+def _group_mask(mask: Tensor | None, q: Tensor, kv_heads: int) -> Tensor | None:
+    groups = q.shape[1] // kv_heads
+    if mask is None or groups == 1:
+        return mask
+    if mask.shape[1] == 1:
+        return repeat(mask, "b 1 q k -> b 1 (g q) k", g=groups)
+    return rearrange(mask, "b (h g) q k -> b h (g q) k", g=groups)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    if causal:
+        return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    rows = sdpa(_group_rows(q, k.shape[1]), k, v, attn_mask=_group_mask(mask, q, k.shape[1]), scale=scale)
+    out = rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2])
+    # Kernels differ in what a row that sees nothing gives; ours is zero.
+    return out if mask is None else torch.where(mask.any(-1, keepdim=True), out, 0)
+
+
+def _sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    if not _sdpa_gives_lse(q, v):
+        raise ValueError(
+            "impl='sdpa' gives a log-sum-exp only on the CPU, for keys and values of one head dimension, not in "
+            f"float64 (device {q.device.type}, {q.shape[-1]} and {v.shape[-1]}, {q.dtype}); use impl='compiled'"
+        )
+    bias, grouped = None, _group_mask(mask, q, k.shape[1])
+    if grouped is not None:
+        bias = torch.zeros_like(grouped, dtype=q.dtype).masked_fill(~grouped, -math.inf)
+    rows, lse_rows = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        _group_rows(q, k.shape[1]), k, v, attn_mask=bias, scale=scale
+    )
+    out = rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2])
+    lse = rearrange(lse_rows, "b h (g q) -> b (h g) q", q=q.shape[2])
+    if mask is not None:  # the kernel reports 0 for a row that sees nothing
+        lse = torch.where(mask.any(-1), lse, -math.inf)
+    return out, lse
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention)
+
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu" and return_lse:
+        raise ValueError("impl='flex' has no log-sum-exp on the CPU; use impl='sdpa' or 'compiled'")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        raise ValueError("impl='flex' is for inference; use impl='sdpa' where gradients are needed")
+    kv_heads = k.shape[1]
+    rows, seen = _group_rows(q, kv_heads), _group_mask(mask, q, kv_heads)
+    score_mod = None if seen is None else _visible(seen.expand(q.shape[0], kv_heads, -1, -1))
+    flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    if return_lse:
+        rows, aux = flex(rows, k, v, score_mod=score_mod, scale=scale, return_aux=AuxRequest(lse=True))
+        lse = rearrange(aux.lse, "b h (g q) -> b (h g) q", q=q.shape[2])
+    else:
+        rows, lse = flex(rows, k, v, score_mod=score_mod, scale=scale), q.new_zeros(())
+    return rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2]), lse
+
+
+def _visible(seen: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    return lambda score, b, h, i, j: torch.where(seen[b, h, i, j], score, -math.inf)
+
+
+def _tensor_code(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    kv_heads = k.shape[1]
+    scores = einsum(_group_rows(q, kv_heads).float(), k.float(), "b h r d, b h k d -> b h r k") * scale
+    seen = _group_mask(mask, q, kv_heads)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -math.inf)
+    peak = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    weights = (scores - peak).exp()
+    total = weights.sum(-1, keepdim=True)
+    rows = einsum(weights / total.clamp(min=1e-38), v.float(), "b h r k, b h k d -> b h r d").to(q.dtype)
+    lse = (peak + total.log()).squeeze(-1)
+    return (
+        rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2]),
+        rearrange(lse, "b h (g q) -> b (h g) q", q=q.shape[2]),
+    )
+
+
+def _check(q: Any, k: Any, v: Any, mask: Any) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor) or t.ndim != 4:
+            got = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"{name} must be a tensor [batch, heads, tokens, d], got {got}")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            "expected q [batch, heads, queries, d], k [batch, kv_heads, tokens, d], v [batch, kv_heads, tokens, dv], "
+            f"heads a multiple of kv_heads, got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"the mask must be boolean (True = visible), got {mask.dtype}")
+    batch, heads, queries, tokens = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+    if not fits or tuple(mask.shape[2:]) != (queries, tokens):
+        raise ValueError(f"expected a mask [{batch} or 1, {heads} or 1, {queries}, {tokens}], got {list(mask.shape)}")

@@ -1,0 +1,67 @@
+"""Pruning as mathematics: dense tensors in and out, differentiable in the coordinates kept."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from swan.packed import Graded
+
+__all__ = ["graded_prune", "topk_prune"]
+
+
+def topk_prune(x: Float[Tensor, "... d"], keep: int) -> Float[Tensor, "... d"]:
+    r"""Keep each vector's largest coordinates: $x_i$ if $|x_i|$ is among the `keep` largest, else 0.
+
+    Equal magnitudes are broken arbitrarily; exactly `keep` coordinates are kept.
+    ``unpack(pack(x, TopK(d, keep, bits=16)))`` is the same tensor.
+
+    Args:
+        x: vectors along the last axis.
+        keep: coordinates kept, 1 to ``d``.
+
+    Returns:
+        The pruned vectors, same shape and dtype.
+
+    Raises:
+        ValueError: `keep` is outside 1 to ``d``.
+
+    Example:
+        >>> topk_prune(torch.tensor([3.0, -1.0, 0.5, -2.0]), keep=2)
+        tensor([ 3.,  0.,  0., -2.])
+
+    Source: arXiv:2511.18936.
+    """
+    d = x.shape[-1]
+    if not 1 <= keep <= d:
+        raise ValueError(f"keep must be between 1 and d = {d}, got {keep}")
+    index = x.abs().topk(keep, dim=-1).indices
+    kept = torch.zeros_like(x, dtype=torch.bool).scatter(-1, index, True)
+    return torch.where(kept, x, 0)
+
+
+def graded_prune(x: Float[Tensor, "... d"], groups: tuple[tuple[int, int], ...]) -> Float[Tensor, "... d"]:
+    r"""Keep the same coordinates of every vector: those of groups with bits, 0 elsewhere.
+
+    ``unpack(pack(x, Graded(groups)))`` is the same tensor.
+
+    Args:
+        x: vectors along the last axis, in a basis sorted by importance.
+        groups: pairs ``(size, bits)`` as in `Graded`; ``((k, 16), (d - k, 0))`` keeps the leading k.
+
+    Returns:
+        The pruned vectors, same shape and dtype.
+
+    Raises:
+        ValueError: groups are not valid or their sizes do not sum to ``d``.
+
+    Example:
+        >>> graded_prune(torch.tensor([3.0, -1.0, 0.5, -2.0]), ((2, 16), (2, 0)))
+        tensor([ 3., -1.,  0.,  0.])
+    """
+    layout = Graded(groups)
+    if layout.d != x.shape[-1]:
+        raise ValueError(f"groups sum to {layout.d} coordinates, x has {x.shape[-1]}")
+    kept = torch.zeros(layout.d, dtype=torch.bool, device=x.device)
+    for start, stop in layout.stored:
+        kept[start:stop] = True
+    return torch.where(kept, x, 0)

@@ -1,0 +1,76 @@
+"""Attaching calibrations to models: one's own from `SwanAttention`, and transformers'."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from swan.calibration import Calibration
+from swan.calibration.capture import swan_layers
+
+__all__ = ["attach", "detach"]
+
+
+def attach(model: nn.Module, calibration: Calibration, fold: bool = False) -> None:
+    """Give a model the bases of its calibration, so that it can run on winnowed caches.
+
+    A transformers model keeps its weights and gets swan's attention function, which rotates at run time and
+    is the model's own attention wherever no `SwanCache` is given. In a model of your own the bases of its
+    `SwanAttention` modules are set.
+
+    Args:
+        model: the model that was calibrated.
+        calibration: from `swan.calibrate` or `Calibration.load`.
+        fold: put the value rotation into the value and output projections, which must be plain Linear
+            (transformers only): no cost per step, the paper's way.
+
+    Raises:
+        ValueError: the calibration is of another model, the model is attached already, or a projection
+            cannot be folded; the model is unchanged then.
+
+    Example:
+        >>> import swan
+        >>> model = torch.nn.Sequential(swan.SwanAttention(64, heads=4))
+        >>> swan.attach(model, swan.calibrate(model, [torch.randn(2, 50, 64)]))
+
+    Source: arXiv:2511.18936.
+    """
+    layers = swan_layers(model)
+    if not layers:
+        _transformers().attach(model, calibration, fold)
+        return
+    calibration.check_model(model)
+    if fold:
+        raise ValueError("fold=True is for transformers models; SwanAttention rotates at run time")
+    for layer, bases in zip(layers, calibration.layers, strict=True):
+        layer.set_bases(bases.key_basis, bases.value_basis)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`: weights, attention and logits are bit for bit what they were.
+
+    Args:
+        model: an attached model.
+
+    Raises:
+        ValueError: the model is not attached.
+
+    Example:
+        >>> import swan
+        >>> model = torch.nn.Sequential(swan.SwanAttention(64, heads=4))
+        >>> swan.attach(model, swan.calibrate(model, [torch.randn(2, 50, 64)]))
+        >>> swan.detach(model)
+    """
+    layers = swan_layers(model)
+    if not layers:
+        _transformers().detach(model)
+        return
+    for layer in layers:
+        key_eye, value_eye = (torch.eye(layer.head_dim).expand(layer.kv_heads, -1, -1) for _ in range(2))
+        layer.set_bases(key_eye, value_eye)
+
+
+def _transformers() -> Any:
+    from swan.integrations import transformers
+
+    return transformers

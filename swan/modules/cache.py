@@ -1,0 +1,441 @@
+"""`KVCache`: the winnowed cache of one layer."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from swan.functional.attention import Impl, dense_attention, swan_attention
+from swan.modules.buffer import DenseBuffer
+from swan.packed import Layout, Packed, PlanLayer, pack, unpack
+
+__all__ = ["KVCache", "Prefill"]
+
+Prefill = Literal["dense", "windowed"]
+BLOCK = 64  # a growing history is allocated in multiples of this many tokens
+REPACK_TILE = 1024  # tokens that are dense at a time while a history changes its layout
+
+
+class _Recent(NamedTuple):
+    """What the last `update` left for `attend`: dense tokens, and the state before the update."""
+
+    keys: Tensor
+    values: Tensor
+    columns: Tensor | None  # [batch or 1, tokens]; None where every query sees all up to itself
+    queries: int
+    length: int | Tensor
+    first: int | Tensor
+
+
+class KVCache(nn.Module):
+    """Keys and values of one layer: packed history, dense buffer of recent tokens, dense sinks.
+
+    A token enters the buffer; the oldest token of a full buffer leaves it, is pruned and packed into
+    the history. Query ``i`` sees key ``j`` dense if ``i - j < buffer`` (itself counted) or ``j < sinks``,
+    else packed. Several tokens at once are attended in one of two forms: ``"windowed"`` is the same
+    as token by token; ``"dense"`` lets the new tokens see each other dense.
+
+    Keys and values come rotated, and so do queries and outputs (`OrthoRotation`).
+
+    Args:
+        plan_layer: layouts of keys and values; None drops what leaves the buffer (a sliding window).
+        buffer: recent tokens kept dense.
+        sinks: first tokens kept dense.
+        prefill: form in which several tokens at once are attended.
+        static: fixed memory for `max_length` tokens, counters as tensors: one compilation for all
+            steps under torch.compile.
+        max_length: tokens that a static cache can hold.
+
+    Raises:
+        ValueError: settings that do not fit each other.
+
+    Example:
+        >>> import torch, swan
+        >>> cache = KVCache(swan.PlanLayer(swan.TopK(64, 40), swan.TopK(64, 24)), buffer=16)
+        >>> k, v = torch.randn(1, 2, 100, 64), torch.randn(1, 2, 100, 64)
+        >>> cache.update(k, v)
+        >>> cache.attend(torch.randn(1, 4, 100, 64)).shape
+        torch.Size([1, 4, 100, 64])
+        >>> cache.length, cache.history_length
+        (100, 80)
+
+    Source: arXiv:2511.18936.
+    """
+
+    def __init__(
+        self,
+        plan_layer: PlanLayer | None,
+        *,
+        buffer: int = 128,
+        sinks: int = 4,
+        prefill: Prefill = "dense",
+        static: bool = False,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        if prefill not in ("dense", "windowed"):
+            raise ValueError(f"prefill must be 'dense' or 'windowed', got {prefill!r}")
+        if static and (max_length is None or max_length < 1):
+            raise ValueError(f"a static cache needs max_length, the tokens it can hold; got {max_length}")
+        if max_length is not None and not static:
+            raise ValueError("max_length is for static caches; a dynamic one grows as it needs")
+        self.plan_layer, self.prefill, self.max_length = plan_layer, prefill, max_length
+        self.buffer = DenseBuffer(buffer, sinks, static=static)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens and free the memory."""
+        self.buffer.reset()
+        self.k_history: Packed | None = None  # room for more tokens than are stored
+        self.v_history: Packed | None = None
+        self._recent: _Recent | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens seen."""
+        return int(self.buffer.length)
+
+    @property
+    def history_length(self) -> int:
+        """Tokens in the packed history."""
+        return 0 if self.plan_layer is None else max(int(self.buffer.first) - self.buffer.sinks, 0)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the cache holds."""
+        packed = [t for history in (self.k_history, self.v_history) if history is not None for t in history.tensors]
+        buffer = (self.buffer.keys, self.buffer.values, self.buffer.length, self.buffer.first, self.buffer.padding)
+        recent = (self._recent.keys, self._recent.values) if self._recent is not None else ()
+        return packed + [t for t in (*buffer, *recent) if isinstance(t, Tensor)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every storage held: history with its slack, buffer, sinks, counters."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors}
+        return sum(storages.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that the same tokens take in a dense cache of the same dtype."""
+        if self.buffer.keys is None or self.buffer.values is None:
+            return 0
+        return sum(
+            self.length * t.shape[0] * t.shape[1] * t.shape[3] * t.element_size()
+            for t in (self.buffer.keys, self.buffer.values)
+        )
+
+    @torch.no_grad()
+    def update(self, k: Tensor, v: Tensor, *, padding: Tensor | None = None) -> None:
+        """Take in the keys and values of new tokens.
+
+        Args:
+            k: rotated keys ``[batch, kv_heads, tokens, d]``.
+            v: rotated values ``[batch, kv_heads, tokens, dv]``.
+            padding: left padding of each row ``[batch]``, in columns of the whole sequence; sinks and
+                window count from there. Give it with the first tokens (again, until each row has begun).
+
+        Raises:
+            ValueError: shapes or devices do not fit the cache, or a static cache is full.
+            TypeError: the dtype is not the cache's.
+        """
+        if not torch.compiler.is_compiling():
+            self._check(k, v, padding)
+        buffer, tokens = self.buffer, k.shape[2]
+        length, first = buffer.length, buffer.first
+        if isinstance(length, Tensor) and isinstance(first, Tensor):
+            length, first = length.clone(), first.clone()
+        whole = tokens > 1 and not buffer.static and length == 0 and (self.prefill == "dense" or tokens <= buffer.size)
+        if tokens == 1:
+            dense = None
+        elif whole and padding is None:
+            dense = (k, v, None)
+        else:
+            dense = self._with_new(k, v)
+        evicted = buffer.push(k, v, padding)
+        if self.plan_layer is not None:
+            self._store(self.plan_layer, *evicted)
+        if dense is None:
+            dense = self._after_push()
+        self._recent = _Recent(*dense, tokens, length, first)
+
+    @torch.no_grad()
+    def attend(
+        self, q: Tensor, *, mask: Tensor | None = None, scale: float | None = None, impl: Impl = "auto"
+    ) -> Tensor:
+        """Attention of the queries of the tokens that the last `update` took in.
+
+        Args:
+            q: rotated queries ``[batch, heads, tokens, d]``, as many tokens as were taken in.
+            mask: boolean ``[batch or 1, heads or 1, tokens, columns]`` over the whole sequence, True where
+                a query may see a token; by default causal, from each row's first real token.
+            scale: factor of the scores, ``d ** -0.5`` by default.
+            impl: as in `packed_attention`.
+
+        Returns:
+            Output in the rotated coordinates of the values ``[batch, heads, tokens, dv]``.
+
+        Raises:
+            ValueError: there was no `update` for these queries.
+        """
+        recent = self._recent
+        if recent is None or recent.queries != q.shape[2]:
+            expected = "no tokens to attend to" if recent is None else f"{recent.queries} tokens taken in"
+            raise ValueError(
+                f"attend follows the update with the keys of the same tokens: {expected}, queries of {q.shape[2]} came"
+            )
+        if recent.queries > 1:
+            self._recent = None  # frees the dense tokens beyond the buffer
+        if mask is None and recent.columns is None and recent.queries > 1:
+            return dense_attention(q, recent.keys, recent.values, causal=True, scale=scale, impl=impl)
+        columns, window, history = recent.columns, self._window(recent), self._visible_history(recent)
+        return swan_attention(
+            q,
+            *history,
+            recent.keys,
+            recent.values,
+            history_mask=None if history[0] is None else self._history_mask(recent, window, history[0], mask),
+            buffer_mask=None if columns is None and mask is None else self._dense_mask(recent, window, columns, mask),
+            scale=scale,
+            impl=impl,
+        )
+
+    def repack(self, plan_layer: PlanLayer) -> None:
+        """Move the history to other layouts; new tokens are stored in them from now on.
+
+        Lowering frees memory at once. Raising keeps what old tokens had. At most one layer's history
+        exists twice, and 1024 tokens dense, while it runs.
+
+        Args:
+            plan_layer: the new layouts.
+
+        Raises:
+            ValueError: the cache is static or has no history.
+        """
+        if self.plan_layer is None or self.buffer.static:
+            kind = "a static cache has its layouts fixed" if self.buffer.static else "a cache without history has none"
+            raise ValueError(f"cannot change layouts: {kind}; build a new cache")
+        if self.k_history is not None and self.v_history is not None:
+            stored = self.history_length
+            self.k_history = _repacked(self.k_history, plan_layer.keys, stored)
+            self.v_history = _repacked(self.v_history, plan_layer.values, stored)
+        self.plan_layer = plan_layer
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens from `length` on.
+
+        Tokens that have left the buffer stay packed: after removing ``n`` tokens the buffer holds ``n``
+        fewer until new ones come, so keep ``buffer`` at least as long as an assistant's draft.
+
+        Args:
+            length: tokens to keep.
+
+        Raises:
+            ValueError: `length` is negative or more than the cache holds.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop to {length} tokens, the cache holds {self.length}")
+        if length == 0 and not self.buffer.static:
+            return self.reset()
+        self.buffer.crop(length)
+        self._recent = None
+
+    def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply `fn` to the batch axis of everything stored: select, repeat or reorder rows.
+
+        Args:
+            fn: for instance ``lambda t: t.index_select(0, rows)``.
+        """
+        buffer = self.buffer
+        if buffer.keys is None or buffer.values is None:
+            return
+        buffer.keys, buffer.values = fn(buffer.keys), fn(buffer.values)
+        buffer.padding = None if buffer.padding is None else fn(buffer.padding)
+        self.k_history = None if self.k_history is None else self.k_history.map(fn)
+        self.v_history = None if self.v_history is None else self.v_history.map(fn)
+        self._recent = None
+
+    def extra_repr(self) -> str:
+        """Settings shown by `repr`."""
+        limit = "" if self.max_length is None else f", max_length={self.max_length}"
+        return f"{self.plan_layer}, prefill={self.prefill!r}{limit}"
+
+    def _with_new(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Dense tokens before the update and the new ones, with their columns."""
+        buffer = self.buffer
+        new = (torch.arange(k.shape[2], device=k.device) + buffer.length)[None]
+        if buffer.keys is None or buffer.values is None:
+            return k, v, new
+        old = buffer.columns()
+        keys, values = torch.cat([buffer.keys, k], dim=2), torch.cat([buffer.values, v], dim=2)
+        return keys, values, torch.cat([old, new.expand(old.shape[0], -1)], dim=1)
+
+    def _after_push(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Dense tokens that one query sees: all slots, or those filled so far; columns where some are hidden."""
+        buffer = self.buffer
+        assert buffer.keys is not None and buffer.values is not None
+        if isinstance(buffer.length, Tensor) or isinstance(buffer.first, Tensor) or buffer.padding is not None:
+            return buffer.keys, buffer.values, buffer.columns()
+        filled = buffer.length - buffer.first
+        if buffer.first == 0:
+            seen = slice(buffer.sinks, buffer.sinks + filled)
+            return buffer.keys[:, :, seen], buffer.values[:, :, seen], None
+        full = filled == buffer.size and buffer.first >= buffer.sinks
+        return buffer.keys, buffer.values, None if full else buffer.columns()
+
+    def _store(self, plan_layer: PlanLayer, k: Tensor, v: Tensor, index: Tensor | None) -> None:
+        """Pack evicted tokens and write them behind the stored ones (dynamic) or at `index` (static)."""
+        if k.shape[2] == 0:
+            return
+        packed = pack(k, plan_layer.keys), pack(v, plan_layer.values)
+        if index is not None:
+            assert self.max_length is not None
+            room = max(self.max_length - self.buffer.size - self.buffer.sinks, 0)
+            index = torch.where(index < 0, room, index)  # one slot more takes what is no token
+            capacity, start = room + 1, 0
+        else:
+            stop = self.history_length  # push has counted the evicted tokens in
+            start = stop - k.shape[2]
+            capacity = stop if self._capacity >= stop else _round_up(stop + max(BLOCK, stop // 32))
+        if self._capacity < capacity:
+            self.k_history = _resized(self.k_history or packed[0], capacity, start)
+            self.v_history = _resized(self.v_history or packed[1], capacity, start)
+        assert self.k_history is not None and self.v_history is not None
+        for history, new in zip((self.k_history, self.v_history), packed, strict=True):
+            for target, source in zip(history.tensors, new.tensors, strict=True):
+                if index is not None:
+                    target.index_copy_(2, index, source)
+                else:
+                    target[:, :, start : start + source.shape[2]] = source
+
+    @property
+    def _capacity(self) -> int:
+        return 0 if self.k_history is None else self.k_history.shape[2]
+
+    def _window(self, recent: _Recent) -> Tensor | int:
+        """First column that a query sees dense because it is recent: one for all, or ``[queries]``."""
+        start = recent.length - self.buffer.size + 1
+        if self.prefill == "windowed" and recent.queries > 1:
+            start = start + torch.arange(recent.queries, device=recent.keys.device)
+        if isinstance(start, Tensor):
+            first = recent.first
+            return start.clamp(min=first) if isinstance(first, int) else torch.maximum(start, first)
+        return max(start, int(recent.first))
+
+    def _visible_history(self, recent: _Recent) -> tuple[Packed | None, Packed | None]:
+        """The history up to the last column that some query sees packed; all of it if static."""
+        if self.k_history is None or self.v_history is None:
+            return None, None
+        if self.buffer.static:
+            return self.k_history, self.v_history
+        last = recent.queries - 1 if self.prefill == "windowed" else 0
+        stop = max(int(recent.length) + last - self.buffer.size + 1, int(recent.first)) - self.buffer.sinks
+        if stop <= 0:
+            return None, None
+        return self.k_history.tokens(0, stop), self.v_history.tokens(0, stop)
+
+    def _history_mask(
+        self, recent: _Recent, window: Tensor | int, history: Packed, mask: Tensor | None
+    ) -> Tensor | None:
+        """Which history tokens each query sees packed: before its window, after the row's sinks."""
+        buffer, tokens = self.buffer, history.shape[2]
+        same_for_all = isinstance(window, int)
+        if mask is None and same_for_all and buffer.padding is None:
+            return None
+        columns = torch.arange(tokens, device=recent.keys.device) + buffer.sinks
+        seen = columns[None, None, None] < (window if same_for_all else window.view(1, 1, -1, 1))
+        if buffer.padding is not None:
+            seen = seen & (columns >= buffer.padding[:, None] + buffer.sinks)[:, None, None]
+        if mask is None:
+            return seen.expand(-1, -1, recent.queries, -1)
+        given = _columns_of(mask, columns[None])
+        return given & seen
+
+    def _dense_mask(self, recent: _Recent, window: Tensor | int, columns: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Which dense tokens each query sees: in its window or a sink, not later than itself."""
+        buffer = self.buffer
+        if columns is None:
+            columns = self._plain_columns(recent)
+        queries = (torch.arange(recent.queries, device=columns.device) + recent.length)[None, :, None]
+        start = window if isinstance(window, int) else window.view(1, -1, 1)
+        padding = 0 if buffer.padding is None else buffer.padding[:, None, None]
+        key = columns[:, None]
+        seen = (key <= queries) & (key >= padding) & ((key >= start) | (key < padding + buffer.sinks))
+        seen = seen[:, None]
+        return seen if mask is None else seen & _columns_of(mask, columns)
+
+    def _plain_columns(self, recent: _Recent) -> Tensor:
+        """Columns of dense tokens where `_Recent` left them out."""
+        if recent.queries > 1 or int(self.buffer.first) == 0:
+            return torch.arange(recent.keys.shape[2], device=recent.keys.device)[None]
+        return self.buffer.columns()
+
+    def _check(self, k: Tensor, v: Tensor, padding: Tensor | None) -> None:
+        if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[2] == 0:
+            raise ValueError(
+                "expected keys [batch, kv_heads, tokens, d] and values [batch, kv_heads, tokens, dv] with at least one "
+                f"token, got {list(k.shape)} and {list(v.shape)}"
+            )
+        for name, new, layout, held in (
+            ("keys", k, self.plan_layer and self.plan_layer.keys, self.buffer.keys),
+            ("values", v, self.plan_layer and self.plan_layer.values, self.buffer.values),
+        ):
+            if layout is not None and new.shape[3] != layout.d:
+                raise ValueError(f"the plan stores {name} of {layout.d} coordinates, got {new.shape[3]}")
+            if held is None:
+                continue
+            if held.dtype != new.dtype:
+                raise TypeError(f"the cache holds {held.dtype} {name}, got {new.dtype}; reset() it to change")
+            if held.device != new.device:
+                raise ValueError(f"the cache is on {held.device}, got {name} on {new.device}")
+            if held.shape[:2] != new.shape[:2]:
+                raise ValueError(
+                    f"the cache holds {name} of batch and heads {list(held.shape[:2])}, got {list(new.shape[:2])}; "
+                    "reset() it for another batch"
+                )
+        if padding is not None and tuple(padding.shape) != (k.shape[0],):
+            raise ValueError(f"padding counts each row's left padding, [{k.shape[0]}], got {list(padding.shape)}")
+        if self.max_length is not None and self.length + k.shape[2] > self.max_length:
+            raise ValueError(
+                f"the static cache holds {self.length} of {self.max_length} tokens, {k.shape[2]} more do not fit; "
+                "build it with a larger max_length"
+            )
+
+
+def _columns_of(mask: Tensor, columns: Tensor) -> Tensor:
+    """Entries of a mask over the whole sequence at some columns ``[batch or 1, tokens]``."""
+    index = columns.clamp(max=mask.shape[-1] - 1)
+    if index.shape[0] == 1:
+        return mask.index_select(-1, index[0])
+    batch = max(mask.shape[0], index.shape[0])
+    mask = mask.expand(batch, -1, -1, -1)
+    return mask.gather(-1, index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // BLOCK) * BLOCK
+
+
+def _resized(history: Packed, capacity: int, stored: int) -> Packed:
+    """A history with room for `capacity` tokens that begins with the first `stored` ones."""
+
+    def resize(t: Tensor) -> Tensor:
+        new = t.new_zeros(t.shape[0], t.shape[1], capacity, t.shape[3])
+        new[:, :, :stored] = t[:, :, :stored]
+        return new
+
+    return history.map(resize)
+
+
+def _repacked(history: Packed, layout: Layout, stored: int) -> Packed:
+    if layout == history.layout:
+        return history
+    capacity = history.shape[2]
+    new: Packed | None = None
+    for start in range(0, stored, REPACK_TILE):
+        stop = min(start + REPACK_TILE, stored)
+        tile = pack(unpack(history.tokens(start, stop)), layout)
+        new = _resized(tile, capacity, 0) if new is None else new
+        for target, source in zip(new.tensors, tile.tensors, strict=True):
+            target[:, :, start:stop] = source
+    return new if new is not None else _resized(pack(unpack(history.tokens(0, 1)), layout), capacity, 0)

@@ -1,0 +1,39 @@
+"""`StructuredPruner`: the module form of `pack`."""
+
+from torch import Tensor, nn
+
+from swan.packed import Layout, Packed, pack
+
+__all__ = ["StructuredPruner"]
+
+
+class StructuredPruner(nn.Module):
+    """Prunes vectors and stores what is left: ``pack(x, layout)``.
+
+    Args:
+        layout: a plan entry, `TopK` or `Graded`.
+
+    Shape:
+        ``[batch, heads, tokens, d]`` in, a `Packed` of the same shape out.
+
+    Example:
+        >>> import torch, swan
+        >>> pruner = StructuredPruner(swan.TopK(64, keep=32))
+        >>> packed = pruner(torch.randn(1, 2, 100, 64))
+        >>> packed.shape, packed.nbytes
+        ((1, 2, 100, 64), 8400)
+
+    Source: arXiv:2511.18936.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, x: Tensor) -> Packed:
+        """Store `x` in the layout."""
+        return pack(x, self.layout)
+
+    def extra_repr(self) -> str:
+        """Settings shown by `repr`."""
+        return repr(self.layout)

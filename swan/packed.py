@@ -1,0 +1,332 @@
+"""What a winnowed cache stores: layouts, `Packed`, `pack` and `unpack`.
+
+A *layout* says how one vector of ``d`` coordinates is stored. There are two forms:
+
+- `TopK`: every vector keeps its own ``keep`` largest coordinates (the paper, arXiv:2511.18936);
+- `Graded`: every vector keeps the same coordinates, group by group of the sorted basis.
+
+Every stored tensor has the axes ``[batch, heads, tokens, bytes or values]``, so one index
+selects tokens in all of them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["Graded", "Layout", "Packed", "PlanLayer", "TopK", "pack", "unpack"]
+
+SCALE_DTYPE = torch.bfloat16  # the range of float32; its rounding is below half a step of int8
+MAX_DIM = 256
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Each vector keeps its own ``keep`` largest coordinates: "winnowing".
+
+    Bytes per vector: ``keep * bits / 8 + positions + scale``, where positions take ``ceil(d / 8)``
+    bytes as a bitmap or ``keep`` bytes as an index list (none when ``keep == d``), and the scale
+    takes 2 bytes when values have 8 bits.
+
+    Args:
+        d: head dimension, up to 256.
+        keep: coordinates kept, 1 to ``d``.
+        bits: 16 stores values in the dtype of the cache (4 bytes in a float32 cache); 8 stores
+            ``round(x / scale)`` with ``scale = max|x| / 127`` for each vector.
+        positions: ``"bitmap"`` (one bit per coordinate) or ``"index"`` (one byte per kept value,
+            the paper's format).
+
+    Raises:
+        ValueError: a setting outside its range.
+
+    Example:
+        >>> TopK(d=64, keep=32).vector_bytes()
+        42
+
+    Source: arXiv:2511.18936; the bitmap follows Mustafar, arXiv:2505.22913.
+    """
+
+    d: int
+    keep: int
+    bits: Literal[8, 16] = 8
+    positions: Literal["bitmap", "index"] = "bitmap"
+
+    def __post_init__(self) -> None:
+        check_dim(self.d)
+        if not 1 <= self.keep <= self.d:
+            raise ValueError(f"keep must be between 1 and d = {self.d}, got {self.keep}")
+        if self.bits not in (8, 16):
+            raise ValueError(f"bits of top-k values must be 8 or 16, got {self.bits}")
+        if self.positions not in ("bitmap", "index"):
+            raise ValueError(f"positions must be 'bitmap' or 'index', got {self.positions!r}")
+
+    def vector_bytes(self, itemsize: int = 2) -> int:
+        """Bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
+        values = self.keep * (1 if self.bits == 8 else itemsize)
+        scale = SCALE_DTYPE.itemsize if self.bits == 8 else 0
+        return values + scale + self.position_bytes
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of positions per vector."""
+        if self.keep == self.d:
+            return 0
+        return -(-self.d // 8) if self.positions == "bitmap" else self.keep
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Each vector keeps the same coordinates: groups of the sorted basis with their own bits.
+
+    Args:
+        groups: pairs ``(size, bits)`` in the order of the basis; sizes sum to the head dimension;
+            bits are 16 (the dtype of the cache) or 0 (pruned).
+
+    Raises:
+        ValueError: no groups, a size below 1, or bits outside {0, 16}, or nothing kept.
+
+    Example:
+        >>> Graded.leading(d=64, keep=32)
+        Graded(groups=((32, 16), (32, 0)))
+        >>> Graded.leading(d=64, keep=32).vector_bytes()
+        64
+    """
+
+    groups: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple((int(size), int(bits)) for size, bits in self.groups))
+        if not self.groups or any(size < 1 for size, _ in self.groups):
+            raise ValueError(f"groups need at least one (size, bits) with size >= 1, got {self.groups}")
+        if any(bits not in (0, 16) for _, bits in self.groups):
+            raise ValueError(f"bits of a graded group must be 0 or 16, got {self.groups}")
+        if not any(bits for _, bits in self.groups):
+            raise ValueError("a layout must keep something; a cache without history has None as its plan layer")
+        check_dim(self.d)
+
+    @classmethod
+    def leading(cls, d: int, keep: int) -> "Graded":
+        """The first `keep` of `d` coordinates at 16 bits, the rest pruned."""
+        if not 1 <= keep <= d:
+            raise ValueError(f"keep must be between 1 and d = {d}, got {keep}")
+        return cls(tuple(group for group in ((keep, 16), (d - keep, 0)) if group[0]))
+
+    @property
+    def d(self) -> int:
+        """Head dimension."""
+        return sum(size for size, _ in self.groups)
+
+    @property
+    def stored(self) -> tuple[tuple[int, int], ...]:
+        """``(start, stop)`` of each group that is not pruned."""
+        stops = [sum(size for size, _ in self.groups[: i + 1]) for i in range(len(self.groups))]
+        spans = zip(self.groups, stops, strict=True)
+        return tuple((stop - size, stop) for (size, bits), stop in spans if bits)
+
+    def vector_bytes(self, itemsize: int = 2) -> int:
+        """Bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
+        return sum(stop - start for start, stop in self.stored) * itemsize
+
+
+Layout = TopK | Graded
+
+
+@dataclass(frozen=True)
+class PlanLayer:
+    """The layouts of one layer of a plan, for keys and values apart.
+
+    Args:
+        keys: layout of the keys.
+        values: layout of the values.
+
+    Example:
+        >>> PlanLayer(TopK(64, 40), TopK(64, 24)).retention
+        0.328125
+    """
+
+    keys: Layout
+    values: Layout
+
+    @property
+    def retention(self) -> float:
+        """Bytes stored per history token over the bf16 bytes of the same key and value."""
+        stored = self.keys.vector_bytes() + self.values.vector_bytes()
+        return stored / (2 * (self.keys.d + self.values.d))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Vectors ``[batch, heads, tokens, d]`` as a layout stores them; a registered pytree.
+
+    Args:
+        planes: values; for `TopK` one tensor ``[batch, heads, tokens, keep]`` in the order of the
+            coordinates, for `Graded` one tensor per stored group.
+        scales: ``[batch, heads, tokens, 1]`` or None.
+        positions: uint8 ``[batch, heads, tokens, position_bytes]`` or None.
+        layout: how to read them.
+        dtype: dtype of the vectors.
+    """
+
+    planes: tuple[Tensor, ...]
+    scales: Tensor | None
+    positions: Tensor | None
+    layout: Layout
+    dtype: torch.dtype
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All stored tensors."""
+        return tuple(t for t in (*self.planes, self.scales, self.positions) if t is not None)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(batch, heads, tokens, d)``."""
+        batch, heads, tokens = self.tensors[0].shape[:3]
+        return batch, heads, tokens, self.layout.d
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors (not of storage that they share with others)."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Packed":
+        """A `Packed` with `fn` applied to each stored tensor."""
+        return dataclasses.replace(
+            self,
+            planes=tuple(fn(plane) for plane in self.planes),
+            scales=None if self.scales is None else fn(self.scales),
+            positions=None if self.positions is None else fn(self.positions),
+        )
+
+    def tokens(self, start: int, stop: int) -> "Packed":
+        """A view of tokens `start` to `stop`."""
+        return self.map(lambda t: t[:, :, start:stop])
+
+
+pytree.register_pytree_node(
+    Packed,
+    lambda p: ([p.planes, p.scales, p.positions], (p.layout, p.dtype)),
+    lambda children, context: Packed(*children, *context),
+    serialized_type_name="swan.Packed",
+)
+
+
+def pack(x: Tensor, layout: Layout) -> Packed:
+    """Store vectors in a layout: ``unpack(pack(x, layout))`` is the pruned `x`.
+
+    Args:
+        x: ``[batch, heads, tokens, d]``, float32, bfloat16 or float16.
+        layout: a `TopK` or `Graded` of the same ``d``.
+
+    Returns:
+        The stored tensors.
+
+    Raises:
+        ValueError: `x` does not have 4 axes or its last one is not the layout's ``d``.
+        TypeError: `x` is not floating point.
+
+    Example:
+        >>> packed = pack(torch.tensor([[[[3.0, -1.0, 0.5, 2.0] * 4]]]), TopK(16, keep=8, bits=16))
+        >>> unpack(packed)[0, 0, 0, :4]
+        tensor([3., 0., 0., 2.])
+
+    Source: arXiv:2511.18936.
+    """
+    if not torch.compiler.is_compiling():
+        check_vectors(x, layout)
+    if isinstance(layout, Graded):
+        planes = tuple(x[..., start:stop].contiguous() for start, stop in layout.stored)
+        return Packed(planes, None, None, layout, x.dtype)
+    if layout.keep == layout.d:
+        values, positions = x, None
+    else:
+        index = x.abs().topk(layout.keep, dim=-1).indices.sort(dim=-1).values
+        values = x.gather(-1, index)
+        positions = pack_positions(index, layout)
+    if layout.bits == 16:
+        return Packed((values.contiguous(),), None, positions, layout, x.dtype)
+    quantized, scales = quantize(values)
+    return Packed((quantized,), scales, positions, layout, x.dtype)
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The vectors that a `Packed` stores, pruned coordinates as zeros.
+
+    Args:
+        packed: what `pack` returned, or some of its tokens.
+
+    Returns:
+        ``[batch, heads, tokens, d]`` in ``packed.dtype``.
+
+    Example:
+        >>> x = torch.randn(1, 2, 5, 64)
+        >>> torch.equal(unpack(pack(x, TopK(64, keep=64, bits=16))), x)
+        True
+    """
+    layout = packed.layout
+    if isinstance(layout, Graded):
+        batch, heads, tokens, d = packed.shape
+        x = packed.planes[0].new_zeros(batch, heads, tokens, d)
+        for plane, (start, stop) in zip(packed.planes, layout.stored, strict=True):
+            x[..., start:stop] = plane
+        return x
+    values = packed.planes[0]
+    if packed.scales is not None:
+        values = (values.float() * packed.scales.float()).to(packed.dtype)
+    if packed.positions is None:
+        return values
+    if layout.positions == "index":
+        zeros = values.new_zeros(*values.shape[:-1], layout.d)
+        return zeros.scatter(-1, packed.positions.long(), values)
+    rank = bitmap_ranks(packed.positions, layout)
+    return torch.nn.functional.pad(values, (0, 1)).gather(-1, rank)
+
+
+def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values and a scale for each vector: ``|values - int8 * scale| <= scale / 2``."""
+    peak = values.abs().amax(dim=-1, keepdim=True).float()
+    scales = (peak / 127).to(SCALE_DTYPE)
+    steps = scales.float()
+    inverse = torch.where(steps > 0, 1 / steps, 0)
+    return (values.float() * inverse).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def pack_positions(index: Tensor, layout: TopK) -> Tensor:
+    """Ascending coordinate indices as an index list or a bitmap (bit ``i % 8`` of byte ``i // 8``)."""
+    if layout.positions == "index":
+        return index.to(torch.uint8)
+    width = 8 * layout.position_bytes
+    present = index.new_zeros(*index.shape[:-1], width, dtype=torch.uint8).scatter(-1, index, 1)
+    weights = 1 << torch.arange(8, device=index.device, dtype=torch.uint8)
+    octets = rearrange(present, "... (byte bit) -> ... byte bit", bit=8)
+    return (octets * weights).sum(-1, dtype=torch.uint8)
+
+
+def bitmap_ranks(bitmap: Tensor, layout: TopK) -> Tensor:
+    """For each coordinate its place among the kept values, or ``keep`` where it was pruned."""
+    byte = torch.arange(256, device=bitmap.device)
+    bits = (byte[:, None] >> torch.arange(8, device=bitmap.device)) & 1
+    rank_in_byte = torch.where(bits.bool(), bits.cumsum(-1) - 1, layout.keep)  # [256, 8]
+    index = bitmap.int()
+    count = torch.nn.functional.embedding(index, bits.sum(-1, keepdim=True)).squeeze(-1)
+    before = count.cumsum(-1) - count
+    rank = torch.nn.functional.embedding(index, rank_in_byte) + before[..., None]
+    return rearrange(rank.clamp(max=layout.keep), "... byte bit -> ... (byte bit)")[..., : layout.d]
+
+
+def check_dim(d: int) -> None:
+    if not 1 <= d <= MAX_DIM:
+        raise ValueError(f"the head dimension must be between 1 and {MAX_DIM}, got {d}")
+
+
+def check_vectors(x: Any, layout: Layout) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"expected a floating-point tensor, got {got}")
+    if x.ndim != 4 or x.shape[-1] != layout.d:
+        raise ValueError(f"expected vectors [batch, heads, tokens, {layout.d}] for {layout}, got {list(x.shape)}")
