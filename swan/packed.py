@@ -288,12 +288,15 @@ def unpack(packed: Packed) -> Tensor:
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 values and a scale for each vector: ``|values - int8 * scale| <= scale / 2``."""
+    """int8 values and a scale for each vector: ``|values - int8 * scale| <= scale / 2``.
+
+    Within 0.8 % of the dtype's maximum the bound is `scale`, so that 127 steps stay finite.
+    """
     peak = values.abs().amax(dim=-1, keepdim=True).float()
-    scales = (peak / 127).to(SCALE_DTYPE)
+    scales = (peak / 127).clamp(max=torch.finfo(values.dtype).max / 128).to(SCALE_DTYPE)
     steps = scales.float()
-    inverse = torch.where(steps > 0, 1 / steps, 0)
-    return (values.float() * inverse).round().clamp(-127, 127).to(torch.int8), scales
+    multiples = torch.where(steps > 0, values.float() / steps, 0)
+    return multiples.round().clamp(-127, 127).to(torch.int8), scales
 
 
 def pack_positions(index: Tensor, layout: TopK) -> Tensor:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from swan.calibration.bases import Basis, layer_bases
-from swan.calibration.capture import fingerprint, observing
+from swan.calibration.capture import evaluating, fingerprint, observing
 from swan.calibration.moments import Moments
 from swan.calibration.progress import track
 from swan.functional.rotation import check_basis
@@ -143,11 +143,14 @@ class Calibration:
         Raises:
             ValueError: the file is not a calibration, or its tensors are not finite or not orthogonal.
         """
-        with safe_open(str(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("swan", "{}"))
-            if about.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a calibration of this version of swan; run swan.calibrate again")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = json.loads((file.metadata() or {}).get("swan", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}); run swan.calibrate again") from error
+        if about.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a calibration of this version of swan; run swan.calibrate again")
         count = 1 + max(int(name.split(".")[1]) for name in tensors)
         layers, moments = [], []
         for i in range(count):
@@ -209,17 +212,15 @@ def calibrate(
             moments[index] = Moments.begin(k, v, attention)
         moments[index].add(q, k, v, real)
 
-    about = fingerprint(model)
-    training = model.training
-    model.eval()
-    try:
-        with observing(model, observe):
-            for batch in track(batches, "calibrating", show=progress):
-                _run(model, batch, transformers=about["kind"] == "transformers")
-    finally:
-        model.train(training)
+    about, count = fingerprint(model), 0
+    with evaluating(model), observing(model, observe):
+        for batch in track(batches, "calibrating", show=progress):
+            _run(model, batch, transformers=about["kind"] == "transformers")
+            count += 1
+    if count == 0:
+        raise ValueError("no batch came; give calibrate at least one")
     if not moments:
-        raise ValueError("no attention was observed; give calibrate at least one batch, and a decoder model")
+        raise TypeError(f"{type(model).__name__} has no attention that swan knows: none was observed")
     ordered = tuple(moments[i] for i in sorted(moments))
     for index, layer in enumerate(ordered):
         layer.check(f"layer {index}")

@@ -4,14 +4,16 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from swan.modules import SwanAttention
 
-__all__ = ["attention_layers", "fingerprint", "observing", "swan_layers"]
+__all__ = ["attention_layers", "evaluating", "fingerprint", "observing", "swan_layers"]
 
 Observer = Callable[[int, nn.Module, Tensor, Tensor, Tensor, Tensor | None], None]
 OBSERVE = "swan_observe"  # name of the observing attention function in transformers
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments of attention functions that change the scores
 
 _observer: Observer | None = None
 
@@ -38,7 +40,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         return {"kind": "swan", "layers": [[a.dim, a.heads, a.kv_heads, a.head_dim, a.rope] for a in layers]}
     config = _config(model)
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return {"kind": "transformers", **{name: getattr(config, name, None) for name in (*names, "vocab_size")}}
+    return {"kind": "transformers", **{name: _field(config, name) for name in (*names, "vocab_size")}}
 
 
 @contextlib.contextmanager
@@ -48,6 +50,18 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
     watch = _observe_swan(layers, observer) if layers else _observe_transformers(model, observer)
     with watch:
         yield
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each module returns to the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager
@@ -92,7 +106,13 @@ def _observed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     assert _observer is not None
-    real = None if attention_mask is None else attention_mask[:, 0, -1]
+    asked = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        asked.append(f"a mask of {attention_mask.dtype}")
+    if asked:
+        raise ValueError(f"{type(module).__name__} computes its attention with {', '.join(asked)}: not supported")
+    # A token is real where it sees itself; others may be out of a sliding window's sight.
+    real = None if attention_mask is None else attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
     index = module.layer_idx
     assert isinstance(index, int)
     _observer(index, module, query, key, value, real)
@@ -106,4 +126,13 @@ def _config(model: nn.Module) -> Any:
             f"{type(model).__name__} has no SwanAttention modules and is not a transformers model; build its attention "
             "from swan.SwanAttention, or load it with transformers"
         )
+    if config.is_encoder_decoder:
+        raise TypeError(f"{type(model).__name__} has an encoder and a decoder; swan is for decoders alone")
     return config.get_text_config(decoder=True)
+
+
+def _field(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers raises it for a field that differs from layer to layer
+        return None

@@ -119,15 +119,12 @@ def _topk_layer(retention: float, d: int, dv: int) -> PlanLayer:
     room = math.floor(retention * 2 * (d + dv) + 1e-9)
     lead = round(KEY_SHARE * d)
     for total in range(d + dv, 1, -1):
-        keep = min(d, max(1, (total + lead) // 2))
-        keep, keep_v = (keep, total - keep) if 1 <= total - keep <= dv else (total - dv, dv)
-        if keep < 1 or total - keep < 1:
-            continue
-        layer = PlanLayer(TopK(d, keep), TopK(dv, keep_v))
+        keep = min(max((total + lead) // 2, total - dv), total - 1, d)
+        layer = PlanLayer(TopK(d, keep), TopK(dv, total - keep))
         if layer.keys.vector_bytes() + layer.values.vector_bytes() <= room:
             return layer
-    least = (TopK(d, 1).vector_bytes() + TopK(dv, 1).vector_bytes()) / (2 * (d + dv))
-    raise ValueError(f"no plan fits in retention {retention:.3g} at head dimension {d}; the least is {least:.3g}")
+    least = math.ceil(1000 * PlanLayer(TopK(d, 1), TopK(dv, 1)).retention) / 1000
+    raise ValueError(f"no plan fits in retention {retention:.3g} at head dimension {d}; the least is {least}")
 
 
 def _entry(layout: Layout) -> dict[str, Any]:
@@ -136,4 +133,4 @@ def _entry(layout: Layout) -> dict[str, Any]:
 
 def _layout(entry: dict[str, Any]) -> Layout:
     settings = {name: value for name, value in entry.items() if name != "form"}
-    return TopK(**settings) if entry["form"] == "topk" else Graded(**settings)
+    return {"topk": TopK, "graded": Graded}[entry["form"]](**settings)

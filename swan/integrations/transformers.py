@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swan.calibration import Calibration, Plan
-from swan.calibration.capture import attention_layers
+from swan.calibration.capture import attention_layers, evaluating
 from swan.calibration.moments import output_projection
 from swan.functional.rotation import fold_value_rotation, inverse_rotate, rotate
 from swan.modules import KVCache
@@ -19,12 +19,7 @@ from swan.packed import pack, unpack
 
 try:
     from transformers import AttentionInterface, PreTrainedModel
-    from transformers.cache_utils import (
-        Cache,
-        CacheLayerMixin,
-        DynamicSlidingWindowLayer,
-        get_layer_types_and_kwargs,
-    )
+    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 except ImportError as error:
@@ -48,6 +43,11 @@ def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False)
     """See `swan.attach`."""
     if is_attached(model):
         raise ValueError("this model is already attached; call swan.detach(model) first")
+    if _config(model)._attn_implementation == NAME:
+        raise ValueError(
+            "this model shares its config object with an attached model, and its attention with it; build it from a "
+            "copy of the config"
+        )
     calibration.check_model(model)
     layers = attention_layers(model)
     if len(layers) != len(calibration.layers):
@@ -58,6 +58,7 @@ def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False)
     AttentionInterface.register(NAME, _swan_attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     attachment = _Attachment(_config(model)._attn_implementation, [])
+    model._swan_attachment = attachment  # type: ignore[assignment]
     for index, bases in zip(sorted(layers), calibration.layers, strict=True):
         layer = layers[index]
         place = next((p for p in layer.parameters() if p.is_floating_point()), None)
@@ -70,7 +71,13 @@ def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False)
         value_basis = None if fold else bases.value_basis.to(**options)
         layer.register_buffer("swan_value_basis", value_basis, persistent=False)
     model.set_attn_implementation(NAME)
-    model._swan_attachment = attachment  # type: ignore[assignment]
+    try:
+        _try_cache(model)
+    except Exception as error:
+        detach(model)
+        computes = "it computes with keys and values between its cache and its attention"
+        reason = computes if isinstance(error, _Strayed) else error
+        raise ValueError(f"swan does not support {type(model).__name__}: {reason}") from error
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -146,18 +153,12 @@ class SwanCache(Cache):
         assert plan is not None
         if len(plan.layers) != len(self._dims):
             raise ValueError(f"the plan has {len(plan.layers)} layers, the model {len(self._dims)}")
-        types, settings = get_layer_types_and_kwargs(_config(model))
-        entries = dict(zip(sorted(attention), plan.layers, strict=True))
-        layers: list[Any] = []
-        for index, (kind, kwargs) in enumerate(zip(types, settings, strict=True)):
-            if kind == "full_attention":
-                layers.append(
-                    _SwanLayer(KVCache(entries[index], buffer=plan.buffer, sinks=plan.sinks, prefill=prefill))
-                )
-            elif kind == "sliding_attention":
-                layers.append(DynamicSlidingWindowLayer(**kwargs))
-            else:
-                raise ValueError(f"layer {index} is of type {kind!r}, which swan does not support")
+        layers: list[Any] = DynamicCache(config=model.config).layers
+        _check_layers(layers, len(attention))
+        for index, entry in zip(sorted(attention), plan.layers, strict=True):
+            if type(layers[index]) is DynamicLayer:
+                kv = KVCache(entry, buffer=plan.buffer, sinks=plan.sinks, prefill=prefill)
+                layers[index] = _SwanLayer(kv)
         super().__init__(layers=layers)
         self.plan = plan
 
@@ -230,6 +231,16 @@ class SwanCache(Cache):
         return size, size
 
 
+class _Strayed(AttributeError):
+    """Something else than swan's attention function used keys and values of a `SwanCache`."""
+
+    def __init__(self, asked: str) -> None:
+        super().__init__(
+            f"a SwanCache reached an attention function that is not swan's (it asked for {asked!r}); call "
+            "swan.attach(model, calibration), and leave the attention implementation at 'swan' while the cache is used"
+        )
+
+
 class _Pending:
     """Keys and values of new tokens on their way from `Cache.update` to swan's attention function."""
 
@@ -239,10 +250,11 @@ class _Pending:
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise AttributeError(
-            f"a SwanCache reached an attention function that is not swan's (it asked for {name!r}); call "
-            "swan.attach(model, calibration), and leave the attention implementation at 'swan' while the cache is used"
-        )
+        raise _Strayed(name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise _Strayed(func.__name__)
 
 
 class _SwanLayer(CacheLayerMixin):
@@ -358,6 +370,30 @@ def _dims(attention: nn.Module) -> tuple[int, int]:
 
 def _config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
+
+
+def _try_cache(model: PreTrainedModel) -> None:
+    """Run two tokens on a cache: some architectures do other things with one than hand it to their attention."""
+    body = cast(nn.Module, model.base_model)
+    cache = SwanCache(model, retention=1.0)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with torch.no_grad(), evaluating(model):
+        body(tokens, **{cache_keyword(body): cache})
+    unused = [index for index, kv in cache.winnowed.items() if kv.length != 2]
+    if unused:
+        raise ValueError(f"it does not use the cache in layers {unused}")
+
+
+def _check_layers(layers: list[Any], count: int) -> None:
+    """Refuse what transformers itself would keep in other caches than of whole or sliding attention."""
+    other = [type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)]
+    if other or len(layers) != count:
+        raise ValueError(
+            f"{count} attention layers with a cache of their own each were expected, got {len(layers)} caches"
+            + (f" with {', '.join(sorted(set(other)))} among them" if other else "")
+        )
+    if all(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers):
+        raise ValueError("every layer attends to a sliding window only; there is no history to winnow")
 
 
 def _check_foldable(index: int, layer: nn.Module) -> None:

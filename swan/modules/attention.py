@@ -47,7 +47,6 @@ class SwanAttention(nn.Module):
 
     key_basis: Tensor
     value_basis: Tensor
-    rope_frequencies: Tensor | None
 
     def __init__(
         self,
@@ -76,10 +75,6 @@ class SwanAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.rope = rope
-        frequencies = None
-        if rope is not None:
-            frequencies = rope ** -(torch.arange(0, self.head_dim, 2).float() / self.head_dim)
-        self.register_buffer("rope_frequencies", frequencies, persistent=False)
         identity = torch.eye(self.head_dim).expand(self.kv_heads, -1, -1)
         self.register_buffer("key_basis", identity.clone())
         self.register_buffer("value_basis", identity.clone())
@@ -92,7 +87,8 @@ class SwanAttention(nn.Module):
         Args:
             x: ``[batch, tokens, dim]``.
             cache: the layer's cache; takes in the tokens of `x`.
-            padding: left padding of each row ``[batch]``, in tokens of the whole sequence.
+            padding: left padding of each row ``[batch]``, in tokens of the whole sequence; a cache
+                remembers it.
 
         Returns:
             ``[batch, tokens, dim]``; positions of padding hold no meaning.
@@ -102,13 +98,15 @@ class SwanAttention(nn.Module):
         """
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"expected x [batch, tokens, {self.dim}], got {list(x.shape)}")
-        q, k, v = self._project(x, 0 if cache is None else cache.buffer.length, padding)
         if cache is None:
+            q, k, v = self._project(x, 0, padding)
             if self.observer is not None:
                 self.observer(q, k, v)
             mask = None if padding is None else _key_mask(padding, x.shape[1])
             out = dense_attention(q, k, v, mask=mask, causal=True)
         else:
+            held = cache.buffer.padding if padding is None else padding
+            q, k, v = self._project(x, cache.buffer.length, held)
             key_basis, value_basis = self.key_basis.to(x.dtype), self.value_basis.to(x.dtype)
             cache.update(rotate(k, key_basis), rotate(v, value_basis), padding=padding)
             out = inverse_rotate(cache.attend(rotate(q, key_basis)), value_basis)
@@ -139,12 +137,14 @@ class SwanAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope_frequencies is None:
+        if self.rope is None:
             return q, k, v
+        # Not a buffer: `.to(torch.bfloat16)` would round it, and with it every position.
+        frequencies = self.rope ** -(torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim)
         positions = (torch.arange(x.shape[1], device=x.device) + start)[None]
         if padding is not None:
             positions = positions - padding[:, None]
-        angles = positions[:, None, :, None] * self.rope_frequencies
+        angles = positions[:, None, :, None] * frequencies
         return _apply_rope(q, angles), _apply_rope(k, angles), v
 
 

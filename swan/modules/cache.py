@@ -176,7 +176,8 @@ class KVCache(nn.Module):
             Output in the rotated coordinates of the values ``[batch, heads, tokens, dv]``.
 
         Raises:
-            ValueError: there was no `update` for these queries.
+            ValueError: there was no `update` for these queries, or shapes do not fit.
+            TypeError: the mask is not boolean.
         """
         recent = self._recent
         if recent is None or recent.queries != q.shape[2]:
@@ -184,12 +185,14 @@ class KVCache(nn.Module):
             raise ValueError(
                 f"attend follows the update with the keys of the same tokens: {expected}, queries of {q.shape[2]} came"
             )
-        if recent.queries > 1:
-            self._recent = None  # frees the dense tokens beyond the buffer
+        if mask is not None and not torch.compiler.is_compiling():
+            self._check_mask(mask, q)
         if mask is None and recent.columns is None and recent.queries > 1:
-            return dense_attention(q, recent.keys, recent.values, causal=True, scale=scale, impl=impl)
+            out = dense_attention(q, recent.keys, recent.values, causal=True, scale=scale, impl=impl)
+            self._recent = None  # frees the dense tokens beyond the buffer
+            return out
         columns, window, history = recent.columns, self._window(recent), self._visible_history(recent)
-        return swan_attention(
+        out = swan_attention(
             q,
             *history,
             recent.keys,
@@ -199,6 +202,9 @@ class KVCache(nn.Module):
             scale=scale,
             impl=impl,
         )
+        if recent.queries > 1:
+            self._recent = None
+        return out
 
     def repack(self, plan_layer: PlanLayer) -> None:
         """Move the history to other layouts; new tokens are stored in them from now on.
@@ -376,6 +382,8 @@ class KVCache(nn.Module):
                 "expected keys [batch, kv_heads, tokens, d] and values [batch, kv_heads, tokens, dv] with at least one "
                 f"token, got {list(k.shape)} and {list(v.shape)}"
             )
+        if k.dtype != v.dtype or not k.is_floating_point():
+            raise TypeError(f"keys and values must have one floating-point dtype, got {k.dtype} and {v.dtype}")
         for name, new, layout, held in (
             ("keys", k, self.plan_layer and self.plan_layer.keys, self.buffer.keys),
             ("values", v, self.plan_layer and self.plan_layer.values, self.buffer.values),
@@ -399,6 +407,17 @@ class KVCache(nn.Module):
             raise ValueError(
                 f"the static cache holds {self.length} of {self.max_length} tokens, {k.shape[2]} more do not fit; "
                 "build it with a larger max_length"
+            )
+
+    def _check_mask(self, mask: Tensor, q: Tensor) -> None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"the mask must be boolean (True = visible), got {mask.dtype}")
+        batch, heads, queries, _ = q.shape
+        fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+        if not fits or mask.shape[2] != queries or mask.shape[3] < self.length:
+            raise ValueError(
+                f"expected a mask [{batch} or 1, {heads} or 1, {queries}, {self.length} or more columns] over the "
+                f"whole sequence, got {list(mask.shape)}"
             )
 
 

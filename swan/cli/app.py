@@ -1,0 +1,19 @@
+"""Commands and their options; each command is a file of its own."""
+
+import typer
+
+from swan.cli.bench import bench
+from swan.cli.calibrate import calibrate
+from swan.cli.demo import demo
+from swan.cli.evaluate import evaluate
+from swan.cli.generate import generate
+
+app = typer.Typer(
+    help="Smaller key-value caches by rotation and winnowing (SWAN, arXiv:2511.18936).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (calibrate, generate, evaluate, demo):
+    app.command()(command)
+app.add_typer(bench, name="bench")

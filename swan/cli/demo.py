@@ -1,0 +1,136 @@
+"""`swan demo`: the whole path on a small real model."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from swan.calibration import Plan
+from swan.cli.common import (
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    calibration_of,
+    console,
+    load,
+    mebibytes,
+    percent,
+    print_json,
+    print_table,
+    user_errors,
+)
+from swan.cli.generate import encode, stream
+from swan.evaluation.perplexity import Setting
+from swan.evaluation.perplexity import evaluate as evaluate_settings
+from swan.evaluation.sources import evaluation_text, token_windows
+from swan.integrations import attach, detach
+
+RETENTIONS = (0.5, 0.33, 0.25)
+QUESTION = "Here is the beginning of a paper. In a few sentences: what is it about, and what does it find?\n\n"
+
+
+def demo(
+    model: Annotated[str, typer.Option(help="As in `swan generate`.")] = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate each time.")] = 64,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 1024 tokens to score.")] = 4,
+    dtype: DtypeOption = Dtype.bfloat16,
+    out: Annotated[Path, typer.Option(help="Folder of the plot.")] = Path(),
+    json: JsonOption = False,
+) -> None:
+    """Calibrate a model, generate with less and less cache, and measure what it costs."""
+    show = not json
+    with user_errors():
+        begun = time.perf_counter()
+        network, tokenizer = load(model, dtype)
+        _say(show, f"{model} loaded; calibrating on the language reference of Python (8192 tokens)")
+        calibration = calibration_of(model, network, tokenizer)
+        text = evaluation_text("qasper")
+        inputs = encode(tokenizer, QUESTION + text[:6000])
+        rows = [_generate(network, tokenizer, inputs, calibration, r, tokens, show) for r in (None, *RETENTIONS)]
+        _say(show, f"scoring {windows} windows of 1024 tokens of research papers, as if decoded token by token")
+        plans = [Plan.for_retention(r, calibration) for r in RETENTIONS]
+        scored = evaluate_settings(
+            network, token_windows(text, tokenizer, windows, 1024), [Setting("topk", p) for p in plans], calibration
+        )
+        rows = [row | {k: s[k] for k in SCORES} for row, s in zip(rows, scored, strict=True)]
+        plot = _plot(rows, out / "swan-demo.png")
+    if json:
+        return print_json({"model": model, "dtype": dtype, "tokens": tokens, "windows": windows}, rows)
+    print_table(
+        f"{model}, {dtype.value}, prompt of {inputs.shape[1]} tokens and {tokens} generated",
+        ("cache", "bytes", "of dense", "tokens/s", "perplexity", "increase", "agreement"),
+        [
+            [
+                "dense" if row["form"] == "dense" else f"retention {row['retention']}",
+                mebibytes(row["nbytes"]),
+                f"{row['compression']:.2f}",
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['perplexity']:.2f}",
+                percent(row["perplexity_increase"]),
+                f"{100 * row['agreement']:.1f} %",
+            ]
+            for row in rows
+        ],
+    )
+    console.print(
+        "of dense: buffer of 128 recent tokens and 4 sinks included. agreement: the same likeliest next token.\n"
+        f"plot: {plot}    took {time.perf_counter() - begun:.0f} s"
+    )
+
+
+SCORES = ("perplexity", "perplexity_increase", "standard_error", "kl", "agreement")
+
+
+def _generate(
+    model: Any, tokenizer: Any, inputs: Any, calibration: Any, retention: float | None, tokens: int, show: bool
+) -> dict[str, Any]:
+    """One generation, on the dense cache if there is no retention."""
+    from transformers import DynamicCache
+
+    from swan.integrations.transformers import SwanCache
+
+    _say(show, "\n[bold]dense cache[/]" if retention is None else f"\n[bold]retention {retention}[/]")
+    inputs = inputs.to(model.device)
+    if retention is None:
+        row = stream(model, tokenizer, inputs, DynamicCache(config=model.config), tokens, show=show)
+        return {"form": "dense", "retention": 1.0, **row}
+    attach(model, calibration)
+    try:
+        row = stream(model, tokenizer, inputs, SwanCache(model, retention=retention), tokens, show=show)
+    finally:
+        detach(model)
+    return {"form": "topk", "retention": retention, **row}
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Bytes held and perplexity increase, side by side."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("the plot needs matplotlib: pip install 'swan-attention[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    labels = ["dense" if row["form"] == "dense" else f"{row['retention']}" for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    colors = ["#9aa0a6"] + ["#3f51b5"] * (len(rows) - 1)
+    bars = left.bar(labels, [row["nbytes"] / 2**20 for row in rows], color=colors)
+    left.bar_label(bars, [f"{row['compression']:.2f}" for row in rows])
+    left.set(title="Cache after generating", ylabel="MiB", xlabel="retention")
+    increase = [100 * row["perplexity_increase"] for row in rows]
+    bars = right.bar(labels, increase, color=colors, yerr=[100 * (row["standard_error"] or 0) for row in rows])
+    right.bar_label(bars, [f"{100 * row['agreement']:.0f} % agree" for row in rows])
+    right.set(title="Perplexity above dense", ylabel="%", xlabel="retention")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(y=0.15)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _say(show: bool, text: str) -> None:
+    if show:
+        console.print(text, highlight=False)

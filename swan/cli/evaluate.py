@@ -1,0 +1,88 @@
+"""`swan evaluate`: perplexity, KL and agreement of caches against the dense one."""
+
+from typing import Annotated, Any
+
+import typer
+
+from swan.calibration import Plan
+from swan.cli.common import (
+    BasisName,
+    BasisOption,
+    CalibrationOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    calibration_of,
+    load,
+    percent,
+    print_json,
+    print_table,
+    user_errors,
+)
+from swan.evaluation.perplexity import Setting, default_sweep
+from swan.evaluation.perplexity import evaluate as evaluate_settings
+from swan.evaluation.sources import evaluation_text, token_windows
+
+
+def evaluate(
+    model: ModelArgument,
+    retention: Annotated[
+        list[float] | None, typer.Option(help="Retentions to score (repeat it); without any, the default sweep.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="qasper, squad (fetched once with pip), or a text file.")] = "qasper",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
+    buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 64,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept dense.")] = 4,
+    basis: BasisOption = BasisName.joint,
+    calibration: CalibrationOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    json: JsonOption = False,
+) -> None:
+    """Score a text with compression active, as if decoded token by token."""
+    with user_errors():
+        network, tokenizer = load(model, dtype)
+        tokens = token_windows(evaluation_text(text), tokenizer, windows, length)
+        found = calibration_of(model, network, tokenizer, path=calibration, basis=basis.value)
+        plans = [Plan.for_retention(r, found, buffer=buffer, sinks=sinks) for r in retention or []]
+        sweep = [Setting("topk", plan, basis=basis.value) for plan in plans]
+        rows = evaluate_settings(
+            network, tokens, sweep or default_sweep(found.dims, buffer=buffer, sinks=sinks), found
+        )
+    rows = [{"model": model, "text": text, **row} for row in rows]
+    if json:
+        settings = {"windows": windows, "length": length, "buffer": buffer, "sinks": sinks, "dtype": dtype}
+        return print_json(settings | {"calibration": repr(found)}, rows)
+    print_table(
+        f"{model} on {text}, {windows} windows of {length} tokens, buffer {buffer}",
+        ("form", "keys", "values", "basis", "sinks", "retention", "perplexity", "increase", "± s.e.", "KL", "agreement"),
+        [_cells(row) for row in rows],
+    )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    settings = row["settings"]
+    error = row["standard_error"]
+    return [
+        row["form"],
+        _layout(settings.get("keys")),
+        _layout(settings.get("values")),
+        str(settings.get("basis", "-")) if "keys" in settings else "-",
+        str(settings.get("sinks", "-")),
+        f"{row['retention']:.3f}",
+        f"{row['perplexity']:.3f}",
+        percent(row["perplexity_increase"]),
+        "-" if error is None else f"{100 * error:.2f} %",
+        f"{row['kl']:.4f}",
+        f"{100 * row['agreement']:.1f} %",
+    ]
+
+
+def _layout(layout: dict[str, Any] | None) -> str:
+    if layout is None:
+        return "-"
+    if layout["form"] == "graded":
+        return "+".join(f"{size}x{bits}" for size, bits in layout["groups"])
+    index = " index" if layout["positions"] == "index" else ""
+    return f"{layout['keep']} of {layout['d']}, {layout['bits']} bit{index}"

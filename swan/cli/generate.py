@@ -1,0 +1,149 @@
+"""`swan generate`: text from a model on a winnowed cache."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+
+from swan.cli.common import (
+    BasisName,
+    BasisOption,
+    CalibrationOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    calibration_of,
+    load,
+    mebibytes,
+    messages,
+    print_json,
+    user_errors,
+)
+from swan.integrations import attach
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="The prompt, or - to read it from standard input.")],
+    retention: Annotated[float, typer.Option(help="Bytes kept of each history token; 1 keeps all.")] = 0.33,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 200,
+    buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 128,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept dense.")] = 4,
+    dense: Annotated[bool, typer.Option("--dense", help="Use the model's own dense cache.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of a random basis.")] = 0,
+    basis: BasisOption = BasisName.joint,
+    calibration: CalibrationOption = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    json: JsonOption = False,
+) -> None:
+    """Generate text on a winnowed cache and say what the cache held."""
+    with user_errors():
+        network, tokenizer = load(model, dtype)
+        inputs = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw=raw).to(network.device)
+        if dense:
+            from transformers import DynamicCache
+
+            cache: Cache = DynamicCache(config=network.config)
+        else:
+            from swan.integrations.transformers import SwanCache
+
+            found = calibration_of(model, network, tokenizer, path=Path(calibration) if calibration else None)
+            attach(network, found if basis.value == found.basis else found.with_basis(basis.value, seed=seed))
+            cache = SwanCache(network, retention=retention, buffer=buffer, sinks=sinks)
+        torch.manual_seed(seed)
+        row = stream(network, tokenizer, inputs, cache, tokens, sample=sample, show=not json)
+    if json:
+        settings = {"model": model, "retention": 1.0 if dense else retention, "buffer": buffer, "sinks": sinks}
+        return print_json(settings | {"basis": basis, "dtype": dtype, "dense": dense}, [row])
+    messages.print(
+        f"[dim]{row['new_tokens']} tokens at {row['tokens_per_second']:.1f}/s after a prompt of {row['prompt_tokens']} "
+        f"({row['prefill_seconds']:.1f} s); cache {mebibytes(row['nbytes'])}, {row['compression']:.2f} of dense[/]"
+    )
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, *, raw: bool = False) -> "Tensor":
+    """Token ids ``[1, tokens]`` of a prompt, in the chat template where there is one."""
+    if raw or not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")["input_ids"]  # type: ignore[return-value]
+    chat = [{"role": "user", "content": prompt}]
+    encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    return encoded["input_ids"]  # type: ignore[index, return-value]
+
+
+def stream(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    inputs: "Tensor",
+    cache: "Cache",
+    tokens: int,
+    *,
+    sample: bool = False,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Generate on a cache, printing the text as it comes; returns the text and what it took."""
+    from transformers import TextStreamer
+    from transformers.generation.streamers import BaseStreamer
+
+    from swan.integrations.transformers import cache_keyword
+
+    class Clock(BaseStreamer):
+        """Notes when tokens come; the first call brings the prompt, the second the first token."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+            self.text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+
+        def put(self, value: "Tensor") -> None:
+            self.times.append(time.perf_counter())
+            if self.text is not None:
+                self.text.put(value)
+
+        def end(self) -> None:
+            if self.text is not None:
+                self.text.end()
+
+    clock = Clock()
+    start = time.perf_counter()
+    out = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=tokens,
+        do_sample=sample,
+        streamer=clock,
+        **{cache_keyword(model): cache},
+    )
+    assert isinstance(out, torch.Tensor)
+    new = out[0, inputs.shape[1] :]
+    first, last = clock.times[1], clock.times[-1]
+    held, dense = cache_bytes(model, cache)
+    return {
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "token_ids": new.tolist(),
+        "prompt_tokens": inputs.shape[1],
+        "new_tokens": len(new),
+        "prefill_seconds": first - start,
+        "tokens_per_second": (len(new) - 1) / (last - first) if len(new) > 1 else 0.0,
+        "nbytes": held,
+        "compression": held / dense,
+    }
+
+
+def cache_bytes(model: "PreTrainedModel", cache: "Cache") -> tuple[int, int]:
+    """Bytes that a cache holds, and those of a dense cache of the same tokens."""
+    from swan.integrations.transformers import SwanCache
+
+    if isinstance(cache, SwanCache):
+        return cache.nbytes, round(cache.nbytes / cache.compression)
+    layers = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
+    held = sum(t.numel() * t.element_size() for pair in layers for t in pair if t is not None)
+    return held, held
