@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan"]
 
-KEY_SHARE = 0.25  # keys keep this share of d more coordinates than values: they are more sensitive
+KEY_SHARE = 1 / 8  # keys keep this share of d more coordinates than values: they are more sensitive
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Plan:
     Example:
         >>> plan = Plan.for_retention(0.33, dims=[(64, 64)] * 2)
         >>> plan.layers[0]
-        PlanLayer(keys=TopK(d=64, keep=40, bits=8, positions='bitmap'), \
-values=TopK(d=64, keep=24, bits=8, positions='bitmap'))
+        PlanLayer(keys=TopK(d=64, keep=36, bits=8, positions='bitmap'), \
+values=TopK(d=64, keep=28, bits=8, positions='bitmap'))
         >>> Plan.from_json(plan.to_json()) == plan
         True
     """
@@ -56,7 +56,7 @@ values=TopK(d=64, keep=24, bits=8, positions='bitmap'))
     ) -> "Plan":
         """The plan we advise at a retention; never stores more, and is monotone in it.
 
-        Below 1: top-k with int8 values and bitmaps, keys keeping a quarter of ``d`` more
+        Below 1: top-k with int8 values and bitmaps, keys keeping an eighth of ``d`` more
         coordinates than values. At 1: everything in the dtype of the cache.
 
         Args:

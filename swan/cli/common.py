@@ -74,6 +74,9 @@ def user_errors() -> Iterator[None]:
 
 def load(name: str, dtype: Dtype) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """A model and its tokenizer, on the GPU where there is one."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else None
     with messages.status(f"loading {name}"):
         return load_model(name, dtype=dtype.torch, device=device)

@@ -166,13 +166,18 @@ def packed_attention(
     if v.shape[2] != tokens:
         raise ValueError(f"keys hold {tokens} tokens and values {v.shape[2]}; pack both from the same tokens")
     tile = max(tokens, 1) if impl == "reference" else TILE
+    wide = torch.promote_types(q.dtype, torch.float32)
     parts: list[tuple[Tensor, Tensor]] = []
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
         seen = None if mask is None else mask[..., start:stop]
         keys, values = unpack(k.tokens(start, stop)), unpack(v.tokens(start, stop))
-        parts.append(dense_attention(q, keys, values, mask=seen, scale=scale, impl=impl, return_lse=True))
+        out, lse = dense_attention(q, keys, values, mask=seen, scale=scale, impl=impl, return_lse=True)
+        parts.append((out.to(wide), lse))
+        if len(parts) * q.shape[2] >= TILE:  # many queries: their outputs, too, stay within a tile
+            parts = [merge_attention(parts)]
     out, lse = merge_attention(parts or [_nothing(q, v.layout.d)])
+    out = out.to(q.dtype)
     return (out, lse) if return_lse else out
 
 

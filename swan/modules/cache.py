@@ -106,8 +106,7 @@ class KVCache(nn.Module):
         """Every tensor that the cache holds."""
         packed = [t for history in (self.k_history, self.v_history) if history is not None for t in history.tensors]
         buffer = (self.buffer.keys, self.buffer.values, self.buffer.length, self.buffer.first, self.buffer.padding)
-        recent = (self._recent.keys, self._recent.values) if self._recent is not None else ()
-        return packed + [t for t in (*buffer, *recent) if isinstance(t, Tensor)]
+        return packed + [t for t in (*buffer, *(self._recent or ())) if isinstance(t, Tensor)]
 
     @property
     def nbytes(self) -> int:
@@ -216,11 +215,14 @@ class KVCache(nn.Module):
             plan_layer: the new layouts.
 
         Raises:
-            ValueError: the cache is static or has no history.
+            ValueError: the cache is static or has no history, or the layouts are of another dimension.
         """
         if self.plan_layer is None or self.buffer.static:
             kind = "a static cache has its layouts fixed" if self.buffer.static else "a cache without history has none"
             raise ValueError(f"cannot change layouts: {kind}; build a new cache")
+        old, new = ((layer.keys.d, layer.values.d) for layer in (self.plan_layer, plan_layer))
+        if new != old:
+            raise ValueError(f"the cache stores keys and values of {old} coordinates, the new layouts are for {new}")
         if self.k_history is not None and self.v_history is not None:
             stored = self.history_length
             self.k_history = _repacked(self.k_history, plan_layer.keys, stored)

@@ -1,0 +1,307 @@
+"""`attach` and `detach` on every architecture: exact at k = d, undone bit for bit, refused with a reason."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from swan import Plan, SwanAttention, SwanCache, attach, calibrate, detach
+from swan.integrations.transformers import is_attached
+from tests.tiny import (
+    assert_unchanged,
+    attached,
+    calibration_of,
+    everything,
+    float32_bound,
+    greatest_difference,
+    left_padded,
+    logits_of,
+    snapshot,
+    tiny,
+    tokens,
+)
+
+SUPPORTED = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "olmo2", "gpt2", "gpt-neox", "phi3", "mixtral"]
+FOLDABLE = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "olmo2", "mixtral"]
+each_architecture = pytest.mark.parametrize("architecture", SUPPORTED)
+
+
+# Without pruning an attached model is the model ---------------------------------------------------
+
+
+@each_architecture
+def test_without_a_swan_cache_logits_are_those_of_sdpa(architecture):
+    model, inputs = tiny(architecture), left_padded(30, 12)
+    assert model.config._attn_implementation == "sdpa"
+    before = logits_of(model, **inputs), logits_of(model, DynamicCache(config=model.config), chunk=7, **inputs)
+    attach(model, calibration_of(model))
+    after = logits_of(model, **inputs), logits_of(model, DynamicCache(config=model.config), chunk=7, **inputs)
+    assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
+
+
+@each_architecture
+@pytest.mark.parametrize("chunk", [None, 7, 1], ids=["one pass", "chunks", "token by token"])
+def test_a_cache_that_keeps_everything_is_exact(architecture, chunk):
+    model, inputs = attached(architecture), left_padded(30, 12)
+    real = inputs["attention_mask"].bool()
+    cached = logits_of(model, everything(model), chunk=chunk, **inputs)
+    assert greatest_difference(cached[real], logits_of(model, **inputs)[real]) < float32_bound(model, **inputs)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "olmo2"])
+@pytest.mark.parametrize("fold", [False, True], ids=["at run time", "folded"])
+def test_pruning_is_in_the_calibrated_basis(architecture, fold):
+    """The same cache with axes for a basis is far from it; folded values are pruned in the same basis."""
+    model, inputs = attached(architecture), {"input_ids": tokens(1, 60)}
+    settings = {"retention": 0.33, "buffer": 8, "sinks": 2, "prefill": "windowed"}
+    expected = logits_of(model, SwanCache(model, **settings), **inputs)
+    other = tiny(architecture)
+    attach(other, calibration_of(other), fold=fold)
+    same = greatest_difference(logits_of(other, SwanCache(other, **settings), **inputs), expected)
+    detach(other)
+    attach(other, calibration_of(other).with_basis("identity"))
+    axes = greatest_difference(logits_of(other, SwanCache(other, **settings), **inputs), expected)
+    assert same == 0 if not fold else same < axes / 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision(dtype):
+    """The cache may add what this dtype itself costs against float32, four times (`float32_bound`)."""
+    exact, inputs = tiny(), {"input_ids": tokens(1, 30)}
+    calibration = calibration_of(exact)
+    model = copy.deepcopy(exact).to(dtype)
+    error = greatest_difference(logits_of(model, **inputs).float(), logits_of(exact, **inputs))
+    attach(model, calibration)
+    cache = everything(model)
+    cached = logits_of(model, cache, chunk=7, **inputs)
+    assert cached.dtype == dtype
+    assert greatest_difference(cached.float(), logits_of(exact, **inputs)) < 4 * error
+    assert {t.dtype for kv in cache.winnowed.values() for t in kv.tensors if t.is_floating_point()} == {dtype}
+
+
+# Folding ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", FOLDABLE)
+def test_folding_leaves_the_logits(architecture):
+    model, inputs = tiny(architecture), left_padded(30, 12)
+    bound, before = float32_bound(model, **inputs), logits_of(model, **inputs)
+    weights = snapshot(model)["weights"]
+    attach(model, calibration_of(model), fold=True)
+    changed = {name.rsplit(".", 2)[1] for name, t in model.state_dict().items() if not torch.equal(t, weights[name])}
+    assert changed == {"v_proj", "o_proj"}
+    real = inputs["attention_mask"].bool()
+    for cache in (None, everything(model)):
+        assert greatest_difference(logits_of(model, cache, **inputs)[real], before[real]) < bound
+
+
+@pytest.mark.parametrize(
+    ("architecture", "named"), [("gpt2", "v_proj, got no such module"), ("gpt-neox", "v_proj"), ("phi3", "v_proj")]
+)
+def test_folding_refuses_fused_projections(architecture, named):
+    model = tiny(architecture)
+    calibration, before = calibration_of(model), snapshot(model)
+    with pytest.raises(ValueError, match=f"layer 0: fold=True needs a plain torch.nn.Linear as {named}"):
+        attach(model, calibration, fold=True)
+    assert_unchanged(model, before)
+
+
+def test_folding_refuses_a_projection_that_is_more_than_linear():
+    class Adapted(nn.Linear):
+        pass
+
+    model = tiny()
+    model.model.layers[1].self_attn.o_proj.__class__ = Adapted
+    calibration, before = calibration_of(model), snapshot(model)
+    with pytest.raises(ValueError, match=r"layer 1: fold=True needs .* as o_proj, got Adapted; attach with fold=False"):
+        attach(model, calibration, fold=True)
+    assert_unchanged(model, before)
+    assert not is_attached(model)
+    attach(model, calibration)
+
+
+# Detaching ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", SUPPORTED)
+@pytest.mark.parametrize("fold", [False, True], ids=["at run time", "folded"])
+def test_detach_brings_the_model_back_bit_for_bit(architecture, fold):
+    if fold and architecture not in FOLDABLE:
+        pytest.skip("cannot be folded")
+    model, inputs = tiny(architecture), left_padded(30, 12)
+    before, logits, calibration = snapshot(model), logits_of(model, **inputs), calibration_of(model)
+    for _ in range(2):
+        attach(model, calibration, fold=fold)
+        logits_of(model, everything(model), **inputs)
+        assert list(model.state_dict()) == list(before["weights"])
+        detach(model)
+        assert_unchanged(model, before)
+        assert torch.equal(logits_of(model, **inputs), logits)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_detach_brings_the_attention_back(implementation):
+    model = tiny()
+    model.set_attn_implementation(implementation)
+    calibration = calibration_of(model)
+    attach(model, calibration)
+    assert model.config._attn_implementation == "swan"
+    detach(model)
+    assert model.config._attn_implementation == implementation
+
+
+def test_attach_keeps_the_mode_of_training_and_draws_no_random_numbers():
+    model = tiny(attention_dropout=0.1)
+    calibration = calibration_of(model)
+    model.train()
+    torch.manual_seed(3)
+    attach(model, calibration)
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(3), drawn)
+    assert all(module.training for module in model.modules())
+
+
+def test_saved_while_attached_is_a_plain_model(tmp_path):
+    model, inputs = attached(), {"input_ids": tokens(1, 20)}
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+    assert torch.equal(logits_of(loaded, **inputs), logits_of(model, **inputs))
+
+
+def test_attached_model_moves_and_copies():
+    model, inputs = attached(), {"input_ids": tokens(1, 20)}
+    clone = copy.deepcopy(model)
+    expected = logits_of(model, everything(model), **inputs)
+    detach(model)
+    assert torch.equal(logits_of(clone, everything(clone), **inputs), expected)
+    clone.to(torch.bfloat16)
+    assert logits_of(clone, everything(clone), **inputs).dtype == torch.bfloat16
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+def test_attach_twice():
+    model = attached()
+    with pytest.raises(ValueError, match=r"already attached; call swan\.detach"):
+        attach(model, calibration_of(tiny()))
+    assert is_attached(model)
+
+
+def test_detach_what_is_not_attached():
+    model = tiny()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="not attached; there is nothing to detach"):
+        detach(model)
+    assert_unchanged(model, before)
+
+
+def test_attach_the_calibration_of_another_model():
+    model = tiny()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"of another model \(num_key_value_heads: 4 calibrated, 2 here\)"):
+        attach(model, calibration_of(tiny(num_key_value_heads=4)))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("mistral-sliding", "every layer attends to a sliding window only"),
+        ("jetmoe", "it computes with keys and values between its cache and its attention"),
+        ("lfm2", "1 attention layers with a cache of their own each were expected, got 2 caches with .*Layer among"),
+    ],
+)
+def test_refuses_an_architecture_that_a_cache_cannot_serve(architecture, reason):
+    model = tiny(architecture)
+    calibration, before = calibration_of(model), snapshot(model)
+    with pytest.raises(ValueError, match=rf"swan does not support {type(model).__name__}: {reason}"):
+        attach(model, calibration)
+    assert_unchanged(model, before)
+    assert not is_attached(model)
+
+
+def test_cache_of_a_model_that_is_not_attached():
+    with pytest.raises(ValueError, match=r"not attached; call swan\.attach"):
+        SwanCache(tiny(), retention=0.5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"plan": Plan.for_retention(0.5, dims=[(16, 16)] * 2), "retention": 0.5}])
+def test_cache_takes_a_plan_or_a_retention(settings):
+    with pytest.raises(ValueError, match="give either a plan or a retention"):
+        SwanCache(attached(), **settings)
+
+
+def test_plan_of_another_number_of_layers():
+    with pytest.raises(ValueError, match="the plan has 3 layers, the model 2"):
+        SwanCache(attached(), Plan.for_retention(0.5, dims=[(16, 16)] * 3))
+
+
+def test_plan_of_another_head_dimension():
+    model = attached()
+    cache = SwanCache(model, Plan.for_retention(0.5, dims=[(32, 32)] * 2))
+    with pytest.raises(ValueError, match="the plan stores keys of 32 coordinates, got 16"):
+        logits_of(model, cache, input_ids=tokens(1, 5))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_cache_that_reaches_other_attention_says_what_to_do(implementation):
+    model = attached()
+    cache = SwanCache(model, retention=0.5)
+    model.set_attn_implementation(implementation)
+    with pytest.raises(AttributeError, match=r"not swan's .* call swan\.attach\(model, calibration\), and leave"):
+        logits_of(model, cache, input_ids=tokens(1, 5))
+
+
+def test_models_that_share_a_config_object():
+    """They would switch attention together: the second is refused, the first goes on."""
+    first = tiny()
+    second = type(first)(first.config).eval()
+    calibration, inputs = calibration_of(first), {"input_ids": tokens(1, 20)}
+    expected = logits_of(second, **inputs)
+    attach(first, calibration)
+    assert torch.equal(logits_of(second, **inputs), expected)
+    with pytest.raises(ValueError, match=r"shares its config object .* copy of the config"):
+        attach(second, calibration)
+    logits_of(first, everything(first), **inputs)
+    detach(first)
+    attach(second, calibration)
+    detach(second)
+    assert first.config._attn_implementation == "sdpa"
+
+
+# Models of one's own ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own():
+    torch.manual_seed(1)
+    return nn.Sequential(*(SwanAttention(32, heads=4, kv_heads=2) for _ in range(2)))
+
+
+def test_own_model_gets_the_bases_and_gives_them_back(own):
+    x = torch.randn(1, 9, 32)
+    before = {name: t.clone() for name, t in own.state_dict().items()}
+    expected = own(x)
+    calibration = calibrate(own, [torch.randn(2, 30, 32)])
+    attach(own, calibration)
+    for layer, bases in zip(own, calibration.layers, strict=True):
+        assert torch.equal(layer.key_basis, bases.key_basis)
+        assert torch.equal(layer.value_basis, bases.value_basis)
+    assert torch.equal(own(x), expected)  # without a cache nothing is rotated
+    detach(own)
+    assert all(torch.equal(t, before[name]) for name, t in own.state_dict().items())
+
+
+def test_own_model_cannot_be_folded(own):
+    with pytest.raises(ValueError, match="fold=True is for transformers models"):
+        attach(own, calibrate(own, [torch.randn(1, 5, 32)]), fold=True)
+
+
+def test_own_model_refuses_the_calibration_of_another(own):
+    with pytest.raises(ValueError, match="another model"):
+        attach(own, calibrate(nn.Sequential(SwanAttention(32, heads=4)), [torch.randn(1, 5, 32)]))

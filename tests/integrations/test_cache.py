@@ -1,0 +1,323 @@
+"""`SwanCache`: the dial, what it reports, and transformers' cache protocol."""
+
+import copy
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from swan import Plan, PlanLayer, SwanCache, TopK, unpack
+from swan.integrations.transformers import cache_keyword
+from tests.tiny import (
+    attached,
+    everything,
+    float32_bound,
+    generated,
+    greatest_difference,
+    live_storages,
+    logits_of,
+    tokens,
+)
+
+TEXT = {"input_ids": tokens(2, 60)}
+NEXT = {"input_ids": tokens(2, 5, seed=9)}
+EXACT = Plan([PlanLayer(TopK(16, 8, bits=16), TopK(16, 5, bits=16))] * 2, buffer=8, sinks=2)  # no rounding to int8
+
+
+@pytest.fixture
+def model():
+    return attached()
+
+
+def pruned(model, retention=0.5, **settings):
+    return SwanCache(model, **{"retention": retention, "buffer": 8, "sinks": 2} | settings)
+
+
+def filled(model, cache, **inputs):
+    logits_of(model, cache, chunk=20, **inputs or TEXT)
+    return cache
+
+
+# The dial -----------------------------------------------------------------------------------------
+
+
+def test_lowering_the_dial_frees_memory_at_once(model):
+    cache = filled(model, pruned(model, 1.0), input_ids=tokens(2, 300))
+    sizes = [cache.nbytes]
+    for retention in (0.6, 0.5, 0.33, 0.25):
+        cache.retention = retention
+        assert cache.retention <= retention
+        sizes.append(cache.nbytes)
+    assert all(less < more for more, less in itertools.pairwise(sizes))
+    assert cache.get_seq_length() == 300
+
+
+def test_a_lowered_cache_is_one_that_was_always_low(model):
+    """Top-k of top-k is top-k, where values are not rounded."""
+    high, low = (Plan([PlanLayer(TopK(16, n, bits=16), TopK(16, n, bits=16))] * 2, buffer=8, sinks=2) for n in (12, 5))
+    lowered, always = filled(model, SwanCache(model, high)), filled(model, SwanCache(model, low))
+    for index, cache in lowered.winnowed.items():
+        cache.repack(low.layers[index])
+        for a, b in zip(cache.tensors, always.winnowed[index].tensors, strict=False):
+            assert a.shape == b.shape
+    # Queries of the later chunks saw more in the first cache, so only the first layer holds the same.
+    first, other = lowered.winnowed[0], always.winnowed[0]
+    for history in ("k_history", "v_history"):
+        for a, b in zip(getattr(first, history).tensors, getattr(other, history).tensors, strict=True):
+            assert torch.equal(a[:, :, : first.history_length], b[:, :, : first.history_length])
+
+
+def test_the_dial_moves_between_steps(model):
+    cache = pruned(model, 0.5)
+    ids = generated(model, cache, **TEXT, max_new_tokens=3)
+    for retention in (0.33, 0.8, 0.25, 1.0):
+        cache.retention = retention
+        ids = generated(model, cache, input_ids=ids, max_new_tokens=3)
+    assert ids.shape == (2, 75)
+    assert cache.get_seq_length() == 74
+    assert cache.retention == 1
+
+
+def test_raising_keeps_what_old_tokens_had(model):
+    """Old tokens do not change, new ones are kept whole."""
+    cache = filled(model, pruned(model, 0.33))
+    before = [unpack(kv.k_history.tokens(0, 50)) for kv in cache.winnowed.values()]
+    cache.retention = 1.0
+    logits_of(model, cache, input_ids=tokens(2, 20, seed=3))
+    for kv, old in zip(cache.winnowed.values(), before, strict=True):
+        now = unpack(kv.k_history.tokens(0, kv.history_length))
+        assert now.shape[2] == 70
+        assert torch.equal(now[:, :, :50], old)
+        assert ((now[:, :, :50] != 0).sum(-1) <= kept_keys(0.33)).all()
+        assert (now[:, :, 50:] != 0).all()
+
+
+def kept_keys(retention):
+    return Plan.for_retention(retention, dims=[(16, 16)]).layers[0].keys.keep
+
+
+@pytest.mark.parametrize("retention", [0, 1.5, 0.01])
+def test_the_dial_refuses_what_no_plan_has_and_stays(model, retention):
+    cache = filled(model, pruned(model, 0.5))
+    plan, size = cache.plan, cache.nbytes
+    with pytest.raises(ValueError, match="retention"):
+        cache.retention = retention
+    assert (cache.plan, cache.nbytes) == (plan, size)
+
+
+def test_the_dial_of_a_cache_without_history_is_fixed(model):
+    entry = PlanLayer(TopK(16, 8), TopK(16, 8))
+    cache = filled(model, SwanCache(model, Plan((entry, None), buffer=8, sinks=2)))
+    with pytest.raises(ValueError, match="no history in some layers"):
+        cache.retention = 0.5
+    assert cache.winnowed[0].plan_layer == entry
+    assert cache.winnowed[1].history_length == 0
+
+
+def test_a_layer_without_history_is_a_window(model):
+    """With None for a plan it sees sinks and buffer only: its memory does not grow."""
+    cache = filled(model, SwanCache(model, Plan((None, None), buffer=8, sinks=2)))
+    size = cache.nbytes
+    generated(model, cache, input_ids=torch.cat([TEXT["input_ids"], NEXT["input_ids"]], dim=1))
+    assert cache.nbytes == size
+    assert cache.retention == 0
+
+
+# What it reports ----------------------------------------------------------------------------------
+
+
+def dense_bytes(tokens, batch=2, layers=2, kv_heads=2, d=16, itemsize=4):
+    return batch * layers * kv_heads * tokens * 2 * d * itemsize
+
+
+def test_bytes_are_those_of_the_tensors_that_are_alive(model):
+    before = live_storages()
+    cache = filled(model, pruned(model, 0.33), input_ids=tokens(2, 300))
+    alive = sum(size for place, size in live_storages().items() if place not in before)
+    assert cache.nbytes == alive
+
+
+def test_bytes_follow_the_plan(model):
+    """History with at most 64 tokens, or a thirty-second part, of room to grow; buffer and sinks dense."""
+    cache = filled(model, pruned(model, 0.33), input_ids=tokens(2, 300))
+    entry = cache.plan.layers[0]
+    per_token = 2 * 2 * 2 * (entry.keys.vector_bytes(4) + entry.values.vector_bytes(4))
+    history, dense = 300 - 8 - 2, dense_bytes(8 + 2)
+    assert history * per_token + dense <= cache.nbytes <= (history + 2 * 64) * per_token + dense
+    assert cache.compression == cache.nbytes / dense_bytes(300)
+
+
+def test_an_empty_cache(model):
+    cache = pruned(model)
+    assert (cache.nbytes, cache.compression, cache.get_seq_length(), len(cache)) == (0, 1.0, 0, 2)
+    assert [row["tokens"] for row in cache.report()] == [0, 0]
+
+
+def test_report(model):
+    cache = filled(model, pruned(model, 0.33))
+    rows = cache.report()
+    assert [row["layer"] for row in rows] == [0, 1]
+    for row in rows:
+        assert (row["tokens"], row["history"]) == (60, 50)
+        assert row["compression"] == row["nbytes"] / dense_bytes(60, layers=1)
+        entry = cache.plan.layers[row["layer"]]
+        assert (row["keys"], row["values"]) == (dataclasses.asdict(entry.keys), dataclasses.asdict(entry.values))
+        # More than the share of coordinates kept: the largest are.
+        assert entry.keys.keep / 16 < row["keys_energy"] < 1
+        assert entry.values.keep / 16 < row["values_energy"] < 1
+    assert sum(row["nbytes"] for row in rows) == cache.nbytes
+    cache.retention = 1.0
+    assert all(row["keys_energy"] == row["values_energy"] == 1 for row in cache.report())
+
+
+def test_repr(model):
+    cache = filled(model, pruned(model, 0.33))
+    assert repr(cache) == (
+        f"SwanCache(retention={cache.retention:.3g}, buffer=8, sinks=2, tokens=60, nbytes={cache.nbytes}, "
+        f"compression={cache.compression:.3g})"
+    )
+
+
+def test_sliding_layers_are_counted_and_left_to_transformers():
+    model = attached("gemma3")
+    cache, dense = pruned(model), DynamicCache(config=model.config)
+    for held in (cache, dense):
+        filled(model, held)
+    assert list(cache.winnowed) == [1]
+    assert type(cache.layers[0]) is type(dense.layers[0])
+    sliding = sum(t.untyped_storage().nbytes() for t in (dense.layers[0].keys, dense.layers[0].values))
+    assert cache.nbytes == cache.winnowed[1].nbytes + sliding
+    assert cache.compression == cache.nbytes / (sliding + dense_bytes(60, layers=1))
+
+
+# transformers' protocol ---------------------------------------------------------------------------
+
+OPERATIONS = {
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+    "the same row twice": lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+    "repeat": lambda cache: cache.batch_repeat_interleave(3),
+    "select": lambda cache: cache.batch_select_indices(torch.tensor([1])),
+    "crop by 3": lambda cache: cache.crop(-3),
+    "crop by the buffer": lambda cache: cache.crop(-8),
+    "crop by more than the buffer": lambda cache: cache.crop(-20),
+    "reset": lambda cache: cache.reset(),
+}
+ROWS = {"repeat": [0, 0, 0, 1, 1, 1], "select": [1]}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operations_do_what_they_do_to_a_dense_cache(model, operation):
+    cache, dense = filled(model, everything(model)), filled(model, DynamicCache())
+    next_tokens = NEXT["input_ids"][ROWS.get(operation, [0, 1])]
+    logits = []
+    for held in (cache, dense):
+        OPERATIONS[operation](held)
+        if operation == "reset":
+            held = held if held is cache else DynamicCache()  # a dense one keeps its zeroed tokens
+        logits.append(logits_of(model, held, chunk=2, input_ids=next_tokens))
+    assert greatest_difference(*logits) < float32_bound(model, **TEXT)
+
+
+@pytest.mark.parametrize(("operation", "rows"), [("reorder", [1, 0]), ("repeat", ROWS["repeat"]), ("select", [1])])
+def test_rows_take_their_packed_history_with_them(model, operation, rows):
+    cache = filled(model, pruned(model, 0.33, prefill="windowed"))
+    moved = copy.deepcopy(cache)
+    OPERATIONS[operation](moved)
+    for index, kv in cache.winnowed.items():
+        for a, b in zip(kv.tensors, moved.winnowed[index].tensors, strict=False):
+            assert torch.equal(a[rows], b)
+
+
+def test_crop_to_a_length_as_older_versions_ask(model):
+    cache = filled(model, everything(model))
+    for layer in cache.layers:
+        layer.crop(55)
+    assert cache.get_seq_length() == 55
+    for layer in cache.layers:
+        layer.crop(100)  # longer than it is: nothing happens
+    assert cache.get_seq_length() == 55
+
+
+def test_crop_by_nothing(model):
+    cache = filled(model, pruned(model))
+    size = cache.nbytes
+    cache.crop(0)
+    assert (cache.get_seq_length(), cache.nbytes) == (60, size)
+
+
+def test_crop_of_everything(model):
+    cache = filled(model, everything(model))
+    cache.crop(-100)
+    assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
+
+
+def test_cropped_tokens_that_were_pruned_stay_pruned(model):
+    """After a crop by more than the buffer the last tokens are packed: another result than without it."""
+    cache = filled(model, pruned(model, 0.33, prefill="windowed"))
+    cache.crop(-20)
+    fresh = pruned(model, 0.33, prefill="windowed")
+    logits_of(model, fresh, input_ids=TEXT["input_ids"][:, :40])
+    assert cache.get_seq_length() == fresh.get_seq_length() == 40
+    a, b = (logits_of(model, held, **NEXT) for held in (cache, fresh))
+    assert greatest_difference(a, b) > float32_bound(model, **TEXT)
+    assert torch.isfinite(a).all()
+
+
+def test_a_copy_goes_its_own_way(model):
+    cache = filled(model, pruned(model, 0.5, prefill="windowed"))
+    twin = copy.deepcopy(cache)
+    assert twin.nbytes == cache.nbytes
+    expected = logits_of(model, cache, chunk=1, **NEXT)
+    cache.retention = 0.25
+    logits_of(model, cache, chunk=1, **NEXT)
+    assert (twin.get_seq_length(), twin.retention) == (60, pruned(model, 0.5).retention)
+    assert torch.equal(logits_of(model, twin, chunk=1, **NEXT), expected)
+
+
+def test_a_shared_beginning_is_read_once(model):
+    """The way to reuse the cache of a prompt: copy it for each continuation."""
+    prompt = filled(model, SwanCache(model, EXACT, prefill="windowed"))
+    for seed in range(2):
+        new = {"input_ids": tokens(2, 6, seed=seed)}
+        reused = logits_of(model, copy.deepcopy(prompt), chunk=3, **new)
+        fresh = filled(model, SwanCache(model, EXACT, prefill="windowed"))
+        assert greatest_difference(reused, logits_of(model, fresh, **new)) < float32_bound(model, **TEXT)
+
+
+def test_lengths(model):
+    cache = pruned(model)
+    assert (cache.get_seq_length(), cache.get_seq_length(1)) == (0, 0)
+    filled(model, cache)
+    assert (cache.get_seq_length(), cache.get_seq_length(1)) == (60, 60)  # seen, not stored dense
+    assert cache.get_mask_sizes(5, 0) == (65, 0)
+    assert [layer.get_max_length() for layer in cache.layers] == [-1, -1]
+    assert [layer.get_max_cache_shape() for layer in cache.layers] == [-1, -1]
+    assert not cache.is_compileable
+    assert cache.is_sliding == [False, False]
+
+
+def test_max_length_of_the_cache(model):
+    cache = pruned(model)
+    longest = cache.get_max_length() if hasattr(cache, "get_max_length") else cache.get_max_cache_shape()
+    assert longest == -1
+
+
+def test_it_is_not_moved_off_its_device(model):
+    cache = filled(model, pruned(model))
+    for move in (cache.layers[0].offload, cache.layers[0].prefetch):
+        with pytest.raises(NotImplementedError, match=r"make it smaller with cache\.retention"):
+            move()
+
+
+def test_another_batch_needs_a_reset(model):
+    cache = filled(model, pruned(model))
+    with pytest.raises(ValueError, match=r"reset\(\) it for another batch"):
+        logits_of(model, cache, input_ids=tokens(3, 5))
+
+
+def test_output_attentions_is_refused(model):
+    """Weights over a packed history are never formed; None in their place would mislead."""
+    with pytest.raises(ValueError, match="does not support output_attentions"):
+        model(**TEXT, **{cache_keyword(model): pruned(model)}, output_attentions=True)

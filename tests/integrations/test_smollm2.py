@@ -1,0 +1,105 @@
+"""SmolLM2-135M, a real model: exact where nothing is pruned, close where half is."""
+
+import copy
+
+import pytest
+import torch
+
+from swan import SwanCache, attach, calibrate, detach
+from swan.evaluation.sources import calibration_text, evaluation_text, load_model, token_windows
+from swan.integrations.transformers import cache_keyword
+from tests.tiny import float32_bound, generated, greatest_difference, logits_of
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def calibration(smollm2):
+    model, tokenizer = smollm2
+    windows = token_windows(calibration_text(), tokenizer, windows=2, length=1024)
+    return calibrate(model, windows.split(1), progress=False)
+
+
+@pytest.fixture(scope="module")
+def window(smollm2):
+    return token_windows(evaluation_text(), smollm2[1], windows=1, length=512)
+
+
+@pytest.fixture
+def model(smollm2, calibration):
+    attach(smollm2[0], calibration)
+    yield smollm2[0]
+    detach(smollm2[0])
+
+
+def perplexity(logits, ids):
+    return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).exp().item()
+
+
+def test_bases_capture_what_matters(calibration):
+    """The leading quarter holds most of the importance of the keys; of the values less."""
+    rows = calibration.report()
+    assert len(rows) == 30 and calibration.tokens == 2048
+    assert calibration.dims == [(64, 64)] * 30
+    mean = {name: sum(row[name] for row in rows) / 30 for name in ("keys_quarter", "values_quarter")}
+    assert mean["keys_quarter"] > mean["values_quarter"] > 0.25
+
+
+def test_a_cache_that_keeps_everything_is_exact(model, window):
+    ids = window[:, :160]
+    cache = SwanCache(model, retention=1.0, buffer=32)
+    logits = logits_of(model, cache, chunk=80, input_ids=ids)
+    assert cache.winnowed[0].history_length == 160 - 32 - 4
+    assert greatest_difference(logits, logits_of(model, input_ids=ids)) < float32_bound(model, input_ids=ids)
+
+
+def test_perplexity_at_half_the_bytes(model, window):
+    """Every token but sinks and the newest 64 is seen pruned, as in decoding."""
+    dense = perplexity(logits_of(model, input_ids=window), window)
+    cache = SwanCache(model, retention=0.5, buffer=64, prefill="windowed")
+    pruned = perplexity(logits_of(model, cache, input_ids=window), window)
+    assert cache.retention <= 0.5
+    assert pruned == pytest.approx(dense, rel=0.02)
+    assert pruned != dense
+
+
+def test_text_at_half_the_bytes(model, smollm2, window):
+    """Greedy text after 256 tokens, of which it sees 188 pruned."""
+    ids = window[:, :256]
+    dense = generated(model, input_ids=ids, max_new_tokens=20)[0, 256:]
+    cache = SwanCache(model, retention=0.5, buffer=64, prefill="windowed")
+    text = generated(model, cache, input_ids=ids, max_new_tokens=20)[0, 256:]
+    assert cache.winnowed[29].history_length == 275 - 64 - 4
+    assert (text == dense[: len(text)]).float().mean() > 0.5
+    assert smollm2[1].decode(text).strip()
+
+
+def test_the_dial_on_a_real_model(model, window):
+    """Less memory and a little more loss at each notch."""
+    cache = SwanCache(model, retention=0.5, buffer=64, prefill="windowed")
+    logits_of(model, cache, input_ids=window[:, :448])
+    rest, losses, sizes = window[:, 448:], [], []
+    for retention in (0.5, 0.25):
+        cache.retention = retention
+        twin = copy.deepcopy(cache)
+        sizes.append(twin.nbytes)
+        with torch.no_grad():
+            losses.append(perplexity(model(rest, **{cache_keyword(model): twin}).logits, rest))
+    assert sizes[1] < 0.75 * sizes[0]
+    assert losses[0] < losses[1] < 1.3 * losses[0]
+
+
+@pytest.mark.parametrize("fold", [False, True], ids=["at run time", "folded"])
+def test_detach_brings_it_back_bit_for_bit(smollm2, calibration, window, fold):
+    model, ids = smollm2[0], window[:, :64]
+    before, logits = {name: t.clone() for name, t in model.state_dict().items()}, logits_of(model, input_ids=ids)
+    attach(model, calibration, fold=fold)
+    inside = logits_of(model, SwanCache(model, retention=1.0, buffer=16), chunk=32, input_ids=ids)
+    assert greatest_difference(inside, logits) < 1e-3 * logits.abs().max()
+    detach(model)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert torch.equal(logits_of(model, input_ids=ids), logits)

@@ -1,0 +1,93 @@
+"""What a `DenseBuffer` holds and hands out, against a list of columns."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swan import DenseBuffer
+from swan.modules.buffer import NOWHERE
+from tests.strategies import splits
+
+sizes, sinks_counts = st.integers(1, 9), st.integers(0, 4)
+
+
+def numbered(start: int, stop: int, batch: int = 2):
+    """Keys and values that say their column: keys of 3 coordinates, values of 2."""
+    columns = torch.arange(start, stop, dtype=torch.float32).view(1, 1, -1, 1)
+    return columns.expand(batch, 1, -1, 3).clone(), -columns.expand(batch, 1, -1, 2).clone()
+
+
+def held(buffer: DenseBuffer, row: int) -> list[int]:
+    """The columns that a row of the buffer shows, after a look at what lies there."""
+    columns = buffer.columns().expand(2, -1)[row].tolist()
+    shown = [c for c in columns if c < NOWHERE]
+    for slot, column in enumerate(columns):
+        if column < NOWHERE:
+            assert buffer.keys[row, 0, slot].tolist() == [column] * 3
+            assert buffer.values[row, 0, slot].tolist() == [-column] * 2
+    return sorted(shown)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@given(sizes, sinks_counts, st.integers(1, 30).flatmap(splits), st.data())
+def test_holds_the_newest_and_the_first(static, size, sinks, chunks, data):
+    padding = data.draw(st.none() | st.lists(st.integers(0, 6), min_size=2, max_size=2))
+    starts = padding or [0, 0]
+    buffer, length, gone = DenseBuffer(size, sinks, static=static), 0, sinks
+    for chunk in chunks:
+        evicted = buffer.push(*numbered(length, length + chunk), None if padding is None else torch.tensor(padding))
+        length += chunk
+        first = max(0, length - size)
+        # Out come the columns after the sinks that no longer fit the ring, oldest first.
+        out = list(range(gone, max(first, gone)))
+        gone = max(first, gone)
+        keys, values = evicted.keys[0, 0], evicted.values[0, 0]
+        if static:
+            taken = evicted.places >= 0
+            keys, values = keys[taken], values[taken]
+            assert evicted.places[taken].tolist() == [column - sinks for column in out]
+        assert keys[:, 0].tolist() == out
+        assert values[:, 0].tolist() == [-column for column in out]
+        for row, start in enumerate(starts):
+            beginning = [c for c in range(start, start + sinks) if c < first]
+            assert held(buffer, row) == sorted({*beginning, *range(first, length)})
+    assert (int(buffer.length), int(buffer.first)) == (length, first)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@given(sizes, sinks_counts, st.integers(1, 20), st.data())
+def test_crop_forgets_and_goes_on(static, size, sinks, length, data):
+    kept, more = data.draw(st.integers(0, length)), data.draw(st.integers(1, 20))
+    buffer = DenseBuffer(size, sinks, static=static)
+    buffer.push(*numbered(0, length))
+    first = max(0, length - size)
+    buffer.crop(kept)
+    first = min(first, kept)
+    assert held(buffer, 0) == sorted({*range(min(sinks, first)), *range(first, kept)})
+    evicted = buffer.push(*numbered(kept, kept + more))
+    out = range(max(first, sinks), max(kept + more - size, first, sinks))
+    keys = evicted.keys[0, 0, :, 0] if not static else evicted.keys[0, 0, evicted.places >= 0, 0]
+    assert keys.tolist() == list(out)
+    first = max(first, kept + more - size)
+    assert held(buffer, 0) == sorted({*range(min(sinks, first)), *range(first, kept + more)})
+
+
+def test_reset_frees():
+    buffer = DenseBuffer(4, 2)
+    buffer.push(*numbered(0, 9), torch.tensor([1, 3]))
+    buffer.reset()
+    assert buffer.keys is buffer.values is buffer.padding is None
+    assert buffer.length == buffer.first == 0
+    buffer.push(*numbered(0, 3))
+    assert held(buffer, 0) == [0, 1, 2]
+
+
+def test_repr():
+    assert repr(DenseBuffer(8, sinks=2, static=True)) == "DenseBuffer(size=8, sinks=2, static=True)"
+
+
+@pytest.mark.parametrize(("size", "sinks"), [(0, 4), (4, -1)])
+def test_refuses(size, sinks):
+    with pytest.raises(ValueError, match=f"size >= 1 and sinks >= 0, got size={size}, sinks={sinks}"):
+        DenseBuffer(size, sinks)

@@ -1,0 +1,201 @@
+"""The meaning of `KVCache`: dense where it should be, token by token the same as in any chunks."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from swan import Graded, KVCache, PlanLayer, TopK
+from swan.functional import reference
+from tests.strategies import (
+    assert_within,
+    attention_bound,
+    decode,
+    double,
+    dtypes,
+    heads,
+    layouts,
+    plan_layers,
+    qkv,
+    seeds,
+    splits,
+    stored,
+    windowed_oracle,
+)
+
+D, DV = 8, 5
+EXACT = PlanLayer(TopK(D, D, bits=16), Graded.leading(DV, DV))
+statics = st.booleans()
+paddings = st.sampled_from(["none", "once", "each time", "as seen"])
+
+
+class Case(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    chunks: list[int]
+    buffer: int
+    sinks: int
+
+
+@st.composite
+def cases(draw) -> Case:
+    tokens = draw(st.integers(1, 24))
+    inputs = qkv(draw(seeds), 2, draw(heads), tokens, tokens, D, DV, draw(dtypes))
+    return Case(*inputs, draw(splits(tokens)), draw(st.integers(1, 10)), draw(st.integers(0, 4)))
+
+
+def cache_of(case: Case, plan_layer: PlanLayer | None, prefill="windowed", static=False) -> KVCache:
+    room = {"static": True, "max_length": case.q.shape[2] + 3} if static else {}
+    return KVCache(plan_layer, buffer=case.buffer, sinks=case.sinks, prefill=prefill, **room)
+
+
+def bound(case: Case, plan_layer: PlanLayer | None) -> float:
+    keys, values = [case.k], [case.v]
+    if plan_layer is not None:
+        keys.append(stored(case.k, plan_layer.keys))
+        values.append(stored(case.v, plan_layer.values))
+    return attention_bound(case.q, torch.cat(keys, dim=2), torch.cat(values, dim=2))
+
+
+def window_starts(chunks, buffer):
+    """The dense form: all queries of a chunk see what the first one sees dense."""
+    starts, length = [], 0
+    for size in chunks:
+        starts += [length - buffer + 1] * size
+        length += size
+    return torch.tensor(starts)
+
+
+# Exactness anchors --------------------------------------------------------------------------------
+
+
+@given(cases(), plan_layers(D, DV), statics, st.sampled_from(["dense", "windowed"]))
+def test_short_sequences_are_dense(case, plan_layer, static, prefill):
+    case = case._replace(buffer=case.q.shape[2])
+    expected, _ = reference.dense_attention(*double(*case[:3]), causal=True)
+    assert_within(decode(cache_of(case, plan_layer, prefill, static), *case[:4]), expected, bound(case, None))
+
+
+@given(cases(), statics, st.sampled_from(["dense", "windowed"]))
+def test_keeping_everything_is_dense(case, static, prefill):
+    expected, _ = reference.dense_attention(*double(*case[:3]), causal=True)
+    assert_within(decode(cache_of(case, EXACT, prefill, static), *case[:4]), expected, bound(case, EXACT))
+
+
+# The two forms ------------------------------------------------------------------------------------
+
+
+@given(cases(), plan_layers(D, DV), statics)
+def test_windowed_is_token_by_token(case, plan_layer, static):
+    expected = windowed_oracle(*case[:3], plan_layer, buffer=case.buffer, sinks=case.sinks)
+    for chunks in (case.chunks, [1] * case.q.shape[2]):
+        found = decode(cache_of(case, plan_layer, static=static), *case[:3], chunks)
+        assert found.dtype == case.q.dtype
+        assert_within(found, expected, bound(case, plan_layer), f"chunks {chunks}")
+
+
+@given(cases(), plan_layers(D, DV), statics)
+def test_dense_form_chunk_by_chunk(case, plan_layer, static):
+    starts = window_starts(case.chunks, case.buffer)
+    expected = windowed_oracle(*case[:3], plan_layer, buffer=case.buffer, sinks=case.sinks, window_start=starts)
+    found = decode(cache_of(case, plan_layer, "dense", static), *case[:4])
+    assert_within(found, expected, bound(case, plan_layer))
+
+
+@pytest.mark.parametrize("prefill", ["dense", "windowed"])
+@given(cases(), plan_layers(D, DV), statics, paddings.filter(lambda kind: kind != "none"), st.data())
+def test_padding_per_row(prefill, case, plan_layer, static, told, data):
+    tokens = case.q.shape[2]
+    padding = torch.tensor(data.draw(st.lists(st.integers(0, tokens - 1), min_size=2, max_size=2)))
+    starts = None if prefill == "windowed" else window_starts(case.chunks, case.buffer)
+    expected = windowed_oracle(
+        *case[:3], plan_layer, buffer=case.buffer, sinks=case.sinks, padding=padding, window_start=starts
+    )
+    cache, outs, start = cache_of(case, plan_layer, prefill, static), [], 0
+    for size in case.chunks:
+        q, k, v = (t[:, :, start : start + size] for t in case[:3])
+        start += size
+        given_now = {"once": padding if start == size else None, "each time": padding}
+        cache.update(k, v, padding=given_now.get(told, padding.clamp(max=start)))  # "as seen": all padding so far
+        outs.append(cache.attend(q))
+    assert_within(torch.cat(outs, dim=2), expected, bound(case, plan_layer))
+
+
+@given(cases(), statics, st.sampled_from([None, 2]))
+def test_window_only_is_a_band_and_sinks(case, static, row_padding):
+    tokens = case.q.shape[2]
+    padding = torch.tensor([0, min(row_padding or 0, tokens - 1)])
+    i, j, first = torch.arange(tokens)[:, None], torch.arange(tokens), padding[:, None, None]
+    seen = (j <= i) & (j >= first) & ((i - j < case.buffer) | (j < first + case.sinks))
+    expected, _ = reference.dense_attention(*double(*case[:3]), mask=seen[:, None])
+    cache = cache_of(case, None, static=static)
+    found = decode(cache, *case[:4], padding=None if row_padding is None else padding)
+    assert_within(found, expected, bound(case, None))
+    assert cache.history_length == 0
+    assert cache.k_history is None
+
+
+# Masks --------------------------------------------------------------------------------------------
+
+
+@given(cases(), plan_layers(D, DV), statics, st.sampled_from(["dense", "windowed"]))
+def test_a_causal_mask_is_the_default(case, plan_layer, static, prefill):
+    tokens = case.q.shape[2]
+    causal = torch.ones(tokens, tokens + 3, dtype=torch.bool).tril()[None, None]  # a static cache's has more columns
+    plain = decode(cache_of(case, plan_layer, prefill, static), *case[:4])
+    masked = decode(cache_of(case, plan_layer, prefill, static), *case[:4], mask=causal)
+    assert_within(masked, plain, 2 * bound(case, plan_layer))
+
+
+@given(cases(), statics, st.booleans(), st.booleans(), st.data())
+def test_any_mask_hides_more(case, static, per_row, per_head, data):
+    batch, count, tokens, _ = case.q.shape
+    shape = batch if per_row else 1, count if per_head else 1, tokens, tokens
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(data.draw(seeds))) > 0.4
+    expected, _ = reference.dense_attention(*double(*case[:3]), mask=mask, causal=True)
+    assert_within(decode(cache_of(case, EXACT, static=static), *case[:4], mask=mask), expected, bound(case, EXACT))
+
+
+def test_a_scale_is_used():
+    case = Case(*qkv(0, 1, (4, 2), 9, 9, D, DV, torch.float32), [4, 1, 4], 3, 1)
+    expected = windowed_oracle(*case[:3], EXACT, buffer=3, sinks=1, scale=0.9)
+    cache, outs = cache_of(case, EXACT), []
+    for q, k, v in zip(*(t.split(case.chunks, dim=2) for t in case[:3]), strict=True):
+        cache.update(k, v)
+        outs.append(cache.attend(q, scale=0.9))
+    assert_within(torch.cat(outs, dim=2), expected, attention_bound(*case[:3], scale=0.9))
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "compiled", "auto"])
+def test_every_impl(impl):
+    plan_layer = PlanLayer(TopK(D, 3), TopK(D, 4))
+    case = Case(*qkv(0, 2, (4, 2), 30, 30, D, D, torch.float32), [13, 1, 16], 5, 2)
+    expected = windowed_oracle(*case[:3], plan_layer, buffer=5, sinks=2)
+    cache, outs = cache_of(case, plan_layer), []
+    for q, k, v in zip(*(t.split(case.chunks, dim=2) for t in case[:3]), strict=True):
+        cache.update(k, v)
+        outs.append(cache.attend(q, impl=impl))
+    assert_within(torch.cat(outs, dim=2), expected, bound(case, plan_layer))
+
+
+def test_many_tokens():
+    """History over several tiles and blocks, at a common head dimension and with odd ends."""
+    plan_layer = PlanLayer(TopK(64, 40), TopK(63, 24, positions="index"))
+    case = Case(*qkv(0, 1, (3, 1), 2500, 2500, 64, 63, torch.float32), [1999, 1, 437, 1, 62], 128, 4)
+    expected = windowed_oracle(*case[:3], plan_layer, buffer=128, sinks=4)
+    cache = cache_of(case, plan_layer)
+    assert_within(decode(cache, *case[:4]), expected, bound(case, plan_layer))
+    assert (cache.length, cache.history_length) == (2500, 2500 - 128 - 4)
+
+
+@given(cases(), layouts(D), layouts(DV))
+def test_attending_twice_is_free(case, keys, values):
+    """A single query may come again, as with several scorers."""
+    cache = cache_of(case, PlanLayer(keys, values))
+    cache.update(*case[1:3])
+    cache.update(case.k[:, :, :1], case.v[:, :, :1])
+    assert torch.equal(cache.attend(case.q[:, :, :1]), cache.attend(case.q[:, :, :1]))

@@ -1,0 +1,174 @@
+"""Tiny transformers models with random weights, and what their tests share."""
+
+import copy
+import gc
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from swan import Calibration, SwanCache, attach, calibrate
+from swan.integrations.transformers import cache_keyword
+
+VOCABULARY = 97
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,  # attention far from uniform
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,  # so that every generation has the same length
+}
+GPT2_SIZES = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
+GPT2_SIZES |= {"initializer_range": 0.15, "bos_token_id": 1, "eos_token_id": None}
+OTHER_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64}
+JETMOE_SIZES = OTHER_SIZES | {"intermediate_size": 96, "num_hidden_layers": 2, "num_key_value_heads": 2}
+JETMOE_SIZES |= {"kv_channels": 16, "num_local_experts": 2, "max_position_embeddings": 512}
+BART_SIZES = {"vocab_size": VOCABULARY, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1}
+HYBRID = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
+# By name: the class of the model, that of its configuration, and settings.
+ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
+    # supported
+    "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES),
+    "mistral": ("MistralForCausalLM", "MistralConfig", SIZES | {"sliding_window": None}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", SIZES),  # biases
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SIZES),  # norms of q and k
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", SIZES | HYBRID | {"query_pre_attn_scalar": 16}),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", SIZES),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2_SIZES),  # no RoPE, fused qkv, Conv1D
+    "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES),  # fused qkv, partial RoPE
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", SIZES),  # fused qkv
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", SIZES | {"sliding_window": None, "num_local_experts": 2}),
+    # refused
+    "mistral-sliding": ("MistralForCausalLM", "MistralConfig", SIZES | {"sliding_window": 8}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", SIZES | {"sliding_window": 8}),  # softcap
+    "gpt-oss": ("GptOssForCausalLM", "GptOssConfig", SIZES | HYBRID | {"num_local_experts": 2}),  # learned sinks
+    "doge": ("DogeForCausalLM", "DogeConfig", SIZES),  # a mask of its own
+    "jetmoe": ("JetMoeForCausalLM", "JetMoeConfig", JETMOE_SIZES),  # repeats keys between cache and attention
+    "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", SIZES | {"layer_types": ["conv", "full_attention"]}),
+    "bloom": ("BloomForCausalLM", "BloomConfig", OTHER_SIZES | {"n_layer": 2, "n_head": 4}),  # attention of its own
+    "mamba": ("MambaForCausalLM", "MambaConfig", OTHER_SIZES | {"num_hidden_layers": 2}),
+    "bart": ("BartForConditionalGeneration", "BartConfig", BART_SIZES),
+}
+
+
+def tiny(architecture: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A model of an architecture with random weights, no two biases or norms of it alike."""
+    model_class, config_class, settings = ARCHITECTURES[architecture]
+    config = getattr(transformers, config_class)(**settings | changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_class)(config)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def attached(architecture: str = "llama", seed: int = 0, fold: bool = False, **changes: object) -> PreTrainedModel:
+    """A tiny model, calibrated on random tokens and attached."""
+    model = tiny(architecture, seed, **changes)
+    attach(model, calibration_of(model), fold=fold)
+    return model
+
+
+def calibration_of(model: PreTrainedModel) -> Calibration:
+    return calibrate(model, [tokens(2, 40, seed=1)])
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    """Random tokens, none of them special."""
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
+    """Rows of random tokens of these lengths, padded on the left, with their mask and positions."""
+    longest = max(lengths)
+    mask = torch.stack([(torch.arange(longest) >= longest - length).long() for length in lengths])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {
+        "input_ids": tokens(len(lengths), longest, seed) * mask,
+        "attention_mask": mask,
+        "position_ids": positions,
+    }
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, cache: object = None, chunk: int | None = None, **inputs: Tensor) -> Tensor:
+    """Logits of a text that the model reads in chunks; without a cache all at once."""
+    if cache is None:
+        return model(**inputs, use_cache=False).logits
+    length = inputs["input_ids"].shape[1]
+    parts = []
+    for start in range(0, length, chunk or length):
+        stop = min(start + (chunk or length), length)
+        now = {name: t[:, :stop] if name == "attention_mask" else t[:, start:stop] for name, t in inputs.items()}
+        parts.append(model(**now, **{cache_keyword(model): cache}).logits)
+    return torch.cat(parts, dim=1)
+
+
+def generated(model: PreTrainedModel, cache: object = None, **arguments: object) -> Tensor:
+    """Tokens of `generate`, greedy unless said otherwise, all of the length asked for."""
+    given = {} if cache is None else {cache_keyword(model): cache}
+    return model.generate(**{"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0} | arguments, **given)
+
+
+def everything(model: PreTrainedModel, **settings: object) -> SwanCache:
+    """A cache that keeps all, in a buffer so small that most tokens are in the history."""
+    return SwanCache(model, **{"retention": 1.0, "buffer": 8, "sinks": 2} | settings)
+
+
+def float32_bound(model: PreTrainedModel, **inputs: Tensor) -> float:
+    """What rotations may change in the logits of a float32 model: 4 times its own error against float64.
+
+    They add four products per layer (q, k, v, output) to the seven that a layer has, each with a rounding
+    error like theirs; the largest of many such errors is as large again in one run as in another.
+    """
+    wide = copy.deepcopy(model).double()
+    if hasattr(wide, "set_experts_implementation"):
+        wide.set_experts_implementation("eager")  # others have no float64
+    exact = logits_of(wide, **inputs)
+    return 4 * (logits_of(model, **inputs) - exact).abs().max().item()
+
+
+def greatest_difference(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def live_storages() -> dict[int, int]:
+    """Bytes of every storage that a tensor in this process holds, by its address."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for thing in gc.get_objects():
+        # By its exact type: proxies lie to isinstance, and fake tensors of compiled tests hold nothing.
+        if type(thing) in (Tensor, nn.Parameter) and thing.layout == torch.strided and thing.device.type != "meta":
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, object]:
+    """All of a model that `detach` has to bring back."""
+    return {
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "buffers": [name for name, _ in model.named_buffers()],
+        "config": model.config.to_dict(),
+        "attention": model.config._attn_implementation,
+    }
+
+
+def assert_unchanged(model: PreTrainedModel, before: dict[str, object]) -> None:
+    now = snapshot(model)
+    weights, kept = now.pop("weights"), before["weights"]
+    assert list(weights) == list(kept)
+    assert all(torch.equal(weights[name], kept[name]) for name in kept)
+    assert now == {name: value for name, value in before.items() if name != "weights"}
