@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -182,8 +182,8 @@ def calibrate(
 
     Args:
         model: a model of your own built from `SwanAttention`, or a transformers decoder.
-        batches: what the model is called with: token ids ``[batch, tokens]``, or dicts of keyword
-            arguments (with an ``attention_mask`` where rows are padded).
+        batches: what the model is called with: token ids ``[batch, tokens]``, or mappings of keyword
+            arguments, such as a tokenizer gives (with an ``attention_mask`` where rows are padded).
         basis: ``"joint"`` (the paper's: queries and keys together, values and output projection together),
             ``"pca"`` (keys and values alone), ``"random"`` or ``"identity"``.
         seed: seed of a random basis.
@@ -194,7 +194,8 @@ def calibrate(
 
     Raises:
         TypeError: the model has no attention that swan knows.
-        ValueError: no batch came, or activations hold NaN or infinity.
+        ValueError: no batch came, activations hold NaN or infinity, or the model changes its attention scores
+            in a way that swan does not know (softcap, learned sinks).
 
     Example:
         >>> import swan
@@ -231,8 +232,8 @@ def _run(model: nn.Module, batch: Any, *, transformers: bool) -> None:
     device = next(iter(model.parameters())).device
     kwargs: dict[str, Any] = {"use_cache": False} if transformers else {}
     body = cast(nn.Module, model.base_model) if transformers else model  # the head is of no interest
-    if isinstance(batch, dict):
-        named = cast("dict[str, Any]", batch)
+    if isinstance(batch, Mapping):
+        named = cast("Mapping[str, Any]", batch)
         body(**{name: t.to(device) if isinstance(t, Tensor) else t for name, t in named.items()}, **kwargs)
     else:
         body(batch.to(device), **kwargs)

@@ -1,5 +1,6 @@
 """`swan demo`: the whole path on a small real model."""
 
+import importlib.util
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +42,8 @@ def demo(
     """Calibrate a model, generate with less and less cache, and measure what it costs."""
     show = not json
     with user_errors():
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("the plot of the demo needs matplotlib: pip install 'swan-attention[plot]'")
         begun = time.perf_counter()
         network, tokenizer = load(model, dtype)
         _say(show, f"{model} loaded; calibrating on the language reference of Python (8192 tokens)")
@@ -105,10 +108,8 @@ def _generate(
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> Path:
     """Bytes held and perplexity increase, side by side."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install 'swan-attention[plot]'") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

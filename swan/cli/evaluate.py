@@ -47,16 +47,26 @@ def evaluate(
         found = calibration_of(model, network, tokenizer, path=calibration, basis=basis.value)
         plans = [Plan.for_retention(r, found, buffer=buffer, sinks=sinks) for r in retention or []]
         sweep = [Setting("topk", plan, basis=basis.value) for plan in plans]
-        rows = evaluate_settings(
-            network, tokens, sweep or default_sweep(found.dims, buffer=buffer, sinks=sinks), found
-        )
+        rows = evaluate_settings(network, tokens, sweep or default_sweep(found.dims, buffer=buffer, sinks=sinks), found)
     rows = [{"model": model, "text": text, **row} for row in rows]
     if json:
         settings = {"windows": windows, "length": length, "buffer": buffer, "sinks": sinks, "dtype": dtype}
         return print_json(settings | {"calibration": repr(found)}, rows)
     print_table(
         f"{model} on {text}, {windows} windows of {length} tokens, buffer {buffer}",
-        ("form", "keys", "values", "basis", "sinks", "retention", "perplexity", "increase", "± s.e.", "KL", "agreement"),
+        (
+            "form",
+            "keys",
+            "values",
+            "basis",
+            "sinks",
+            "retention",
+            "perplexity",
+            "increase",
+            "± s.e.",
+            "KL",
+            "agreement",
+        ),
         [_cells(row) for row in rows],
     )
 

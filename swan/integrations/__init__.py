@@ -25,8 +25,9 @@ def attach(model: nn.Module, calibration: Calibration, fold: bool = False) -> No
             (transformers only): no cost per step, the paper's way.
 
     Raises:
-        ValueError: the calibration is of another model, the model is attached already, or a projection
-            cannot be folded; the model is unchanged then.
+        ValueError: the calibration is of another model, the model is attached already, a projection
+            cannot be folded, or the architecture does not work with a `SwanCache` (two tokens are run to
+            find out); the model is unchanged then.
 
     Example:
         >>> import swan
