@@ -26,7 +26,13 @@ def decode(
     json: JsonOption = False,
 ) -> None:
     """One decoding step of one layer: attention over the cache, random weights."""
-    shape = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "buffer": buffer}
+    shape: dict[str, Any] = {
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "buffer": buffer,
+    }
     lengths = length or [8192]
     with user_errors():
         rows = bench_decode(lengths, **shape)

@@ -114,7 +114,8 @@ def stream(
 
     clock = Clock()
     start = time.perf_counter()
-    out = model.generate(
+    run: Any = model.generate
+    out = run(
         inputs,
         attention_mask=torch.ones_like(inputs),
         max_new_tokens=tokens,

@@ -122,6 +122,8 @@ class DenseBuffer(nn.Module):
         if isinstance(self.length, Tensor) and isinstance(self.first, Tensor):
             self.length.fill_(length)
             self.first.clamp_(max=length)
+            if length == 0 and self.padding is not None:
+                self.padding.zero_()  # another sequence begins
         else:
             self.length, self.first = length, min(int(self.first), length)
         self.sinks_end = self.sinks if self.padding is None else int(self.padding.max()) + self.sinks

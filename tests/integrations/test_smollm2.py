@@ -77,6 +77,7 @@ def test_text_at_half_the_bytes(model, smollm2, window):
     assert smollm2[1].decode(text).strip()
 
 
+@pytest.mark.slow
 def test_the_dial_on_a_real_model(model, window):
     """Less memory and a little more loss at each notch."""
     cache = SwanCache(model, retention=0.5, buffer=64, prefill="windowed")

@@ -67,17 +67,18 @@ def assert_same(cache: KVCache, before) -> None:
 
 
 @static_or_not
+@pytest.mark.parametrize("padding", [None, torch.tensor([3, 0])], ids=["plain", "padded"])
 @pytest.mark.parametrize(("length", "kept"), [(30, 30), (30, 25), (30, 11), (30, 1), (7, 3)])
-def test_crop_then_continue(length, kept, static):
+def test_crop_then_continue(length, kept, padding, static):
     """What was packed stays packed: the window begins where it began before the crop, until new tokens fill it."""
     q, k, v = sequence(50)
     cache = cache_of(static=static)
-    decode(cache, q[:, :, :length], k[:, :, :length], v[:, :, :length], [length])
+    decode(cache, q[:, :, :length], k[:, :, :length], v[:, :, :length], [length], padding=padding)
     cache.crop(kept)
     assert cache.length == kept
     found = decode(cache, q[:, :, kept:], k[:, :, kept:], v[:, :, kept:], [1, 9, *[1] * (40 - kept)])
     starts = (torch.arange(50) - 7).clamp(min=min(length - 8, kept))
-    expected = windowed_oracle(q, k, v, PLAN, buffer=8, sinks=2, window_start=starts)
+    expected = windowed_oracle(q, k, v, PLAN, buffer=8, sinks=2, padding=padding, window_start=starts)
     assert_within(found, expected[:, :, kept:], attention_bound(q, k, v))
 
 
@@ -97,7 +98,7 @@ def test_a_rejected_draft_leaves_no_trace():
 def test_crop_to_nothing_is_a_new_cache(static):
     q, k, v = sequence(30)
     cache = cache_of(static=static)
-    decode(cache, q.flip(2), k.flip(2), v.flip(2), [30], padding=None)
+    decode(cache, q.flip(2), k.flip(2), v.flip(2), [30], padding=torch.tensor([3, 0]))
     cache.crop(0)
     expected = windowed_oracle(q, k, v, PLAN, buffer=8, sinks=2)
     assert_within(decode(cache, q, k, v, [13, 17]), expected, attention_bound(q, k, v))
