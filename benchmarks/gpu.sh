@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh --device cpu --quick    the same code in small shapes, anywhere
 #
 # PYTHON picks the interpreter (python3), OUT the folder of the JSON files (benchmarks/results).
-# Status: 1 if a result is out of its bound or swan cannot be imported, else 0.
+# Status: 1 if a result is out of its bound or swan cannot be imported, 124 if cut off for time, else 0.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

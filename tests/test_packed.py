@@ -78,6 +78,7 @@ def test_int8_is_half_a_step_off(seed, d, dtype, data):
     assert packed.positions is None if layout.keep == d else torch.equal(packed.positions, exact.positions)
     assert_within(unpack(packed), unpack(exact), step_bound(packed))
     assert not unpack(packed)[unpack(exact) == 0].any()
+    assert packed.planes[0].abs().amax(-1).eq(127).all()  # all of int8 is used
 
 
 @given(seeds, dims, dtypes, st.data())

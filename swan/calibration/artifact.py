@@ -131,6 +131,8 @@ class Calibration:
         os.close(handle)
         try:
             save_file(tensors, temporary, metadata={"swan": json.dumps(about)})
+            os.umask(umask := os.umask(0))
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner only
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)

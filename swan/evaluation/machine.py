@@ -85,7 +85,8 @@ def last_level_cache(device: torch.device | str) -> int:
 def memory_bandwidth(device: torch.device | str) -> float:
     """Bytes per second that plain code gets from memory: the better of a sum (read) and a copy (read and write)."""
     device = torch.device(device)
-    source = torch.ones(max(2**28, 4 * last_level_cache(device)) // 4, device=device)
+    size = max(2**30 if device.type == "cuda" else 2**28, 4 * last_level_cache(device))
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     read = min(time_calls(torch.Tensor.sum, [source], device, repeats=20, seconds=0.5))
     copy = min(time_calls(target.copy_, [source], device, repeats=20, seconds=0.5))

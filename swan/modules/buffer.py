@@ -126,7 +126,6 @@ class DenseBuffer(nn.Module):
                 self.padding.zero_()  # another sequence begins
         else:
             self.length, self.first = length, min(int(self.first), length)
-        self.sinks_end = self.sinks if self.padding is None else int(self.padding.max()) + self.sinks
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""
