@@ -1,18 +1,22 @@
 """Attention over dense and packed keys and values, and the exact merge of its parts."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from einops import einsum, rearrange, repeat
-from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from swan.functional import reference
 from swan.packed import Packed, unpack
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 __all__ = ["Impl", "dense_attention", "merge_attention", "packed_attention", "swan_attention"]
 

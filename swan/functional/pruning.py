@@ -1,10 +1,16 @@
 """Pruning as mathematics: dense tensors in and out, differentiable in the coordinates kept."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from swan.packed import Graded
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["graded_prune", "topk_prune"]
 

@@ -1,9 +1,15 @@
 """Orthogonal rotations of queries, keys and values."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["check_basis", "fold_value_rotation", "inverse_rotate", "random_rotation", "rotate"]
 
