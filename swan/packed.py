@@ -10,6 +10,8 @@ selects tokens in all of them.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +25,8 @@ __all__ = ["Graded", "Layout", "Packed", "PlanLayer", "TopK", "pack", "unpack"]
 
 SCALE_DTYPE = torch.bfloat16  # the range of float32; its rounding is below half a step of int8
 MAX_DIM = 256
+PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (4, 4)}  # of a code, high bits first
+OCTAVE, OFFSET = 8, 128  # a scale byte c stands for 2 ** ((c - OFFSET) / OCTAVE)
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,14 @@ class TopK:
 
     Bytes per vector: ``keep * bits / 8 + positions + scale``, where positions take ``ceil(d / 8)``
     bytes as a bitmap or ``keep`` bytes as an index list (none when ``keep == d``), and the scale
-    takes 2 bytes when values have 8 bits.
+    takes 2 bytes when values have 8 bits and 1 when they have 4.
 
     Args:
         d: head dimension, up to 256.
         keep: coordinates kept, 1 to ``d``.
         bits: 16 stores values in the dtype of the cache (4 bytes in a float32 cache); 8 stores
-            ``round(x / scale)`` with ``scale = max|x| / 127`` for each vector.
+            ``round(x / scale)`` with ``scale = max|x| / 127`` for each vector; 4 stores them on the grid
+            of `Graded`, unmixed.
         positions: ``"bitmap"`` (one bit per coordinate) or ``"index"`` (one byte per kept value,
             the paper's format).
 
@@ -53,23 +58,28 @@ class TopK:
 
     d: int
     keep: int
-    bits: Literal[8, 16] = 8
+    bits: Literal[4, 8, 16] = 8
     positions: Literal["bitmap", "index"] = "bitmap"
 
     def __post_init__(self) -> None:
         check_dim(self.d)
         if not 1 <= self.keep <= self.d:
             raise ValueError(f"keep must be between 1 and d = {self.d}, got {self.keep}")
-        if self.bits not in (8, 16):
-            raise ValueError(f"bits of top-k values must be 8 or 16, got {self.bits}")
+        if self.bits not in (4, 8, 16):
+            raise ValueError(f"bits of top-k values must be 4, 8 or 16, got {self.bits}")
         if self.positions not in ("bitmap", "index"):
             raise ValueError(f"positions must be 'bitmap' or 'index', got {self.positions!r}")
 
     def vector_bytes(self, itemsize: int = 2) -> int:
         """Bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
-        values = self.keep * (1 if self.bits == 8 else itemsize)
-        scale = SCALE_DTYPE.itemsize if self.bits == 8 else 0
-        return values + scale + self.position_bytes
+        match self.bits:
+            case 16:
+                values = self.keep * itemsize
+            case 8:
+                values = self.keep + SCALE_DTYPE.itemsize
+            case 4:
+                values = code_bytes(self.keep, 4) + 1
+        return values + self.position_bytes
 
     @property
     def position_bytes(self) -> int:
@@ -81,20 +91,29 @@ class TopK:
 
 @dataclass(frozen=True)
 class Graded:
-    """Each vector keeps the same coordinates: groups of the sorted basis with their own bits.
+    r"""Each vector keeps the same coordinates: groups of the sorted basis with their own bits.
+
+    Inside a group coordinates are mixed by an orthonormal Hadamard matrix, so that they have equal
+    variance, and share one scale per vector, $s = 2^{c/8 - 16}$ with a byte $c$, the smallest that is not
+    below $\max|x|$. With $b$ bits a coordinate is stored as the nearest of $2^b$ steps,
+    $\hat x = (n - (2^b - 1)/2)\, 2^{1-b} s$. The steps are nested: the code of fewer bits
+    is the leading bits of the code of more.
+
+    Bytes per vector: ``ceil(size * bits / 8)`` for each group (each part of 4, 2 and 1 bits rounded up),
+    and a byte for its scale; at 16 bits the dtype of the cache, no scale and no mix.
 
     Args:
         groups: pairs ``(size, bits)`` in the order of the basis; sizes sum to the head dimension;
-            bits are 16 (the dtype of the cache) or 0 (pruned).
+            bits from {0, 1, 2, 3, 4, 5, 6, 8, 16}, 0 = pruned.
 
     Raises:
-        ValueError: no groups, a size below 1, or bits outside {0, 16}, or nothing kept.
+        ValueError: no groups, a size below 1, other bits, or nothing kept.
 
     Example:
         >>> Graded.leading(d=64, keep=32)
         Graded(groups=((32, 16), (32, 0)))
-        >>> Graded.leading(d=64, keep=32).vector_bytes()
-        64
+        >>> Graded(((16, 5), (48, 3))).vector_bytes()
+        30
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -103,8 +122,9 @@ class Graded:
         object.__setattr__(self, "groups", tuple((int(size), int(bits)) for size, bits in self.groups))
         if not self.groups or any(size < 1 for size, _ in self.groups):
             raise ValueError(f"groups need at least one (size, bits) with size >= 1, got {self.groups}")
-        if any(bits not in (0, 16) for _, bits in self.groups):
-            raise ValueError(f"bits of a graded group must be 0 or 16, got {self.groups}")
+        if any(bits not in PARTS and bits not in (0, 16) for _, bits in self.groups):
+            allowed = ", ".join(map(str, (0, *PARTS, 16)))
+            raise ValueError(f"bits of a graded group must be one of {allowed}, got {self.groups}")
         if not any(bits for _, bits in self.groups):
             raise ValueError("a layout must keep something; a cache without history has None as its plan layer")
         check_dim(self.d)
@@ -122,15 +142,23 @@ class Graded:
         return sum(size for size, _ in self.groups)
 
     @property
-    def stored(self) -> tuple[tuple[int, int], ...]:
-        """``(start, stop)`` of each group that is not pruned."""
+    def stored(self) -> tuple[tuple[int, int, int], ...]:
+        """``(start, stop, bits)`` of each group that is not pruned."""
         stops = [sum(size for size, _ in self.groups[: i + 1]) for i in range(len(self.groups))]
         spans = zip(self.groups, stops, strict=True)
-        return tuple((stop - size, stop) for (size, bits), stop in spans if bits)
+        return tuple((stop - size, stop, bits) for (size, bits), stop in spans if bits)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some group is stored in mixed coordinates."""
+        return any(bits in PARTS for _, bits in self.groups)
 
     def vector_bytes(self, itemsize: int = 2) -> int:
         """Bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
-        return sum(stop - start for start, stop in self.stored) * itemsize
+        return sum(
+            (stop - start) * itemsize if bits == 16 else 1 + code_bytes(stop - start, bits)
+            for start, stop, bits in self.stored
+        )
 
 
 Layout = TopK | Graded
@@ -165,8 +193,9 @@ class Packed:
 
     Args:
         planes: values; for `TopK` one tensor ``[batch, heads, tokens, keep]`` in the order of the
-            coordinates, for `Graded` one tensor per stored group.
-        scales: ``[batch, heads, tokens, 1]`` or None.
+            coordinates (at 4 bits packed in bytes), for `Graded` one uint8 tensor of all groups below 16 bits
+            and one of the groups of 16 bits, as far as there are any.
+        scales: ``[batch, heads, tokens, 1]``, for `Graded` uint8 with one for each group below 16 bits; or None.
         positions: uint8 ``[batch, heads, tokens, position_bytes]`` or None.
         layout: how to read them.
         dtype: dtype of the vectors.
@@ -240,8 +269,7 @@ def pack(x: Tensor, layout: Layout) -> Packed:
     if not torch.compiler.is_compiling():
         check_vectors(x, layout)
     if isinstance(layout, Graded):
-        planes = tuple(x[..., start:stop].contiguous() for start, stop in layout.stored)
-        return Packed(planes, None, None, layout, x.dtype)
+        return pack_graded(x, layout)
     if layout.keep == layout.d:
         values, positions = x, None
     else:
@@ -250,6 +278,9 @@ def pack(x: Tensor, layout: Layout) -> Packed:
         positions = pack_positions(index, layout)
     if layout.bits == 16:
         return Packed((values.contiguous(),), None, positions, layout, x.dtype)
+    if layout.bits == 4:
+        scales, code = quantize_group(values, 4)
+        return Packed((torch.cat(pack_code(code, 4), dim=-1),), scales, positions, layout, x.dtype)
     quantized, scales = quantize(values)
     return Packed((quantized,), scales, positions, layout, x.dtype)
 
@@ -270,13 +301,13 @@ def unpack(packed: Packed) -> Tensor:
     """
     layout = packed.layout
     if isinstance(layout, Graded):
-        batch, heads, tokens, d = packed.shape
-        x = packed.planes[0].new_zeros(batch, heads, tokens, d)
-        for plane, (start, stop) in zip(packed.planes, layout.stored, strict=True):
-            x[..., start:stop] = plane
-        return x
+        matrix = mixing(packed)
+        return unpack_mixed(packed) if matrix is None else unpack_mixed(packed) @ matrix.mT
     values = packed.planes[0]
-    if packed.scales is not None:
+    if layout.bits == 4:
+        assert packed.scales is not None
+        values = dequantize_group(unpack_code(values, layout.keep, 4), packed.scales, 4).to(packed.dtype)
+    elif packed.scales is not None:
         values = (values.float() * packed.scales.float()).to(packed.dtype)
     if packed.positions is None:
         return values
@@ -285,6 +316,131 @@ def unpack(packed: Packed) -> Tensor:
         return zeros.scatter(-1, packed.positions.long(), values)
     rank = bitmap_ranks(packed.positions, layout)
     return torch.nn.functional.pad(values, (0, 1)).gather(-1, rank)
+
+
+def pack_graded(x: Tensor, layout: Graded) -> Packed:
+    """Groups of few bits as one uint8 plane with a scale byte each, groups of 16 bits as one plane in the dtype."""
+    mixed = x @ mix(layout, x.dtype, x.device) if layout.mixed else x
+    codes, scales, whole = [], [], []
+    for start, stop, bits in layout.stored:
+        group = mixed[..., start:stop]
+        if bits == 16:
+            whole.append(group)
+            continue
+        scale, code = quantize_group(group, bits)
+        scales.append(scale)
+        codes += pack_code(code, bits)
+    planes = tuple(torch.cat(plane, dim=-1) for plane in (codes, whole) if plane)
+    return Packed(planes, torch.cat(scales, dim=-1) if scales else None, None, layout, x.dtype)
+
+
+def mixing(packed: Packed) -> Tensor | None:
+    """The orthonormal matrix ``[d, d]`` of the coordinates in which a tensor is stored, or None.
+
+    ``unpack(p) == unpack_mixed(p) @ mixing(p).mT``: attention applies it to queries and outputs, not to tokens.
+    """
+    layout = packed.layout
+    if isinstance(layout, TopK) or not layout.mixed:
+        return None
+    return mix(layout, packed.dtype, packed.planes[0].device)
+
+
+def unpack_mixed(packed: Packed) -> Tensor:
+    """`unpack` without undoing the mix of a `Graded` layout."""
+    layout = packed.layout
+    if isinstance(layout, TopK):
+        return unpack(packed)
+    batch, heads, tokens, d = packed.shape
+    out = torch.zeros(batch, heads, tokens, d, dtype=packed.dtype, device=packed.planes[0].device)
+    byte = scale = value = 0
+    for start, stop, bits in layout.stored:
+        size = stop - start
+        if bits == 16:
+            out[..., start:stop] = packed.planes[-1][..., value : value + size]
+            value += size
+            continue
+        assert packed.scales is not None
+        width = code_bytes(size, bits)
+        code = unpack_code(packed.planes[0][..., byte : byte + width], size, bits)
+        out[..., start:stop] = dequantize_group(code, packed.scales[..., scale : scale + 1], bits)
+        byte, scale = byte + width, scale + 1
+    return out
+
+
+def mix(layout: Graded, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The orthonormal matrix ``[d, d]`` that mixes the coordinates inside each group with fewer than 16 bits."""
+    build = build_mix if torch.compiler.is_compiling() else cached_mix
+    return build(layout, dtype, device)
+
+
+def build_mix(layout: Graded, dtype: torch.dtype, device: torch.device) -> Tensor:
+    blocks = [
+        hadamard(size, device) if bits in PARTS else torch.eye(size, dtype=torch.float64, device=device)
+        for size, bits in layout.groups
+    ]
+    return torch.block_diag(*blocks).to(dtype)
+
+
+cached_mix = functools.lru_cache(maxsize=256)(build_mix)
+
+
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """An orthonormal matrix of entries of like magnitude: Hadamard, times a cosine transform for an odd factor."""
+    odd = size // (size & -size)
+    n = torch.arange(odd, dtype=torch.float64, device=device)
+    matrix = torch.cos(math.pi / odd * (n[:, None] + 0.5) * n) * math.sqrt(2 / odd)
+    matrix = torch.cat([matrix[:, :1] / math.sqrt(2), matrix[:, 1:]], dim=1)
+    butterfly = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device=device) / math.sqrt(2)
+    while matrix.shape[0] < size:
+        matrix = torch.kron(butterfly, matrix)
+    return matrix
+
+
+def quantize_group(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale byte ``[..., 1]`` and codes of `bits` bits: ``|x - x_hat| <= 2 ** -bits * scale``."""
+    peak = x.abs().amax(dim=-1, keepdim=True).float()
+    scale = (peak.log2() * OCTAVE).ceil().clamp(-OFFSET, 255 - OFFSET) + OFFSET
+    scale = scale.to(torch.uint8)
+    steps = x.float() / scale_of(scale) * 2 ** (bits - 1)
+    return scale, (steps.floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def dequantize_group(code: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return (code - (2**bits - 1) / 2) * (scale_of(scale) * 2.0 ** (1 - bits))
+
+
+def scale_of(byte: Tensor) -> Tensor:
+    return torch.exp2((byte.float() - OFFSET) / OCTAVE)
+
+
+def code_bytes(size: int, bits: int) -> int:
+    return sum(-(-size * part // 8) for part in PARTS[bits])
+
+
+def pack_code(code: Tensor, bits: int) -> list[Tensor]:
+    """The parts of codes as planes of bytes: byte ``i`` holds coordinates ``i``, ``i + n``, ... of ``n`` bytes."""
+    planes, shift = [], bits
+    for part in PARTS[bits]:
+        shift -= part
+        field = (code >> shift) & (2**part - 1)
+        slots = 8 // part
+        field = torch.nn.functional.pad(field, (0, -field.shape[-1] % slots))
+        field = rearrange(field, "... (slot byte) -> ... slot byte", slot=slots)
+        weights = (1 << (part * torch.arange(slots, device=code.device))).to(torch.uint8)
+        planes.append((field * weights[:, None]).sum(-2, dtype=torch.uint8))
+    return planes
+
+
+def unpack_code(planes: Tensor, size: int, bits: int) -> Tensor:
+    code, start, shift = torch.zeros((), dtype=torch.uint8, device=planes.device), 0, bits
+    for part in PARTS[bits]:
+        shift -= part
+        width = -(-size * part // 8)
+        shifts = (part * torch.arange(8 // part, device=planes.device)).to(torch.uint8)
+        field = (planes[..., None, start : start + width] >> shifts[:, None]) & (2**part - 1)
+        code = code | (rearrange(field, "... slot byte -> ... (slot byte)")[..., :size] << shift)
+        start += width
+    return code
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,10 +62,10 @@ def demo(
         return print_json({"model": model, "dtype": dtype, "tokens": tokens, "windows": windows}, rows)
     print_table(
         f"{model}, {dtype.value}, prompt of {inputs.shape[1]} tokens and {tokens} generated",
-        ("cache", "bytes", "of dense", "tokens/s", "perplexity", "increase", "agreement"),
+        ("retention", "bytes", "of dense", "tokens/s", "perplexity", "increase", "agreement"),
         [
             [
-                "dense" if row["form"] == "dense" else f"retention {row['retention']}",
+                "dense" if row["form"] == "dense" else f"{row['retention']}",
                 mebibytes(row["nbytes"]),
                 f"{row['compression']:.2f}",
                 f"{row['tokens_per_second']:.1f}",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from swan.functional import reference
-from swan.packed import Packed, unpack
+from swan.packed import Packed, mixing, unpack_mixed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -171,17 +171,19 @@ def packed_attention(
         raise ValueError(f"keys hold {tokens} tokens and values {v.shape[2]}; pack both from the same tokens")
     tile = max(tokens, 1) if impl == "reference" else TILE
     wide = torch.promote_types(q.dtype, torch.float32)
+    key_mix, value_mix = mixing(k), mixing(v)
+    mixed_q = q if key_mix is None else q @ key_mix
     parts: list[tuple[Tensor, Tensor]] = []
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
         seen = None if mask is None else mask[..., start:stop]
-        keys, values = unpack(k.tokens(start, stop)), unpack(v.tokens(start, stop))
-        out, lse = dense_attention(q, keys, values, mask=seen, scale=scale, impl=impl, return_lse=True)
+        keys, values = unpack_mixed(k.tokens(start, stop)), unpack_mixed(v.tokens(start, stop))
+        out, lse = dense_attention(mixed_q, keys, values, mask=seen, scale=scale, impl=impl, return_lse=True)
         parts.append((out.to(wide), lse))
         if len(parts) * q.shape[2] >= TILE:  # many queries: their outputs, too, stay within a tile
             parts = [merge_attention(parts)]
     out, lse = merge_attention(parts or [_nothing(q, v.layout.d)])
-    out = out.to(q.dtype)
+    out = (out if value_mix is None else out @ value_mix.mT.to(out.dtype)).to(q.dtype)
     return (out, lse) if return_lse else out
 
 

@@ -1,4 +1,4 @@
-"""Pruning as mathematics: dense tensors in and out, differentiable in the coordinates kept."""
+"""Pruning as mathematics: dense tensors in and out; differentiable in coordinates that are kept unrounded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from swan.packed import Graded
+from swan.packed import Graded, pack, unpack
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -46,9 +46,10 @@ def topk_prune(x: Float[Tensor, "... d"], keep: int) -> Float[Tensor, "... d"]:
 
 
 def graded_prune(x: Float[Tensor, "... d"], groups: tuple[tuple[int, int], ...]) -> Float[Tensor, "... d"]:
-    r"""Keep the same coordinates of every vector: those of groups with bits, 0 elsewhere.
+    r"""What a graded layout keeps of each vector: the same coordinates, group by group, with the group's bits.
 
-    ``unpack(pack(x, Graded(groups)))`` is the same tensor.
+    16 bits keep a coordinate as it is, 0 prunes it; between, the group is mixed, rounded to $2^b$ steps of its own
+    scale, and mixed back (`Graded`). ``unpack(pack(x, Graded(groups)))`` is the same tensor.
 
     Args:
         x: vectors along the last axis, in a basis sorted by importance.
@@ -67,7 +68,9 @@ def graded_prune(x: Float[Tensor, "... d"], groups: tuple[tuple[int, int], ...])
     layout = Graded(groups)
     if layout.d != x.shape[-1]:
         raise ValueError(f"groups sum to {layout.d} coordinates, x has {x.shape[-1]}")
+    if layout.mixed:
+        return unpack(pack(x.reshape(1, 1, -1, layout.d), layout)).reshape(x.shape)
     kept = torch.zeros(layout.d, dtype=torch.bool, device=x.device)
-    for start, stop in layout.stored:
+    for start, stop, _ in layout.stored:
         kept[start:stop] = True
     return torch.where(kept, x, 0)

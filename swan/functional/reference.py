@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from swan.packed import Graded, Layout, TopK
+from swan.packed import Graded, Layout, TopK, hadamard
 
 __all__ = ["dense_attention", "graded_prune", "merge_attention", "prune", "rotate", "topk_prune", "windowed_attention"]
 
@@ -29,11 +29,21 @@ def topk_prune(x: Tensor, keep: int) -> Tensor:
 
 
 def graded_prune(x: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
-    """`swan.functional.graded_prune`, one group at a time."""
+    """`swan.functional.graded_prune`, one group of one vector at a time, the nearest of all steps by search."""
     out, start = torch.zeros_like(x), 0
     for size, bits in groups:
-        if bits:
-            out[..., start : start + size] = x[..., start : start + size]
+        part = slice(start, start + size)
+        if bits == 16:
+            out[..., part] = x[..., part]
+        elif bits:
+            matrix = hadamard(size, x.device).to(x.dtype)
+            mixed = x[..., part] @ matrix
+            for vector in mixed.view(-1, size):
+                peak = float(vector.abs().max())
+                byte = next((c for c in range(256) if 2 ** ((c - 128) / 8) >= peak), 255)
+                levels = (torch.arange(2**bits).to(x) - (2**bits - 1) / 2) * 2 ** (1 - bits) * 2 ** ((byte - 128) / 8)
+                vector[:] = levels[(vector[:, None] - levels).abs().argmin(-1)]
+            out[..., part] = mixed @ matrix.mT
         start += size
     return out
 

@@ -1,0 +1,124 @@
+"""Groups with few bits: their grid, their bytes, and attention in mixed coordinates."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swan import Graded, TopK, graded_prune, pack, packed_attention, topk_prune, unpack
+from swan.functional import reference
+from swan.packed import PARTS, hadamard, mix, mixing, scale_of, unpack_mixed
+
+EPS = torch.finfo(torch.float32).eps
+GROUPS = [
+    ((16, 5), (48, 3)),
+    ((5, 1), (12, 2), (7, 0), (9, 16), (31, 6)),
+    ((63, 8),),
+    ((24, 4), (8, 0)),
+    ((1, 1), (15, 16)),
+]
+IDS = ["5+3", "ragged", "odd", "pruned tail", "one bit"]
+
+
+def spectrum(*shape: int) -> torch.Tensor:
+    """Vectors whose coordinates lose importance, as in a sorted basis."""
+    return torch.randn(*shape) * torch.linspace(3, 0.2, shape[-1])
+
+
+@st.composite
+def coded_groups(draw: st.DrawFn) -> tuple[tuple[int, int], ...]:
+    count = draw(st.integers(1, 4))
+    groups = [(draw(st.integers(1, 40)), draw(st.sampled_from((0, 16, *PARTS)))) for _ in range(count)]
+    return tuple(groups) if any(bits for _, bits in groups) else ((draw(st.integers(1, 40)), 4),)
+
+
+@given(coded_groups(), st.integers(0, 2**31))
+def test_error_is_half_a_step(groups: tuple[tuple[int, int], ...], seed: int) -> None:
+    torch.manual_seed(seed)
+    layout = Graded(groups)
+    x = spectrum(2, 2, 5, layout.d)
+    packed = pack(x, layout)
+    mixed = x @ mix(layout, x.dtype, x.device)
+    error = (mixed - unpack_mixed(packed)).abs()
+    scales = iter(packed.scales.split(1, dim=-1) if packed.scales is not None else ())
+    rounding = 4 * layout.d * EPS * x.abs().amax()  # of the mix, and of quotients near a step's edge
+    for start, stop, bits in layout.stored:
+        bound = 0.0 if bits == 16 else scale_of(next(scales)) * 2.0**-bits
+        assert (error[..., start:stop] <= bound + rounding).all()
+    assert packed.nbytes == x[..., 0].numel() * layout.vector_bytes(itemsize=4)
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=IDS)
+def test_equals_reference(groups: tuple[tuple[int, int], ...]) -> None:
+    x = spectrum(1, 2, 7, sum(size for size, _ in groups))
+    expected = reference.graded_prune(x.double(), groups)
+    found = unpack(pack(x, Graded(groups)))
+    assert torch.equal(found, graded_prune(x, groups))
+    # A coordinate within rounding of a step's edge may take the neighbouring step; none does at this seed.
+    assert (found - expected).abs().max() <= 8 * x.shape[-1] * EPS * x.abs().max()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 12, 24, 63, 64, 80])
+def test_mix_is_orthonormal_and_even(size: int) -> None:
+    matrix = hadamard(size, torch.device("cpu"))
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
+    torch.testing.assert_close(matrix.square().sum(0), torch.ones(size, dtype=torch.float64))
+    if size & (size - 1) == 0:
+        torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, size**-0.5))
+
+
+def test_codes_are_nested() -> None:
+    x = spectrum(1, 1, 50, 64)
+    fine, coarse = (pack(x, Graded(((64, bits),))) for bits in (6, 4))
+    assert torch.equal(fine.planes[0][..., :32], coarse.planes[0])
+    assert fine.scales is not None and coarse.scales is not None
+    assert torch.equal(fine.scales, coarse.scales)
+
+
+def test_16_and_0_bits_are_exact_and_unmixed() -> None:
+    x = spectrum(1, 2, 5, 48)
+    packed = pack(x, Graded(((16, 16), (24, 0), (8, 16))))
+    assert mixing(packed) is None
+    assert torch.equal(unpack(packed), torch.cat([x[..., :16], torch.zeros(1, 2, 5, 24), x[..., 40:]], dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value", [0.0, 1e-6, 1.0, 1e4])
+def test_extreme_vectors_stay_finite(dtype: torch.dtype, value: float) -> None:
+    x = torch.full((1, 1, 3, 16), value, dtype=dtype)
+    found = unpack(pack(x, Graded(((8, 4), (8, 2)))))
+    assert torch.isfinite(found).all()
+    peak = 8**0.5 * value  # Hadamard gathers equal coordinates into one
+    assert (found - x).double().norm() <= 2 * (max(peak, 2.0**-16) * 4 + peak * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=IDS)
+def test_attention_reads_mixed_coordinates(groups: tuple[tuple[int, int], ...]) -> None:
+    layout = Graded(groups)
+    k, v = (pack(spectrum(2, 2, 37, layout.d), layout) for _ in range(2))
+    q = torch.randn(2, 4, 3, layout.d)
+    expected, _ = reference.dense_attention(q.double(), unpack(k).double(), unpack(v).double())
+    torch.testing.assert_close(packed_attention(q, k, v).double(), expected, atol=64 * layout.d * EPS, rtol=0)
+
+
+@pytest.mark.parametrize("keep", [17, 9, 4])
+def test_topk_with_four_bits(keep: int) -> None:
+    x = torch.randn(1, 2, 9, 17)
+    packed = pack(x, TopK(17, keep, bits=4))
+    assert packed.nbytes == 18 * TopK(17, keep, bits=4).vector_bytes()
+    assert packed.scales is not None
+    error = (unpack(packed) - topk_prune(x, keep)).abs()
+    assert (error <= scale_of(packed.scales) / 16 * (1 + 8 * EPS)).all()
+    assert ((unpack(packed) != 0).sum(-1) == keep).all()
+
+
+def test_compiles_whole() -> None:
+    layout = Graded(((16, 5), (40, 3), (8, 0)))
+    x, q = spectrum(1, 2, 9, 64), torch.randn(1, 4, 1, 64)
+
+    def step(q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        packed = pack(x, layout)
+        return packed_attention(q, packed, packed)
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, x), step(q, x))
