@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from swan.cli.common import JsonOption, percent, print_json, print_table, user_errors
-from swan.evaluation.bench import bench_decode
+from swan.evaluation.bench import IMPLS, bench_decode
 
 bench = typer.Typer(help="Timings against the strongest dense attention.", no_args_is_help=True)
 
@@ -23,6 +23,9 @@ def decode(
     kv_heads: Annotated[int, typer.Option(min=1, help="Key and value heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Head dimension.")] = 128,
     buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 128,
+    impl: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(IMPLS)} (repeat it); all of them by default.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """One decoding step of one layer: attention over the cache, random weights."""
@@ -35,7 +38,7 @@ def decode(
     }
     lengths = length or [8192]
     with user_errors():
-        rows = bench_decode(lengths, **shape)
+        rows = bench_decode(lengths, impls=impl or IMPLS, **shape)
     if json:
         return print_json({"lengths": lengths, **shape}, rows)
     print_table(
@@ -53,7 +56,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         *about,
         f"{row['median_ms']:.2f}",
         percent(row["spread"], 0),
-        f"{row['speedup']:.2f}x",
+        "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
         f"{row['bytes'] / 1e6:.1f}",
         f"{100 * row['bandwidth_fraction']:.0f} %",
     ]

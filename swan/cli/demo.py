@@ -54,7 +54,7 @@ def demo(
         _say(show, f"scoring {windows} windows of 1024 tokens of research papers, as if decoded token by token")
         plans = [Plan.for_retention(r, calibration) for r in RETENTIONS]
         scored = evaluate_settings(
-            network, token_windows(text, tokenizer, windows, 1024), [Setting("topk", p) for p in plans], calibration
+            network, token_windows(text, tokenizer, windows, 1024), [Setting(p) for p in plans], calibration
         )
         rows = [row | {k: s[k] for k in SCORES} for row, s in zip(rows, scored, strict=True)]
         plot = _plot(rows, out / "swan-demo.png")
@@ -103,7 +103,7 @@ def _generate(
         row = stream(model, tokenizer, inputs, SwanCache(model, retention=retention), tokens, show=show)
     finally:
         detach(model)
-    return {"form": "topk", "retention": retention, **row}
+    return {"form": "graded", "retention": retention, **row}
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> Path:

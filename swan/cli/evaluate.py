@@ -46,7 +46,7 @@ def evaluate(
         tokens = token_windows(evaluation_text(text), tokenizer, windows, length)
         found = calibration_of(model, network, tokenizer, path=calibration, basis=basis.value)
         plans = [Plan.for_retention(r, found, buffer=buffer, sinks=sinks) for r in retention or []]
-        sweep = [Setting("topk", plan, basis=basis.value) for plan in plans]
+        sweep = [Setting(plan, basis=basis.value) for plan in plans]
         rows = evaluate_settings(network, tokens, sweep or default_sweep(found.dims, buffer=buffer, sinks=sinks), found)
     rows = [{"model": model, "text": text, **row} for row in rows]
     if json:

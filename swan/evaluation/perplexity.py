@@ -30,22 +30,33 @@ class Setting:
     """One row of a sweep: a plan and a basis.
 
     Args:
-        form: ``"dense"``, ``"window"``, ``"topk"`` or ``"graded"``.
         plan: what the cache stores; None for the dense cache.
         basis: in which coordinates.
         seed: of a random basis.
     """
 
-    form: str
     plan: Plan | None = None
     basis: Basis = "joint"
     seed: int = 0
 
+    @property
+    def form(self) -> str:
+        """``"dense"``, ``"window"``, or the form of the keys of the first layer: ``"topk"`` or ``"graded"``."""
+        if self.plan is None:
+            return "dense"
+        first = self._first_layer
+        return "window" if first is None else _form(first.keys)
+
+    @property
+    def _first_layer(self) -> PlanLayer | None:
+        layers = () if self.plan is None else self.plan.layers
+        return next((layer for layer in layers if layer is not None), None)
+
     def describe(self) -> dict[str, Any]:
-        """The settings as JSON values."""
+        """The settings as JSON values, layouts of the first layer."""
         if self.plan is None:
             return {}
-        first = next((layer for layer in self.plan.layers if layer is not None), None)
+        first = self._first_layer
         about: dict[str, Any] = {"basis": self.basis, "buffer": self.plan.buffer, "sinks": self.plan.sinks}
         if self.basis == "random":
             about["seed"] = self.seed
@@ -83,21 +94,21 @@ def default_sweep(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: i
     leading = [PlanLayer(Graded.leading(d, d // 2), Graded.leading(dv, dv // 2)) for d, dv in dims]
     nothing = (None,) * len(dims)
     return [
-        Setting("dense"),
-        Setting("window", Plan(nothing, buffer=buffer, sinks=0)),
-        Setting("window", Plan(nothing, buffer=buffer, sinks=sinks)),
-        Setting("topk", topk(1.0, bits=16)),
-        Setting("topk", topk(0.75)),
-        Setting("topk", topk(0.5)),
-        Setting("topk", topk(0.375)),
-        Setting("topk", topk(0.5, sinks=0)),
-        Setting("topk", topk(0.5), basis="identity"),
-        Setting("topk", topk(0.5), basis="random"),
-        Setting("topk", topk(0.5), basis="pca"),
-        Setting("topk", index(0.5)),
-        Setting("topk", index(0.4)),
-        Setting("graded", Plan(tuple(leading), buffer=buffer, sinks=sinks)),
-        *(Setting("topk", Plan.for_retention(r, dims=dims, buffer=buffer, sinks=sinks)) for r in (0.5, 0.33, 0.25)),
+        Setting(),
+        Setting(Plan(nothing, buffer=buffer, sinks=0)),
+        Setting(Plan(nothing, buffer=buffer, sinks=sinks)),
+        Setting(topk(1.0, bits=16)),
+        Setting(topk(0.75)),
+        Setting(topk(0.5)),
+        Setting(topk(0.375)),
+        Setting(topk(0.5, sinks=0)),
+        Setting(topk(0.5), basis="identity"),
+        Setting(topk(0.5), basis="random"),
+        Setting(topk(0.5), basis="pca"),
+        Setting(index(0.5)),
+        Setting(index(0.4)),
+        Setting(Plan(tuple(leading), buffer=buffer, sinks=sinks)),
+        *(Setting(Plan.for_retention(r, dims=dims, buffer=buffer, sinks=sinks)) for r in (0.5, 0.33, 0.25)),
     ]
 
 
@@ -139,7 +150,7 @@ def evaluate(
         tokens = window.to(model.device)[None]
         _score_window(model, tokens, settings, calibration, scores)
     dense, *others = scores
-    rows = [_row(Setting("dense"), dense, dense)]
+    rows = [_row(Setting(), dense, dense)]
     return rows + [_row(setting, score, dense) for setting, score in zip(settings, others, strict=True)]
 
 
@@ -238,4 +249,8 @@ def _indexed(d: int, retention: float) -> TopK:
 
 
 def _describe(layout: Layout) -> dict[str, Any]:
-    return {"form": "topk" if isinstance(layout, TopK) else "graded", **asdict(layout)}
+    return {"form": _form(layout), **asdict(layout)}
+
+
+def _form(layout: Layout) -> str:
+    return "topk" if isinstance(layout, TopK) else "graded"
