@@ -54,44 +54,37 @@ def evaluate(
         return print_json(settings | {"calibration": repr(found)}, rows)
     print_table(
         f"{model} on {text}, {windows} windows of {length} tokens, buffer {buffer}",
-        (
-            "form",
-            "keys",
-            "values",
-            "basis",
-            "sinks",
-            "retention",
-            "perplexity",
-            "increase",
-            "± s.e.",
-            "KL",
-            "agreement",
-        ),
+        ("history", "retention", "perplexity", "increase ± s.e.", "KL", "agreement"),
         [_cells(row) for row in rows],
     )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    settings = row["settings"]
     error = row["standard_error"]
     return [
-        row["form"],
-        _layout(settings.get("keys")),
-        _layout(settings.get("values")),
-        str(settings.get("basis", "-")) if "keys" in settings else "-",
-        str(settings.get("sinks", "-")),
+        _history(row),
         f"{row['retention']:.3f}",
         f"{row['perplexity']:.3f}",
-        percent(row["perplexity_increase"]),
-        "-" if error is None else f"{100 * error:.2f} %",
+        percent(row["perplexity_increase"]) + ("" if error is None else f" ± {100 * error:.2f}"),
         f"{row['kl']:.4f}",
         f"{100 * row['agreement']:.1f} %",
     ]
 
 
-def _layout(layout: dict[str, Any] | None) -> str:
-    if layout is None:
-        return "-"
+def _history(row: dict[str, Any]) -> str:
+    """What a row stores, in words."""
+    settings = row["settings"]
+    if row["form"] == "dense":
+        return "dense"
+    sinks = "" if settings["sinks"] else ", no sinks"
+    if "keys" not in settings:
+        return f"window only{sinks}"
+    keys, values = _layout(settings["keys"]), _layout(settings["values"])
+    basis = "" if settings["basis"] == "joint" else f", {settings['basis']} basis"
+    return (keys if keys == values else f"K {keys}; V {values}") + basis + sinks
+
+
+def _layout(layout: dict[str, Any]) -> str:
     if layout["form"] == "graded":
         return "+".join(f"{size}x{bits}" for size, bits in layout["groups"])
     index = " index" if layout["positions"] == "index" else ""
