@@ -44,6 +44,7 @@ LAYOUTS = {
     "topk int8 all": TopK(D, D),
     "leading": Graded.leading(D, 32),
     "graded": Graded(((8, 16), (24, 0), (24, 16), (8, 0))),
+    "graded 6+3+0": Graded(((8, 6), (40, 3), (16, 0))),
 }
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -17,11 +17,12 @@ from swan.calibration.plan import Plan
 from swan.calibration.progress import track
 from swan.evaluation.machine import TooLong, at_most, last_level_cache, memory_bandwidth, peak_bytes, time_calls
 from swan.functional.attention import dense_attention, swan_attention
-from swan.packed import Graded, Packed, PlanLayer, pack, unpack
+from swan.packed import Graded, Packed, PlanLayer, TopK, pack, unpack
 
 __all__ = ["add_speedups", "bench_decode", "break_even"]
 
-FORMS = (("topk", 0.5), ("topk", 0.33), ("topk", 0.25), ("leading", 0.5))
+FORMS = (("graded", 0.33), ("graded", 0.25), ("topk", 0.5), ("topk", 0.33), ("leading", 0.5))
+FORM_NAMES = ("graded", "topk", "leading")
 DENSE: dict[str, Callable[..., Tensor]] = {
     "sdpa": lambda q, k, v: dense_attention(q, k, v, impl="sdpa"),  # query groups as rows of their KV head
     "sdpa-gqa": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True),
@@ -67,7 +68,8 @@ def bench_decode(
         head_dim: their dimension.
         buffer: recent tokens that swan keeps dense.
         dtypes: of the cache; by default bfloat16, on a CPU float32 too.
-        forms: pairs (form, retention): ``"topk"`` as `Plan.for_retention` advises, or ``"leading"``.
+        forms: pairs (form, retention): ``"graded"`` as `Plan.for_retention` advises, ``"topk"`` with int8
+            values and a bitmap, or ``"leading"``.
         impls: dense rivals ``"sdpa"``, ``"sdpa-gqa"``, ``"flex"``; for swan ``"eager"``, ``"compiled"``
             (torch.compile, fullgraph, static shapes) or any `impl` of `swan_attention`.
         device: where; CUDA if there is one, else the CPU.
@@ -91,12 +93,12 @@ def bench_decode(
     Example:
         >>> rows = bench_decode([96], heads=4, kv_heads=2, head_dim=32, buffer=32, impls=["sdpa", "eager"], repeats=3)
         >>> sorted({row["form"] for row in rows})
-        ['dense', 'leading', 'topk']
+        ['dense', 'graded', 'leading', 'topk']
     """
     if any(length <= buffer for length in lengths):
         raise ValueError(f"every length must be above the buffer ({buffer}), got {list(lengths)}")
-    if any(form not in ("topk", "leading") for form, _ in forms):
-        raise ValueError(f"forms are ('topk' or 'leading', retention), got {list(forms)}")
+    if any(form not in FORM_NAMES for form, _ in forms):
+        raise ValueError(f"forms are ({' or '.join(map(repr, FORM_NAMES))}, retention), got {list(forms)}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtypes = dtypes or ([torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16])
     bandwidth = bandwidth or memory_bandwidth(device)
@@ -192,6 +194,9 @@ def _plan_layer(form: str, retention: float, d: int) -> PlanLayer | None:
         return None
     if form == "leading":
         layout = Graded.leading(d, max(1, round(retention * d)))
+        return PlanLayer(layout, layout)
+    if form == "topk":
+        layout = TopK(d, max(1, min(d, int(2 * d * retention) - 2 - -(-d // 8))))
         return PlanLayer(layout, layout)
     return Plan.for_retention(retention, dims=[(d, d)]).layers[0]
 
