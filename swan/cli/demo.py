@@ -62,7 +62,7 @@ def demo(
         return print_json({"model": model, "dtype": dtype, "tokens": tokens, "windows": windows}, rows)
     print_table(
         f"{model}, {dtype.value}, prompt of {inputs.shape[1]} tokens and {tokens} generated",
-        ("retention", "bytes", "of dense", "tokens/s", "perplexity", "increase", "agreement"),
+        ("retention", "bytes", "of dense", "tokens/s", "perplexity", "increase", "agree"),
         [
             [
                 "dense" if row["form"] == "dense" else f"{row['retention']}",
@@ -77,7 +77,7 @@ def demo(
         ],
     )
     console.print(
-        "of dense: buffer of 128 recent tokens and 4 sinks included. agreement: the same likeliest next token.\n"
+        "of dense: buffer of 128 recent tokens and 4 sinks included. agree: the same likeliest next token.\n"
         f"plot: {plot}    took {time.perf_counter() - begun:.0f} s"
     )
 
