@@ -79,11 +79,11 @@ def test_text_at_half_the_bytes(model, smollm2, window):
 
 @pytest.mark.slow
 def test_the_dial_on_a_real_model(model, window):
-    """Less memory and a little more loss at each notch."""
+    """Less memory at each notch, and at the lowest more loss than chance makes."""
     cache = SwanCache(model, retention=0.5, buffer=64, prefill="windowed")
     logits_of(model, cache, input_ids=window[:, :448])
     rest, losses, sizes = window[:, 448:], [], []
-    for retention in (0.5, 0.25):
+    for retention in (0.5, 0.12):
         cache.retention = retention
         twin = copy.deepcopy(cache)
         sizes.append(twin.nbytes)
