@@ -5,6 +5,8 @@ A *layout* says how one vector of ``d`` coordinates is stored. There are two for
 - `TopK`: every vector keeps its own ``keep`` largest coordinates (the paper, arXiv:2511.18936);
 - `Graded`: every vector keeps the same coordinates, group by group of the sorted basis.
 
+Whatever has the methods of `Layout` is one too.
+
 Every stored tensor has the axes ``[batch, heads, tokens, bytes or values]``, so one index
 selects tokens in all of them.
 """
@@ -14,7 +16,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from einops import rearrange
@@ -27,6 +29,33 @@ SCALE_DTYPE = torch.bfloat16  # the range of float32; its rounding is below half
 MAX_DIM = 256
 PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (4, 4)}  # of a code, high bits first
 OCTAVE, OFFSET = 8, 128  # a scale byte c stands for 2 ** ((c - OFFSET) / OCTAVE)
+
+
+class Layout(Protocol):
+    """How one vector is stored; `TopK` and `Graded` are layouts. Instances are immutable and hashable."""
+
+    form: ClassVar[str]
+
+    @property
+    def d(self) -> int:
+        """Head dimension."""
+        ...
+
+    def vector_bytes(self, itemsize: int = 2) -> int:
+        """Bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
+        ...
+
+    def pack(self, x: Tensor) -> "Packed":
+        """Store vectors ``[batch, heads, tokens, d]``: each on its own, whatever comes with it."""
+        ...
+
+    def unpack(self, packed: "Packed") -> Tensor:
+        """What is stored, in the coordinates of `mix`."""
+        ...
+
+    def mix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Orthonormal matrix ``[d, d]`` of the coordinates in which vectors are stored; None for their own."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,6 +84,8 @@ class TopK:
 
     Source: arXiv:2511.18936; the bitmap follows Mustafar, arXiv:2505.22913.
     """
+
+    form: ClassVar[str] = "topk"
 
     d: int
     keep: int
@@ -88,6 +119,40 @@ class TopK:
             return 0
         return -(-self.d // 8) if self.positions == "bitmap" else self.keep
 
+    def pack(self, x: Tensor) -> "Packed":
+        """The largest coordinates of each vector."""
+        values, positions = x, None
+        if self.keep < self.d:
+            index = x.abs().topk(self.keep, dim=-1).indices.sort(dim=-1).values
+            values, positions = x.gather(-1, index), pack_positions(index, self)
+        match self.bits:
+            case 16:
+                planes, scales = values.contiguous(), None
+            case 8:
+                planes, scales = quantize(values)
+            case 4:
+                scales, code = quantize_group(values, 4)
+                planes = torch.cat(pack_code(code, 4), dim=-1)
+        return Packed((planes,), scales, positions, self, x.dtype)
+
+    def unpack(self, packed: "Packed") -> Tensor:
+        """The vectors, pruned coordinates as zeros."""
+        values = packed.planes[0]
+        if packed.scales is not None and self.bits == 4:
+            values = dequantize_group(unpack_code(values, self.keep, 4), packed.scales, 4).to(packed.dtype)
+        elif packed.scales is not None:
+            values = (values.float() * packed.scales.float()).to(packed.dtype)
+        if packed.positions is None:
+            return values
+        if self.positions == "index":
+            zeros = values.new_zeros(*values.shape[:-1], self.d)
+            return zeros.scatter(-1, packed.positions.long(), values)
+        rank = bitmap_ranks(packed.positions, self)
+        return torch.nn.functional.pad(values, (0, 1)).gather(-1, rank)
+
+    def mix(self, dtype: torch.dtype, device: torch.device) -> None:
+        """None: vectors are stored in their own coordinates."""
+
 
 @dataclass(frozen=True)
 class Graded:
@@ -115,6 +180,8 @@ class Graded:
         >>> Graded(((16, 5), (48, 3))).vector_bytes()
         30
     """
+
+    form: ClassVar[str] = "graded"
 
     groups: tuple[tuple[int, int], ...]
 
@@ -160,8 +227,46 @@ class Graded:
             for start, stop, bits in self.stored
         )
 
+    def pack(self, x: Tensor) -> "Packed":
+        """Groups of few bits as one uint8 plane with a scale byte each, groups of 16 bits as one plane in the dtype."""
+        matrix = self.mix(x.dtype, x.device)
+        mixed = x if matrix is None else x @ matrix
+        codes, scales, whole = [], [], []
+        for start, stop, bits in self.stored:
+            group = mixed[..., start:stop]
+            if bits == 16:
+                whole.append(group)
+                continue
+            scale, code = quantize_group(group, bits)
+            scales.append(scale)
+            codes += pack_code(code, bits)
+        planes = tuple(torch.cat(plane, dim=-1) for plane in (codes, whole) if plane)
+        return Packed(planes, torch.cat(scales, dim=-1) if scales else None, None, self, x.dtype)
 
-Layout = TopK | Graded
+    def unpack(self, packed: "Packed") -> Tensor:
+        """The vectors in mixed coordinates."""
+        batch, heads, tokens, d = packed.shape
+        out = torch.zeros(batch, heads, tokens, d, dtype=packed.dtype, device=packed.planes[0].device)
+        byte = scale = value = 0
+        for start, stop, bits in self.stored:
+            size = stop - start
+            if bits == 16:
+                out[..., start:stop] = packed.planes[-1][..., value : value + size]
+                value += size
+                continue
+            assert packed.scales is not None
+            width = code_bytes(size, bits)
+            code = unpack_code(packed.planes[0][..., byte : byte + width], size, bits)
+            out[..., start:stop] = dequantize_group(code, packed.scales[..., scale : scale + 1], bits)
+            byte, scale = byte + width, scale + 1
+        return out
+
+    def mix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """The matrix that mixes the coordinates inside each group with fewer than 16 bits."""
+        if not self.mixed:
+            return None
+        build = build_mix if torch.compiler.is_compiling() else cached_mix
+        return build(self, dtype, device)
 
 
 @dataclass(frozen=True)
@@ -250,7 +355,7 @@ def pack(x: Tensor, layout: Layout) -> Packed:
 
     Args:
         x: ``[batch, heads, tokens, d]``, float32, bfloat16 or float16.
-        layout: a `TopK` or `Graded` of the same ``d``.
+        layout: a `TopK`, `Graded` or other `Layout` of the same ``d``.
 
     Returns:
         The stored tensors.
@@ -268,21 +373,7 @@ def pack(x: Tensor, layout: Layout) -> Packed:
     """
     if not torch.compiler.is_compiling():
         check_vectors(x, layout)
-    if isinstance(layout, Graded):
-        return pack_graded(x, layout)
-    if layout.keep == layout.d:
-        values, positions = x, None
-    else:
-        index = x.abs().topk(layout.keep, dim=-1).indices.sort(dim=-1).values
-        values = x.gather(-1, index)
-        positions = pack_positions(index, layout)
-    if layout.bits == 16:
-        return Packed((values.contiguous(),), None, positions, layout, x.dtype)
-    if layout.bits == 4:
-        scales, code = quantize_group(values, 4)
-        return Packed((torch.cat(pack_code(code, 4), dim=-1),), scales, positions, layout, x.dtype)
-    quantized, scales = quantize(values)
-    return Packed((quantized,), scales, positions, layout, x.dtype)
+    return layout.pack(x)
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -299,39 +390,8 @@ def unpack(packed: Packed) -> Tensor:
         >>> torch.equal(unpack(pack(x, TopK(64, keep=64, bits=16))), x)
         True
     """
-    layout = packed.layout
-    if isinstance(layout, Graded):
-        matrix = mixing(packed)
-        return unpack_mixed(packed) if matrix is None else unpack_mixed(packed) @ matrix.mT
-    values = packed.planes[0]
-    if layout.bits == 4:
-        assert packed.scales is not None
-        values = dequantize_group(unpack_code(values, layout.keep, 4), packed.scales, 4).to(packed.dtype)
-    elif packed.scales is not None:
-        values = (values.float() * packed.scales.float()).to(packed.dtype)
-    if packed.positions is None:
-        return values
-    if layout.positions == "index":
-        zeros = values.new_zeros(*values.shape[:-1], layout.d)
-        return zeros.scatter(-1, packed.positions.long(), values)
-    rank = bitmap_ranks(packed.positions, layout)
-    return torch.nn.functional.pad(values, (0, 1)).gather(-1, rank)
-
-
-def pack_graded(x: Tensor, layout: Graded) -> Packed:
-    """Groups of few bits as one uint8 plane with a scale byte each, groups of 16 bits as one plane in the dtype."""
-    mixed = x @ mix(layout, x.dtype, x.device) if layout.mixed else x
-    codes, scales, whole = [], [], []
-    for start, stop, bits in layout.stored:
-        group = mixed[..., start:stop]
-        if bits == 16:
-            whole.append(group)
-            continue
-        scale, code = quantize_group(group, bits)
-        scales.append(scale)
-        codes += pack_code(code, bits)
-    planes = tuple(torch.cat(plane, dim=-1) for plane in (codes, whole) if plane)
-    return Packed(planes, torch.cat(scales, dim=-1) if scales else None, None, layout, x.dtype)
+    values, matrix = unpack_mixed(packed), mixing(packed)
+    return values if matrix is None else values @ matrix.mT
 
 
 def mixing(packed: Packed) -> Tensor | None:
@@ -339,38 +399,12 @@ def mixing(packed: Packed) -> Tensor | None:
 
     ``unpack(p) == unpack_mixed(p) @ mixing(p).mT``: attention applies it to queries and outputs, not to tokens.
     """
-    layout = packed.layout
-    if isinstance(layout, TopK) or not layout.mixed:
-        return None
-    return mix(layout, packed.dtype, packed.planes[0].device)
+    return packed.layout.mix(packed.dtype, packed.tensors[0].device)
 
 
 def unpack_mixed(packed: Packed) -> Tensor:
-    """`unpack` without undoing the mix of a `Graded` layout."""
-    layout = packed.layout
-    if isinstance(layout, TopK):
-        return unpack(packed)
-    batch, heads, tokens, d = packed.shape
-    out = torch.zeros(batch, heads, tokens, d, dtype=packed.dtype, device=packed.planes[0].device)
-    byte = scale = value = 0
-    for start, stop, bits in layout.stored:
-        size = stop - start
-        if bits == 16:
-            out[..., start:stop] = packed.planes[-1][..., value : value + size]
-            value += size
-            continue
-        assert packed.scales is not None
-        width = code_bytes(size, bits)
-        code = unpack_code(packed.planes[0][..., byte : byte + width], size, bits)
-        out[..., start:stop] = dequantize_group(code, packed.scales[..., scale : scale + 1], bits)
-        byte, scale = byte + width, scale + 1
-    return out
-
-
-def mix(layout: Graded, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The orthonormal matrix ``[d, d]`` that mixes the coordinates inside each group with fewer than 16 bits."""
-    build = build_mix if torch.compiler.is_compiling() else cached_mix
-    return build(layout, dtype, device)
+    """`unpack` in the coordinates of `mixing`."""
+    return packed.layout.unpack(packed)
 
 
 def build_mix(layout: Graded, dtype: torch.dtype, device: torch.device) -> Tensor:

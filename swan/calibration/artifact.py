@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import random
 import tempfile
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,14 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from swan.calibration.bases import Basis, layer_bases
-from swan.calibration.capture import evaluating, fingerprint, observing
+from swan.calibration.capture import Observed, call, evaluating, fingerprint, observing
+from swan.calibration.effects import BUFFER, WINDOWS, Effects, beginning, measure_effects, tokens_of
 from swan.calibration.moments import Moments
 from swan.calibration.progress import track
 from swan.functional.rotation import check_basis
 
 __all__ = ["Calibration", "LayerBases", "calibrate"]
 
-FORMAT = "swan-calibration-1"
+FORMAT = "swan-calibration-2"  # changes with the candidates of effects.py too
 MOMENTS = ("q", "k", "v", "o")
 
 
@@ -53,13 +56,15 @@ class Calibration:
         basis: name of the basis.
         seed: seed of a random basis.
         fingerprint: fields of the model's configuration, checked by `swan.attach`.
+        effects: what packing each layer does to the model's predictions, for `Plan.for_retention`; None where it
+            was not measured, and of another basis.
 
     Example:
         >>> import swan
         >>> model = torch.nn.Sequential(swan.SwanAttention(64, heads=4))
         >>> calibration = swan.calibrate(model, [torch.randn(2, 50, 64)])
         >>> calibration
-        Calibration(basis='joint', layers=1, tokens=100)
+        Calibration(basis='joint', layers=1, tokens=100, effects=False)
 
     Source: arXiv:2511.18936.
     """
@@ -69,6 +74,7 @@ class Calibration:
     basis: Basis
     seed: int
     fingerprint: dict[str, Any]
+    effects: Effects | None = None
 
     @property
     def tokens(self) -> int:
@@ -119,6 +125,8 @@ class Calibration:
                 tensors[f"layers.{i}.{field.name}"] = getattr(layer, field.name).contiguous().cpu()
             for name in MOMENTS:
                 tensors[f"layers.{i}.moments.{name}"] = getattr(moments, name).cpu()
+        if self.effects is not None:
+            tensors |= {"effects.keys": self.effects.keys, "effects.values": self.effects.values}
         about = {
             "format": FORMAT,
             "basis": self.basis,
@@ -153,6 +161,8 @@ class Calibration:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); run swan.calibrate again") from error
         if about.get("format") != FORMAT:
             raise ValueError(f"{path} is not a calibration of this version of swan; run swan.calibrate again")
+        measured = [tensors.pop(f"effects.{side}", None) for side in ("keys", "values")]
+        effects = None if measured[0] is None or measured[1] is None else Effects(measured[0], measured[1])
         count = 1 + max(int(name.split(".")[1]) for name in tensors)
         layers, moments = [], []
         for i in range(count):
@@ -162,10 +172,11 @@ class Calibration:
             layers.append(layer)
             moments.append(Moments(*(tensors[f"layers.{i}.moments.{n}"] for n in MOMENTS), tokens=about["tokens"]))
             moments[-1].check(f"layer {i} of {path}")
-        return cls(tuple(layers), tuple(moments), about["basis"], about["seed"], about["fingerprint"])
+        return cls(tuple(layers), tuple(moments), about["basis"], about["seed"], about["fingerprint"], effects)
 
     def __repr__(self) -> str:
-        return f"Calibration(basis={self.basis!r}, layers={len(self.layers)}, tokens={self.tokens})"
+        shown = f"basis={self.basis!r}, layers={len(self.layers)}, tokens={self.tokens}"
+        return f"Calibration({shown}, effects={self.effects is not None})"
 
 
 @torch.no_grad()
@@ -175,12 +186,14 @@ def calibrate(
     basis: Basis = "joint",
     *,
     seed: int = 0,
+    effects: bool | None = None,
     progress: bool = True,
 ) -> Calibration:
-    """Run a model over some text and find an orthogonal basis for each layer and KV head.
+    """Run a model over some text; find an orthogonal basis for each layer and KV head, and what packing a layer does.
 
     Sums second moments of q, k (after RoPE) and v in float64; no activation is kept. Some 8,000 tokens of
-    ordinary text do.
+    ordinary text do. Then up to 4 windows of 1024 tokens are run forward and backward, which predicts the KL
+    divergence that each layer adds in each of some layouts; `Plan.for_retention` spends bytes accordingly.
 
     Args:
         model: a model of your own built from `SwanAttention`, or a transformers decoder.
@@ -188,7 +201,10 @@ def calibrate(
             arguments, such as a tokenizer gives (with an ``attention_mask`` where rows are padded).
         basis: ``"joint"`` (the paper's: queries and keys together, values and output projection together),
             ``"pca"`` (keys and values alone), ``"random"`` or ``"identity"``.
-        seed: seed of a random basis.
+        seed: seed of a random basis, and of the words drawn to measure effects.
+        effects: measure effects. By default for transformers models and texts of more than 64 tokens: it takes the
+            memory of a backward pass by activations, and a warning says if that fails. True also for a model of your
+            own whose output is logits ``[batch, tokens, vocabulary]``.
         progress: show a progress bar (needs rich).
 
     Returns:
@@ -210,15 +226,20 @@ def calibrate(
     """
     moments: dict[int, Moments] = {}
 
-    def observe(index: int, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> None:
+    def observe(index: int, seen: Observed) -> None:
         if index not in moments:
-            moments[index] = Moments.begin(k, v, attention)
-        moments[index].add(q, k, v, real)
+            moments[index] = Moments.begin(seen.k, seen.v, seen.module)
+        moments[index].add(seen.q, seen.k, seen.v, seen.real)
 
-    about, count = fingerprint(model), 0
+    about, count, kept = fingerprint(model), 0, []
+    wanted = effects or (effects is None and about["kind"] == "transformers")
+    draw = random.Random(seed)
+    body = cast(nn.Module, model.base_model) if about["kind"] == "transformers" else model  # the head is of no interest
     with evaluating(model), observing(model, observe):
         for batch in track(batches, "calibrating", show=progress):
-            _run(model, batch, transformers=about["kind"] == "transformers")
+            call(body, batch)
+            if wanted and (place := draw.randrange(count + 1) if count >= WINDOWS else count) < WINDOWS:
+                kept[place : place + 1] = [beginning(batch)]  # each batch is as likely to be among them
             count += 1
     if count == 0:
         raise ValueError("no batch came; give calibrate at least one")
@@ -227,18 +248,21 @@ def calibrate(
     ordered = tuple(moments[i] for i in sorted(moments))
     for index, layer in enumerate(ordered):
         layer.check(f"layer {index}")
-    return _from_moments(ordered, basis, seed, json.loads(json.dumps(about)))
-
-
-def _run(model: nn.Module, batch: Any, *, transformers: bool) -> None:
-    device = next(iter(model.parameters())).device
-    kwargs: dict[str, Any] = {"use_cache": False} if transformers else {}
-    body = cast(nn.Module, model.base_model) if transformers else model  # the head is of no interest
-    if isinstance(batch, Mapping):
-        named = cast("Mapping[str, Any]", batch)
-        body(**{name: t.to(device) if isinstance(t, Tensor) else t for name, t in named.items()}, **kwargs)
-    else:
-        body(batch.to(device), **kwargs)
+    found = _from_moments(ordered, basis, seed, json.loads(json.dumps(about)))
+    if effects or (wanted and max(map(tokens_of, kept)) > BUFFER):
+        bases = [(layer.key_basis, layer.value_basis) for layer in found.layers]
+        try:
+            with evaluating(model):
+                measured = measure_effects(model, kept, bases, seed=seed, progress=progress)
+        except RuntimeError as error:
+            if effects:
+                raise
+            warnings.warn(
+                f"plans will be the same for all layers, their effects were not measured: {error}", stacklevel=2
+            )
+        else:
+            found = dataclasses.replace(found, effects=measured)
+    return found
 
 
 def _from_moments(moments: tuple[Moments, ...], basis: Basis, seed: int, fingerprint: dict[str, Any]) -> Calibration:

@@ -1,17 +1,49 @@
 """Runs a model and observes q, k and v inside its attention function: no hooks per architecture."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from swan.modules import SwanAttention
 
-__all__ = ["attention_layers", "evaluating", "fingerprint", "observing", "swan_layers"]
+__all__ = ["Observed", "attention_layers", "call", "evaluating", "fingerprint", "observing", "swan_layers"]
 
-Observer = Callable[[int, nn.Module, Tensor, Tensor, Tensor, Tensor | None], None]
+
+@dataclass(frozen=True)
+class Observed:
+    """One forward of one attention layer.
+
+    Args:
+        module: the layer.
+        q: queries after RoPE ``[batch, heads, tokens, d]``.
+        k: keys after RoPE ``[batch, kv_heads, tokens, d]``.
+        v: values ``[batch, kv_heads, tokens, dv]``.
+        out: what goes on to the output projection ``[batch, tokens, heads, dv]``.
+        mask: boolean ``[batch, 1, tokens, tokens]``, or None where it is causal.
+        scale: factor of the scores.
+        sliding: the layer attends to a window only.
+    """
+
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    mask: Tensor | None
+    scale: float
+    sliding: bool
+
+    @property
+    def real(self) -> Tensor | None:
+        """``[batch, tokens]``, False for padding: a token is real where it sees itself."""
+        return None if self.mask is None else self.mask[:, 0].diagonal(dim1=-2, dim2=-1)
+
+
+Observer = Callable[[int, Observed], None]
 OBSERVE = "swan_observe"  # name of the observing attention function in transformers
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments of attention functions that change the scores
 
@@ -33,6 +65,17 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
+def call(model: nn.Module, batch: Any) -> Any:
+    """The output of a model for a batch as `calibrate` takes it: token ids, or a mapping of arguments."""
+    device = next(iter(model.parameters())).device
+    kwargs: dict[str, Any] = {} if swan_layers(model) else {"use_cache": False}
+    if isinstance(batch, Mapping):
+        named = cast("Mapping[str, Any]", batch)
+        kwargs |= {name: t.to(device) if isinstance(t, Tensor) else t for name, t in named.items()}
+        return model(**kwargs)
+    return model(batch.to(device), **kwargs)
+
+
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """What a calibration must agree on with its model: fields of the configuration, never weights."""
     layers = swan_layers(model)
@@ -45,7 +88,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """While it lasts, `observer` gets (layer, attention module, q, k, v, real) of each forward."""
+    """While it lasts, `observer` gets the index of each attention layer and what it did in each forward."""
     layers = swan_layers(model)
     watch = _observe_swan(layers, observer) if layers else _observe_transformers(model, observer)
     with watch:
@@ -66,8 +109,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _observe_swan(layers: list[SwanAttention], observer: Observer) -> Iterator[None]:
-    def observe(index: int, layer: SwanAttention) -> Callable[[Tensor, Tensor, Tensor], None]:
-        return lambda q, k, v: observer(index, layer, q, k, v, None)
+    def observe(index: int, layer: SwanAttention) -> Callable[..., None]:
+        scale = layer.head_dim**-0.5
+        return lambda q, k, v, out: observer(index, Observed(layer, q, k, v, out, None, scale, sliding=False))
 
     for index, layer in enumerate(layers):
         layer.observer = observe(index, layer)
@@ -111,12 +155,15 @@ def _observed_attention(
         asked.append(f"a mask of {attention_mask.dtype}")
     if asked:
         raise ValueError(f"{type(module).__name__} computes its attention with {', '.join(asked)}: not supported")
-    # A token is real where it sees itself; others may be out of a sliding window's sight.
-    real = None if attention_mask is None else attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
     index = module.layer_idx
     assert isinstance(index, int)
-    _observer(index, module, query, key, value, real)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if torch.is_grad_enabled() and not out.requires_grad:
+        out.requires_grad_()  # of a model whose parameters are frozen
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    sliding = kwargs.get("sliding_window") is not None
+    _observer(index, Observed(module, query, key, value, out, attention_mask, scale, sliding))
+    return out, None
 
 
 def _config(model: nn.Module) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from swan.calibration.effects import KEYS, VALUES, Effects, Groups, graded
 from swan.packed import Graded, Layout, PlanLayer, TopK
 
 if TYPE_CHECKING:
@@ -15,10 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan"]
 
-Groups = tuple[tuple[int, int], ...]
-
-# What we advise, from few bytes to many: groups (sixteenths of d, bits) of keys and of values. Chosen on calibration
-# text of SmolLM2 by the KL that a layout of keys alone, and one of values alone, adds: the frontier of their sums.
+# Without measured effects, from few bytes to many: groups (sixteenths of d, bits) of keys and of values. Chosen on
+# calibration text of SmolLM2 by the KL that a layout of keys alone, and one of values alone, adds: the frontier of
+# their sums.
 LADDER: tuple[tuple[Groups, Groups], ...] = (
     (((4, 3), (4, 2), (8, 1)), ((4, 2), (12, 1))),  # at d = 64: retention 0.11
     (((2, 5), (6, 3), (8, 1)), ((8, 2), (8, 1))),
@@ -41,6 +41,9 @@ LADDER: tuple[tuple[Groups, Groups], ...] = (
     (((16, 8),), ((12, 8), (4, 6))),  # 0.50
     (((16, 8),), ((16, 8),)),
 )
+
+
+EXACT = 1e-9  # retentions are quotients
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,14 @@ class Plan:
     ) -> "Plan":
         """The plan we advise at a retention; never stores more, and is monotone in it.
 
-        Below 1: `Graded` groups of the sorted basis, more bits for leading coordinates and for keys. At 1:
-        everything in the dtype of the cache.
+        Below 1: `Graded` groups of the sorted basis, more bits for leading coordinates and for keys. With a
+        calibration that has effects, layers compete for the bytes by what each adds to the KL divergence, and layers
+        with a sliding window have no entry; without, all layers are the same. At 1: everything in the dtype of the
+        cache.
 
         Args:
             retention: bytes per history token over the bf16 bytes of the same key and value, up to 1.
-            calibration: gives the head dimensions.
+            calibration: of the model.
             dims: head dimensions of keys and values of each layer, where there is no calibration.
             buffer: recent tokens kept dense.
             sinks: first tokens kept dense.
@@ -98,13 +103,58 @@ class Plan:
             ValueError: the retention is out of range or too small for any plan, or neither
                 `calibration` nor `dims` is given.
         """
-        if calibration is not None:
-            dims = calibration.dims
-        if dims is None:
-            raise ValueError("give a calibration, or dims=[(key_dim, value_dim), ...] with one entry per layer")
+        dims, effects = _known(calibration, dims)
         if not 0 < retention <= 1:
             raise ValueError(f"retention must be above 0 and at most 1, got {retention}")
-        return cls(tuple(_advised_layer(retention, d, dv) for d, dv in dims), buffer=buffer, sinks=sinks)
+        least = _least(dims, effects)
+        if retention < least - EXACT:
+            shown = math.ceil(least * 1e4) / 1e4  # rounded up, so that it can be asked for
+            raise ValueError(
+                f"no plan fits in retention {retention:.3g} at these head dimensions; the least is {shown}"
+            )
+        if retention == 1:
+            layers = [PlanLayer(Graded(((d, 16),)), Graded(((dv, 16),))) for d, dv in dims]
+        elif effects is None:
+            layers = [_step_within(retention, d, dv) for d, dv in dims]
+        else:
+            layers = _layers_by_effect(retention, dims, effects)
+        kept = [layer if _winnowed(effects, index) else None for index, layer in enumerate(layers)]
+        return cls(tuple(kept), buffer=buffer, sinks=sinks)
+
+    @classmethod
+    def levels(
+        cls,
+        calibration: "Calibration | None" = None,
+        *,
+        dims: Sequence[tuple[int, int]] | None = None,
+        buffer: int = 128,
+        sinks: int = 4,
+    ) -> list["Plan"]:
+        """Plans of `for_retention` from 1 down to the least, some 20: the levels of a byte budget.
+
+        Args:
+            calibration: of the model.
+            dims: head dimensions of keys and values of each layer, where there is no calibration.
+            buffer: recent tokens kept dense.
+            sinks: first tokens kept dense.
+
+        Returns:
+            The plans, descending in retention.
+
+        Raises:
+            ValueError: neither `calibration` nor `dims` is given.
+
+        Example:
+            >>> levels = Plan.levels(dims=[(64, 64)])
+            >>> [round(plan.retention, 2) for plan in (levels[0], levels[1], levels[-1])]
+            [1.0, 0.51, 0.11]
+        """
+        dims, effects = _known(calibration, dims)
+        least = _least(dims, effects)
+        steps = [step.retention for d, dv in set(dims) for step in _steps(d, dv)]
+        retentions = sorted({1.0, least, *(r for r in steps if least < r < 1)}, reverse=True)
+        plans = [cls.for_retention(r, calibration, dims=dims, buffer=buffer, sinks=sinks) for r in retentions]
+        return list(dict.fromkeys(plans))
 
     @property
     def retention(self) -> float:
@@ -137,31 +187,85 @@ class Plan:
             raise ValueError(f"this is not the JSON of a plan ({error!r}); write one with Plan.to_json") from error
 
 
-def _advised_layer(retention: float, d: int, dv: int) -> PlanLayer:
+Dims = Sequence[tuple[int, int]]
+
+
+def _known(calibration: "Calibration | None", dims: Dims | None) -> tuple[Dims, Effects | None]:
+    if calibration is not None:
+        return calibration.dims, calibration.effects
+    if dims is None:
+        raise ValueError("give a calibration, or dims=[(key_dim, value_dim), ...] with one entry per layer")
+    return dims, None
+
+
+def _winnowed(effects: Effects | None, index: int) -> bool:
+    return effects is None or not bool(effects.keys[index].isnan().any())
+
+
+def _steps(d: int, dv: int) -> list[PlanLayer]:
+    return [PlanLayer(graded(d, keys), graded(dv, values)) for keys, values in LADDER]
+
+
+def _step_within(retention: float, d: int, dv: int) -> PlanLayer:
     """The highest step of the ladder in the bytes of `retention`."""
-    if retention == 1:
-        return PlanLayer(Graded(((d, 16),)), Graded(((dv, 16),)))
-    room = 2 * (d + dv) * retention + 1e-9
-    steps = [PlanLayer(_graded(d, keys), _graded(dv, values)) for keys, values in LADDER]
-    sizes = [step.keys.vector_bytes() + step.values.vector_bytes() for step in steps]
-    fitting = [step for step, size in zip(steps, sizes, strict=True) if size <= room]
-    if not fitting:
-        least = math.ceil(min(sizes) / (2 * (d + dv)) * 1e4) / 1e4  # rounded up, so that it can be asked for
-        raise ValueError(
-            f"no plan fits in retention {retention:.3g} at head dimensions {d} and {dv}; the least is {least}"
-        )
-    return fitting[-1]
+    return [step for step in _steps(d, dv) if step.retention <= retention + EXACT][-1]
 
 
-def _graded(d: int, groups: Groups) -> Graded:
-    """Groups of sixteenths of `d`, rounded; a group that rounds to nothing is left out."""
-    stops = [round(d * sum(size for size, _ in groups[:i]) / 16) for i in range(len(groups) + 1)]
-    sizes = [stop - start for start, stop in itertools.pairwise(stops)]
-    return Graded(tuple((size, bits) for size, (_, bits) in zip(sizes, groups, strict=True) if size))
+def _least(dims: Dims, effects: Effects | None) -> float:
+    """The lowest retention that some plan has."""
+    if effects is None:
+        return max(min(step.retention for step in _steps(d, dv)) for d, dv in dims)
+    winnowed = [pair for index, pair in enumerate(dims) if _winnowed(effects, index)]
+    size = sum(
+        min(graded(n, groups).vector_bytes() for groups in side)
+        for pair in winnowed
+        for n, side in zip(pair, (KEYS, VALUES), strict=True)
+    )
+    return size / sum(2 * (d + dv) for d, dv in winnowed)
+
+
+def _layers_by_effect(retention: float, dims: Dims, effects: Effects) -> list[PlanLayer | None]:
+    """Everything begins at its fewest bytes; the step that lowers the predicted KL most per byte is taken first."""
+    room, chosen, steps = 0.0, {}, []
+    for index, pair in enumerate(dims):
+        if not _winnowed(effects, index):
+            continue
+        room += 2 * sum(pair) * (retention + EXACT)
+        for side, d, candidates, table in zip("kv", pair, (KEYS, VALUES), (effects.keys, effects.values), strict=True):
+            layouts = [graded(d, groups) for groups in candidates]
+            points = [(a.vector_bytes(), kl, a) for a, kl in zip(layouts, table[index].tolist(), strict=True)]
+            hull = _hull(points)
+            room -= hull[0][0]
+            chosen[index, side] = hull[0][2]
+            steps += [(_slope(a, b), index, side, b[0] - a[0], b[2]) for a, b in itertools.pairwise(hull)]
+    for _, index, side, size, layout in sorted(steps, key=lambda step: step[:3]):
+        if size > room:
+            break  # no smaller step further down either: a plan of more bytes has all steps of one of fewer
+        room -= size
+        chosen[index, side] = layout
+    return [PlanLayer(chosen[i, "k"], chosen[i, "v"]) if (i, "k") in chosen else None for i in range(len(dims))]
+
+
+def _hull(points: list[tuple[int, float, Graded]]) -> list[tuple[int, float, Graded]]:
+    """The points (bytes, effect, layout) of the lower convex hull, with falling effect."""
+    hull: list[tuple[int, float, Graded]] = []
+    for point in sorted(points, key=lambda point: point[:2]):
+        if hull and point[1] >= hull[-1][1]:
+            continue  # more bytes for nothing
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(a: tuple[int, float, Graded], b: tuple[int, float, Graded]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
 
 
 def _entry(layout: Layout) -> dict[str, Any]:
-    return {"form": "topk" if isinstance(layout, TopK) else "graded", **dataclasses.asdict(layout)}
+    if not isinstance(layout, TopK | Graded):
+        raise TypeError(f"only TopK and Graded layouts have a form in JSON, got {layout}")
+    return {"form": layout.form, **dataclasses.asdict(layout)}
 
 
 def _layout(entry: dict[str, Any]) -> Layout:

@@ -6,6 +6,7 @@ from swan.cli.bench import bench
 from swan.cli.calibrate import calibrate
 from swan.cli.demo import demo
 from swan.cli.evaluate import evaluate
+from swan.cli.frontier import frontier
 from swan.cli.generate import generate
 
 app = typer.Typer(
@@ -14,6 +15,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (calibrate, generate, evaluate, demo):
+for command in (calibrate, generate, evaluate, frontier, demo):
     app.command()(command)
 app.add_typer(bench, name="bench")

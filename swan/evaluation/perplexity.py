@@ -3,10 +3,10 @@
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,46 @@ from swan.packed import Graded, Layout, PlanLayer, TopK
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-__all__ = ["Setting", "default_sweep", "evaluate"]
+__all__ = ["Method", "Setting", "default_sweep", "evaluate"]
 
 CHUNK = 512  # tokens a forward takes in; the windowed form does not depend on it
+
+
+class Method(Protocol):
+    """A way to keep the cache small that can be scored: `Setting`, or a rival of swan/evaluation/baselines.py."""
+
+    @property
+    def form(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def basis(self) -> Basis | None:
+        """Basis in which the model is attached; None where the model is left as it is."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of a random basis."""
+        ...
+
+    @property
+    def retention(self) -> float:
+        """Bytes per history token over those in bf16, all that it needs included."""
+        ...
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that the cache is given at a time."""
+        ...
+
+    def cache(self, model: "PreTrainedModel") -> "Cache":
+        """An empty cache for the model."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as JSON values: ``buffer`` and ``sinks`` where tokens are kept dense."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,19 +70,39 @@ class Setting:
         plan: what the cache stores; None for the dense cache.
         basis: in which coordinates.
         seed: of a random basis.
+        name: a form to be shown instead of the layouts' own.
     """
 
     plan: Plan | None = None
     basis: Basis = "joint"
     seed: int = 0
+    name: str | None = None
+    chunk: int = field(default=CHUNK, init=False, repr=False)
 
     @property
     def form(self) -> str:
         """``"dense"``, ``"window"``, or the form of the keys of the first layer: ``"topk"`` or ``"graded"``."""
+        if self.name is not None:
+            return self.name
         if self.plan is None:
             return "dense"
         first = self._first_layer
-        return "window" if first is None else _form(first.keys)
+        return "window" if first is None else first.keys.form
+
+    @property
+    def retention(self) -> float:
+        """That of the plan."""
+        return 1.0 if self.plan is None else self.plan.retention
+
+    def cache(self, model: "PreTrainedModel") -> "Cache":
+        """A `SwanCache` in windowed form; transformers' own without a plan."""
+        from transformers import DynamicCache
+
+        from swan.integrations.transformers import SwanCache
+
+        return (
+            DynamicCache(config=model.config) if self.plan is None else SwanCache(model, self.plan, prefill="windowed")
+        )
 
     @property
     def _first_layer(self) -> PlanLayer | None:
@@ -115,7 +172,7 @@ def default_sweep(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: i
 def evaluate(
     model: "PreTrainedModel",
     windows: Tensor,
-    settings: Sequence[Setting],
+    settings: Sequence[Method],
     calibration: Calibration,
     *,
     progress: bool = True,
@@ -124,9 +181,10 @@ def evaluate(
 
     Perplexity is $\exp$ of the mean negative log-likelihood of each window's tokens after its first.
     ``perplexity_increase`` is relative to the dense cache on the same tokens; its ``standard_error`` is
-    paired, over windows. ``kl`` is $\mathrm{KL}(p_{dense} \| p)$ per token in nats, ``agreement`` the share
-    of tokens with the same most likely next token, ``compression`` the bytes held over those of a dense
-    cache in the dtype of the model, at the end of a window.
+    paired, over windows. ``kl`` is $\mathrm{KL}(p_{dense} \| p)$ per token in nats, with ``kl_error`` over windows;
+    ``agreement`` the share of tokens with the same most likely next token. ``compression`` is the bytes held over those
+    of a dense cache in the dtype of the model, at the end of a window (None for caches that do not tell);
+    ``compression_bf16`` the same by count, in bf16 and without slack: history at ``retention``, buffer and sinks dense.
 
     Args:
         model: a transformers model that is not attached; it is left as it was.
@@ -144,70 +202,72 @@ def evaluate(
     """
     if windows.ndim != 2 or windows.shape[1] < 2:
         raise ValueError(f"expected windows [windows, tokens] of at least two tokens, got {list(windows.shape)}")
-    settings = [s for s in settings if s.plan is not None]
+    settings = [s for s in settings if s.form != "dense"]
     scores = [_Scores() for _ in range(len(settings) + 1)]
     for window in track(list(windows), "evaluating", show=progress):
         tokens = window.to(model.device)[None]
         _score_window(model, tokens, settings, calibration, scores)
     dense, *others = scores
-    rows = [_row(Setting(), dense, dense)]
-    return rows + [_row(setting, score, dense) for setting, score in zip(settings, others, strict=True)]
+    tokens = windows.shape[1]
+    rows = [_row(Setting(), dense, dense, tokens)]
+    return rows + [_row(setting, score, dense, tokens) for setting, score in zip(settings, others, strict=True)]
 
 
 @torch.no_grad()
 def _score_window(
     model: "PreTrainedModel",
     tokens: Tensor,
-    settings: Sequence[Setting],
+    settings: Sequence[Method],
     calibration: Calibration,
     scores: Sequence[_Scores],
 ) -> None:
-    from transformers import DynamicCache
-
-    from swan.integrations.transformers import SwanCache
-
     start = time.perf_counter()
-    reference = [logits.log_softmax(-1) for logits in _logits(model, tokens, DynamicCache(config=model.config))]
-    _add(scores[0], reference, reference, tokens, 1.0, time.perf_counter() - start)
+    dense = Setting()
+    reference = torch.cat([logits.log_softmax(-1) for logits in _logits(model, tokens, dense.cache(model), CHUNK)])
+    _add(scores[0], [reference], reference, tokens, 1.0, time.perf_counter() - start)
     numbered = list(zip(settings, scores[1:], strict=True))
     for (basis, seed), group in groupby(numbered, key=lambda pair: (pair[0].basis, pair[0].seed)):
-        same = (basis, seed) == (calibration.basis, calibration.seed)
-        attach(model, calibration if same else calibration.with_basis(basis, seed=seed))
+        if basis is not None:
+            same = (basis, seed) == (calibration.basis, calibration.seed)
+            attach(model, calibration if same else calibration.with_basis(basis, seed=seed))
         try:
             for setting, score in group:
                 start = time.perf_counter()
-                cache = SwanCache(model, setting.plan, prefill="windowed")
-                found = (logits.log_softmax(-1) for logits in _logits(model, tokens, cache))
+                cache = setting.cache(model)
+                found = (logits.log_softmax(-1) for logits in _logits(model, tokens, cache, setting.chunk))
                 _add(score, found, reference, tokens, None, 0.0)
-                score.compression.append(cache.compression)
+                score.compression.append(getattr(cache, "compression", math.nan))
                 score.seconds += time.perf_counter() - start
         finally:
-            detach(model)
+            if basis is not None:
+                detach(model)
 
 
-def _logits(model: "PreTrainedModel", tokens: Tensor, cache: "Cache") -> Iterator[Tensor]:
+def _logits(model: "PreTrainedModel", tokens: Tensor, cache: "Cache", chunk: int) -> Iterator[Tensor]:
     """Logits ``[tokens, vocabulary]`` in float32, a chunk at a time."""
     from swan.integrations.transformers import cache_keyword
 
     keyword = {cache_keyword(model): cache}
-    for start in range(0, tokens.shape[1], CHUNK):
-        yield model(input_ids=tokens[:, start : start + CHUNK], use_cache=True, **keyword).logits[0].float()
+    for start in range(0, tokens.shape[1], chunk):
+        yield model(input_ids=tokens[:, start : start + chunk], use_cache=True, **keyword).logits[0].float()
 
 
 def _add(
     score: _Scores,
-    found: Any,
-    reference: Sequence[Tensor],
+    found: Iterable[Tensor],
+    reference: Tensor,
     tokens: Tensor,
     compression: float | None,
     seconds: float,
 ) -> None:
     """Add a window: log-probabilities by chunk, against those of the dense cache."""
-    count = tokens.shape[1] - 1
+    count, start = tokens.shape[1] - 1, 0
     nll = kl = agreement = 0.0
-    for i, (log_p, log_dense) in enumerate(zip(found, reference, strict=True)):
-        targets = tokens[0, i * CHUNK + 1 : (i + 1) * CHUNK + 1]
-        log_p, log_dense = log_p[: len(targets)], log_dense[: len(targets)]
+    for log_p in found:
+        targets = tokens[0, start + 1 : start + len(log_p) + 1]
+        log_p = log_p[: len(targets)]
+        log_dense = reference[start : start + len(targets)]
+        start += len(targets)
         nll -= log_p.gather(-1, targets[:, None]).double().sum().item()
         kl += torch.nn.functional.kl_div(log_p, log_dense, log_target=True, reduction="sum").item()
         agreement += (log_p.argmax(-1) == log_dense.argmax(-1)).sum().item()
@@ -219,24 +279,30 @@ def _add(
         score.compression.append(compression)
 
 
-def _row(setting: Setting, score: _Scores, dense: _Scores) -> dict[str, Any]:
+def _row(setting: Method, score: _Scores, dense: _Scores, tokens: int) -> dict[str, Any]:
     differences = [a - b for a, b in zip(score.nll, dense.nll, strict=True)]
     ratio = math.exp(statistics.fmean(differences))
-    error = None
-    if len(differences) > 1:
-        error = ratio * statistics.stdev(differences) / math.sqrt(len(differences))
+    about, compression = setting.describe(), statistics.fmean(score.compression)
+    kept = min(about.get("buffer", 0) + about.get("sinks", 0), tokens) / tokens
     return {
         "form": setting.form,
-        "settings": setting.describe(),
-        "retention": 1.0 if setting.plan is None else setting.plan.retention,
-        "compression": statistics.fmean(score.compression),
+        "settings": about,
+        "retention": setting.retention,
+        "compression": None if math.isnan(compression) else compression,
+        "compression_bf16": kept + (1 - kept) * setting.retention,
         "perplexity": math.exp(statistics.fmean(score.nll)),
         "perplexity_increase": ratio - 1,
-        "standard_error": error,
+        "standard_error": _standard_error(differences, ratio),
         "kl": statistics.fmean(score.kl),
+        "kl_error": _standard_error(score.kl, 1.0),
         "agreement": statistics.fmean(score.agreement),
         "seconds": score.seconds,
     }
+
+
+def _standard_error(values: Sequence[float], factor: float) -> float | None:
+    """Of the mean, by windows."""
+    return factor * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def _kept(d: int, share: float, bits: int) -> TopK:
@@ -249,8 +315,4 @@ def _indexed(d: int, retention: float) -> TopK:
 
 
 def _describe(layout: Layout) -> dict[str, Any]:
-    return {"form": _form(layout), **asdict(layout)}
-
-
-def _form(layout: Layout) -> str:
-    return "topk" if isinstance(layout, TopK) else "graded"
+    return {"form": layout.form, **vars(layout)}

@@ -78,8 +78,9 @@ class SwanAttention(nn.Module):
         identity = torch.eye(self.head_dim).expand(self.kv_heads, -1, -1)
         self.register_buffer("key_basis", identity.clone())
         self.register_buffer("value_basis", identity.clone())
-        self.observer: Callable[[Tensor, Tensor, Tensor], Any] | None = None
-        """Called with q, k (after RoPE) and v of each forward without a cache; `swan.calibrate` sets it."""
+        self.observer: Callable[[Tensor, Tensor, Tensor, Tensor], Any] | None = None
+        """Called with q, k (after RoPE), v and the output ``[batch, tokens, heads, d]`` of each forward without a
+        cache; `swan.calibrate` sets it."""
 
     def forward(self, x: Tensor, cache: KVCache | None = None, *, padding: Tensor | None = None) -> Tensor:
         """Attention over `x` alone, or over the cache and `x`.
@@ -100,8 +101,6 @@ class SwanAttention(nn.Module):
             raise ValueError(f"expected x [batch, tokens, {self.dim}], got {list(x.shape)}")
         if cache is None:
             q, k, v = self._project(x, 0, padding)
-            if self.observer is not None:
-                self.observer(q, k, v)
             mask = None if padding is None else _key_mask(padding, x.shape[1])
             out = dense_attention(q, k, v, mask=mask, causal=True)
         else:
@@ -110,7 +109,10 @@ class SwanAttention(nn.Module):
             key_basis, value_basis = self.key_basis.to(x.dtype), self.value_basis.to(x.dtype)
             cache.update(rotate(k, key_basis), rotate(v, value_basis), padding=padding)
             out = inverse_rotate(cache.attend(rotate(q, key_basis)), value_basis)
-        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+        out = rearrange(out, "b h t d -> b t h d")
+        if cache is None and self.observer is not None:
+            self.observer(q, k, v, out)
+        return self.o_proj(out.flatten(2))
 
     def set_bases(self, key_basis: Tensor, value_basis: Tensor) -> None:
         """Set both bases ``[kv_heads, d, d]``; caches filled before do not fit any more.

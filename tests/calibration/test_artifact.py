@@ -168,7 +168,7 @@ def test_report_is_the_captured_share(calibration):
         assert 0.25 < row["keys_quarter"] < row["keys_half"] < 1
     assert [row["layer"] for row in calibration.report()] == [0, 1]
     assert calibration.dims == [(16, 16)] * 2
-    assert repr(calibration) == "Calibration(basis='joint', layers=2, tokens=80)"
+    assert repr(calibration) == "Calibration(basis='joint', layers=2, tokens=80, effects=False)"
 
 
 @pytest.mark.parametrize("basis", ["joint", "random"])

@@ -127,11 +127,11 @@ def test_gradients_flow(padding, settings):
         assert (a - c).abs().max() <= limit
 
 
-def test_the_observer_sees_queries_keys_and_values():
+def test_the_observer_sees_queries_keys_values_and_output():
     attention, seen = layer(bias=True), []
-    attention.observer = lambda *qkv: seen.append([t.shape for t in qkv])
+    attention.observer = lambda *tensors: seen.append([t.shape for t in tensors])
     attention(normal(0, 2, 5, DIM))
-    assert seen == [[(2, 6, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)]]
+    assert seen == [[(2, 6, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8), (2, 5, 6, 8)]]
     attention(normal(0, 2, 5, DIM), keep_all(8))
     assert len(seen) == 1
 

@@ -1,0 +1,136 @@
+"""`swan frontier`: quality against bytes, swan beside its rivals."""
+
+import json as json_module
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from swan.cli.common import (
+    CalibrationOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    calibration_of,
+    console,
+    envelope,
+    load,
+    percent,
+    print_table,
+    user_errors,
+)
+from swan.evaluation.frontier import RETENTIONS, average_seeds, compared, label, mark_frontier, methods
+from swan.evaluation.frontier import plot as plot_frontier
+from swan.evaluation.perplexity import Method, Setting, evaluate
+from swan.evaluation.retrieval import evaluate_needles, needle_cases, summarize_needles
+from swan.evaluation.sources import evaluation_text, token_windows
+from swan.integrations import attach, detach
+
+
+def frontier(
+    model: ModelArgument,
+    retention: Annotated[list[float] | None, typer.Option(help="Retentions of the default plans (repeat it).")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="qasper, squad, or a text file (repeat it).")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 4,
+    length: Annotated[int, typer.Option(min=130, help="Tokens of a window.")] = 2048,
+    needles: Annotated[int, typer.Option(min=0, help="Needles to find, a multiple of 10; 0 for none.")] = 60,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of random rotations.")] = 3,
+    buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 64,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept dense.")] = 4,
+    quick: Annotated[bool, typer.Option("--quick", help="Short windows, one seed, few needles: minutes.")] = False,
+    calibration: CalibrationOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    plot: Annotated[Path | None, typer.Option(help="Image file to draw.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, also after each part of the work.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Compare default plans with dense, fp8, 2 to 4 bit, top-k and low-rank caches at their bytes."""
+    texts, retentions = text or ["qasper", "squad"], retention or list(RETENTIONS)
+    if quick:
+        windows, length, needles, seeds = 1, 1024, min(needles, 10), 1
+        retentions = retention or [0.5, 0.26, 0.15]
+    with user_errors():
+        network, tokenizer = load(model, dtype)
+        tokens = torch.cat([token_windows(evaluation_text(name), tokenizer, windows, length) for name in texts])
+        cases = []
+        if needles:
+            cases = needle_cases(tokenizer, evaluation_text("qasper"), cases=needles, lengths=(length // 2, length))
+        found = calibration_of(model, network, tokenizer, path=calibration)
+        compared_methods = methods(found, retentions, buffer=buffer, sinks=sinks, seeds=seeds)
+        if quick:
+            compared_methods = [m for m in compared_methods if m.basis is not None]  # those of transformers are slow
+        settings = {"texts": texts, "windows": windows, "length": length, "buffer": buffer, "sinks": sinks}
+        settings |= {"dtype": dtype, "calibration": repr(found), "layers": _layers(network)}
+        rows = evaluate(network, tokens, compared_methods, found)
+        rows = [{"model": model, "text": "+".join(texts), **row} for row in rows]
+        mark_frontier(rows)
+        result = envelope(settings, rows) | {"needles": []}
+        _write(out, result)
+        asked = [Setting(), *(m for m in compared_methods if m.form == "swan")] if cases else []
+        for method in asked[:2] + asked[-1:] if quick else asked:
+            found_needles = summarize_needles(_needles(network, method, cases, found))
+            result["needles"].append({"form": method.form, "retention": method.retention, **found_needles})
+            _write(out, result)
+    shown = average_seeds(rows)
+    mark_frontier(shown)
+    if plot is not None:
+        plot_frontier(shown, plot, f"{model}, {len(tokens)} windows of {length} tokens")
+    if json:
+        return print(json_module.dumps(result, indent=2))
+    print_table(
+        f"{model} on {' and '.join(texts)}, {len(tokens)} windows of {length} tokens, buffer {buffer}, sinks {sinks}",
+        ("method", "retention", "whole cache", "increase ± s.e.", "KL ± s.e.", "agreement", "frontier"),
+        [_cells(row) for row in sorted(shown, key=lambda row: -row["retention"])],
+    )
+    for row in compared(shown):
+        if row["rival"] is not None:
+            console.print(
+                f"retention {row['retention']:.3f}: KL {row['kl']:.5f}, {row['ratio']:.2f} of that of the best rival "
+                f"in as many bytes or more ({row['rival']}, {row['rival_retention']:.3f}: {row['rival_kl']:.5f})"
+            )
+    for row in result["needles"]:
+        console.print(f"needles, {row['form']} {row['retention']:.2f}: {row['found']} of {row['cases']}")
+
+
+def _needles(network: Any, method: Method, cases: Any, calibration: Any) -> list[dict[str, Any]]:
+    if method.form == "dense":
+        return evaluate_needles(network, cases, lambda: method.cache(network))
+    attach(network, calibration)
+    try:
+        return evaluate_needles(network, cases, lambda: method.cache(network))
+    finally:
+        detach(network)
+
+
+def _layers(network: Any) -> str:
+    """Which layers are winnowed."""
+    kinds = getattr(network.config.get_text_config(decoder=True), "layer_types", None) or []
+    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    return "all" if len(full) == len(kinds) else ", ".join(map(str, full))
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(json_module.dumps(result, indent=2) + "\n")
+    os.replace(file.name, path)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    error, kl_error = row["standard_error"], row["kl_error"]
+    return [
+        label(row) + ("" if row["seeds"] == 1 else f", {row['seeds']} seeds"),
+        f"{row['retention']:.3f}",
+        f"{row['compression_bf16']:.3f}",
+        percent(row["perplexity_increase"]) + ("" if error is None else f" ± {100 * error:.2f}"),
+        f"{row['kl']:.5f}" + ("" if kl_error is None else f" ± {kl_error:.5f}"),
+        f"{100 * row['agreement']:.1f} %",
+        "*" if row["frontier"] else "",
+    ]

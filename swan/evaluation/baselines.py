@@ -1,0 +1,315 @@
+"""Rivals as caches: what others store, scored by the same evaluation, with their bytes counted alike.
+
+Those that code each token on its own are layouts, so they share buffer, sinks and attention with swan. KIVI's
+keys share scales between tokens, which takes a cache of its own. The caches of transformers run as they are.
+"""
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from swan.calibration import Plan
+from swan.calibration.bases import Basis
+from swan.evaluation.perplexity import CHUNK, Method, Setting
+from swan.modules import KVCache
+from swan.packed import Graded, Layout, Packed, PlanLayer, TopK, code_bytes, pack_code, unpack_code
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+__all__ = ["Float8", "Kivi", "LloydMax", "TransformersQuantized", "rivals"]
+
+KIVI_GROUP = 32  # tokens of a key channel, or coordinates of a value, that share a scale and an offset
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Every coordinate as an 8-bit float (e4m3) without scale: the fp8 cache of most servers. ``d`` bytes.
+
+    Args:
+        d: head dimension.
+
+    Source: Micikevicius et al., arXiv:2209.05433.
+    """
+
+    form: ClassVar[str] = "fp8"
+
+    d: int
+
+    def vector_bytes(self, itemsize: int = 2) -> int:
+        """One byte for each coordinate."""
+        return self.d
+
+    def pack(self, x: Tensor) -> Packed:
+        """The nearest 8-bit floats."""
+        limit = torch.finfo(torch.float8_e4m3fn).max
+        codes = x.clamp(-limit, limit).to(torch.float8_e4m3fn).view(torch.uint8)
+        return Packed((codes,), None, None, self, x.dtype)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """The 8-bit floats in the dtype of the cache."""
+        return packed.planes[0].view(torch.float8_e4m3fn).to(packed.dtype)
+
+    def mix(self, dtype: torch.dtype, device: torch.device) -> None:
+        """None."""
+
+
+@dataclass(frozen=True)
+class LloydMax:
+    r"""Every coordinate on the Lloyd-Max grid of a normal distribution, and the length of the vector in 16 bits.
+
+    After a random rotation the coordinates of a vector, times $\sqrt d / \lVert x \rVert$, are close to
+    standard normal; the grid has the least squared error for that. ``ceil(d * bits / 8) + 2`` bytes.
+
+    Args:
+        d: head dimension.
+        bits: 1 to 6, or 8.
+
+    Source: TurboQuant, arXiv:2504.19874.
+    """
+
+    form: ClassVar[str] = "random-rotation"
+
+    d: int
+    bits: int
+
+    def vector_bytes(self, itemsize: int = 2) -> int:
+        """Codes and the length."""
+        return code_bytes(self.d, self.bits) + 2
+
+    def pack(self, x: Tensor) -> Packed:
+        """The nearest grid points."""
+        length = x.float().norm(dim=-1, keepdim=True).to(torch.float16)
+        grid = normal_grid(self.bits).to(x.device)
+        unit = x.float() * (math.sqrt(self.d) / length.float().clamp(min=1e-30))
+        code = torch.bucketize(unit, (grid[1:] + grid[:-1]) / 2).to(torch.uint8)
+        return Packed((torch.cat(pack_code(code, self.bits), dim=-1),), length, None, self, x.dtype)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """Grid points times the length."""
+        code = unpack_code(packed.planes[0], self.d, self.bits)
+        assert packed.scales is not None
+        grid = normal_grid(self.bits).to(code.device)
+        return (grid[code.int()] * (packed.scales.float() / math.sqrt(self.d))).to(packed.dtype)
+
+    def mix(self, dtype: torch.dtype, device: torch.device) -> None:
+        """None."""
+
+
+@functools.cache
+def normal_grid(bits: int) -> Tensor:
+    """The grid of ``2 ** bits`` points with the least squared error for a standard normal variable, float32.
+
+    Example:
+        >>> normal_grid(2)
+        tensor([-1.5104, -0.4528,  0.4528,  1.5104])
+    """
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    count = 2**bits
+    grid = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    for _ in range(2000):
+        middle = (grid[1:] + grid[:-1]) / 2
+        edges = torch.cat([middle.new_tensor([-torch.inf]), middle, middle.new_tensor([torch.inf])])
+        density = torch.where(edges.isinf(), 0, normal.log_prob(edges.clamp(-40, 40)).exp())
+        mass = normal.cdf(edges.clamp(-40, 40))
+        grid = (density[:-1] - density[1:]) / (mass[1:] - mass[:-1])
+    return grid.float()
+
+
+class KiviCache(KVCache):
+    """Keys coded by channel over 32 tokens, values by token over 32 coordinates, with an offset and a scale each.
+
+    Tokens that leave the buffer wait dense until 32 of them are there.
+    """
+
+    def __init__(self, bits: int, *, d: int, dv: int, buffer: int, sinks: int, prefill: Any) -> None:
+        self.bits = bits
+        plain = PlanLayer(Graded(((d, 16),)), Graded(((dv, 16),)))
+        super().__init__(plain, buffer=buffer, sinks=sinks, prefill=prefill)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self.coded: list[tuple[Tensor, ...]] = []  # codes, scales and offsets of keys, then of values
+        self.waiting: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the cache holds."""
+        return super().tensors + [t for group in self.coded for t in group] + list(self.waiting or ())
+
+    def _store(self, plan_layer: PlanLayer, k: Tensor, v: Tensor, index: Tensor | None) -> None:
+        if self.waiting is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.waiting, (k, v), strict=True))
+        whole = k.shape[2] // KIVI_GROUP * KIVI_GROUP
+        if whole:
+            keys = rearrange(k[:, :, :whole], "b h (n t) d -> b h n d t", t=KIVI_GROUP)
+            values = rearrange(v[:, :, :whole], "b h t (n c) -> b h t n c", c=KIVI_GROUP)
+            self.coded.append((*_affine(keys, self.bits), *_affine(values, self.bits)))
+        self.waiting = k[:, :, whole:].clone(), v[:, :, whole:].clone()
+
+    def _visible_history(self, recent: Any) -> tuple[Packed | None, Packed | None]:
+        assert self.plan_layer is not None
+        if self.waiting is None:
+            return None, None
+        keys, values = [], []
+        for group in self.coded:
+            k, v = _undo_affine(group[:3], self.bits), _undo_affine(group[3:], self.bits)
+            keys.append(rearrange(k, "b h n d t -> b h (n t) d"))
+            values.append(rearrange(v, "b h t n c -> b h t (n c)"))
+        dense = torch.cat([*keys, self.waiting[0]], dim=2), torch.cat([*values, self.waiting[1]], dim=2)
+        last = recent.queries - 1 if self.prefill == "windowed" else 0
+        stop = max(int(recent.length) + last - self.buffer.size + 1, int(recent.first)) - self.buffer.sinks
+        if stop <= 0:
+            return None, None
+        layouts = self.plan_layer.keys, self.plan_layer.values
+        k, v = (Packed((x,), None, None, layout, x.dtype) for x, layout in zip(dense, layouts, strict=True))
+        return k.tokens(0, stop), v.tokens(0, stop)
+
+
+def _affine(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of `bits` bits between minimum and maximum along the last axis; scales and minima in 16 bits."""
+    low, high = x.float().aminmax(dim=-1, keepdim=True)
+    low = low.to(torch.bfloat16)
+    scale = ((high - low.float()) / (2**bits - 1)).to(torch.bfloat16)
+    steps = torch.where(scale > 0, (x.float() - low.float()) / scale.float(), 0)
+    code = steps.round().clamp(0, 2**bits - 1).to(torch.uint8)
+    return torch.cat(pack_code(code, bits), dim=-1), scale, low
+
+
+def _undo_affine(coded: tuple[Tensor, ...], bits: int) -> Tensor:
+    codes, scale, low = coded
+    return unpack_code(codes, KIVI_GROUP, bits) * scale.float() + low.float()
+
+
+@dataclass(frozen=True)
+class Kivi:
+    """Keys by channel and values by token at few bits, with 4 bytes for every 32 of them: ``(bits + 1) / 16`` of bf16.
+
+    Args:
+        bits: 2 or 4.
+        buffer: recent tokens kept dense.
+        sinks: first tokens kept dense.
+
+    Source: KIVI, arXiv:2402.02750.
+    """
+
+    bits: int
+    buffer: int = 64
+    sinks: int = 4
+    form: str = field(default="kivi", init=False, repr=False)
+    basis: Basis | None = field(default="identity", init=False, repr=False)
+    seed: int = field(default=0, init=False, repr=False)
+    chunk: int = field(default=CHUNK, init=False, repr=False)
+
+    @property
+    def retention(self) -> float:
+        """Bytes per history token over those in bf16."""
+        return (self.bits + 1) / 16
+
+    def cache(self, model: "PreTrainedModel") -> "Cache":
+        """A cache for an attached model."""
+        from swan.integrations.transformers import SwanCache
+
+        cache = SwanCache(model, retention=1.0, buffer=self.buffer, sinks=self.sinks, prefill="windowed")
+        options: dict[str, Any] = {"buffer": self.buffer, "sinks": self.sinks, "prefill": "windowed"}
+        for index, kv in cache.winnowed.items():
+            assert kv.plan_layer is not None
+            d, dv = kv.plan_layer.keys.d, kv.plan_layer.values.d
+            layer_cache: Any = cache.layers[index]
+            layer_cache.kv = KiviCache(self.bits, d=d, dv=dv, **options)
+        return cache
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {"bits": self.bits, "group": KIVI_GROUP, "buffer": self.buffer, "sinks": self.sinks}
+
+
+@dataclass(frozen=True)
+class TransformersQuantized:
+    """`QuantizedCache` of transformers with one of its backends; scored in chunks, its dense tail 0 to 127 tokens.
+
+    Its own form: no sinks, and the whole history is coded anew each time the tail is full.
+
+    Args:
+        backend: ``"quanto"`` or ``"hqq"``.
+        bits: 2 or 4.
+
+    Source: transformers, whose cache follows KIVI, arXiv:2402.02750.
+    """
+
+    backend: str
+    bits: int
+    group: int = field(default=64, init=False, repr=False)
+    tail: int = field(default=128, init=False, repr=False)
+    basis: Basis | None = field(default=None, init=False, repr=False)  # runs on the model as it is
+    seed: int = field(default=0, init=False, repr=False)
+    chunk: int = field(default=128, init=False, repr=False)
+
+    @property
+    def form(self) -> str:
+        """The name of the backend."""
+        return self.backend
+
+    @property
+    def retention(self) -> float:
+        """Codes, and a scale and an offset of 16 bits for every group."""
+        return (self.bits + 32 / self.group) / 16
+
+    def cache(self, model: "PreTrainedModel") -> "Cache":
+        """A cache for a model that is not attached."""
+        from transformers import QuantizedCache
+
+        axis = 0 if self.backend == "quanto" else 1
+        return QuantizedCache(
+            self.backend, model.config, nbits=self.bits, axis_key=axis, axis_value=axis, q_group_size=self.group,
+            residual_length=self.tail,
+        )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {"bits": self.bits, "group": self.group, "buffer": self.tail // 2, "sinks": 0}
+
+
+def rivals(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: int = 4, seeds: int = 3) -> list[Method]:
+    """The methods that swan is measured against, at the bytes that each of them takes.
+
+    Args:
+        dims: head dimensions of keys and values of each layer.
+        buffer: recent tokens kept dense.
+        sinks: first tokens kept dense.
+        seeds: how many rotations a random one is drawn.
+
+    Returns:
+        Window and sinks alone; fp8; top-k without rotation (8-bit values; Mustafar, arXiv:2505.22913) at two
+        retentions; half the principal components of keys and values at 16 bits; a random rotation with 4, 3 and 2
+        bits; KIVI with 4 and 2 bits; and, where their packages are installed, the quantized caches of transformers.
+    """
+
+    def stored(make: Callable[[int], Layout]) -> Plan:
+        return Plan(tuple(PlanLayer(make(d), make(dv)) for d, dv in dims), buffer=buffer, sinks=sinks)
+
+    def topk(retention: float) -> Plan:
+        return stored(lambda d: TopK(d, math.floor(2 * d * retention) - 2 - -(-d // 8)))
+
+    found: list[Method] = [
+        Setting(Plan((None,) * len(dims), buffer=buffer, sinks=sinks)),
+        Setting(stored(Float8), basis="identity"),
+        *(Setting(topk(r), basis="identity", name="topk, no rotation") for r in (0.5, 0.33)),
+        Setting(stored(lambda d: Graded.leading(d, d // 2)), "pca", name="low rank"),
+    ]
+    for bits in (4, 3, 2):
+        plan = stored(lambda d, bits=bits: LloydMax(d, bits))
+        found += [Setting(plan, basis="random", seed=seed) for seed in range(seeds)]
+    found += [Kivi(bits, buffer=buffer, sinks=sinks) for bits in (4, 2)]
+    for backend, package in (("quanto", "optimum.quanto"), ("hqq", "hqq")):
+        if importlib.util.find_spec(package.partition(".")[0]) is not None:
+            found += [TransformersQuantized(backend, bits) for bits in (4, 2)]
+    return found

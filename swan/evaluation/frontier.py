@@ -1,0 +1,152 @@
+"""Quality against bytes: swan's plans and their rivals, scored on the same tokens."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from swan.calibration import Calibration, Plan
+from swan.evaluation.baselines import rivals
+from swan.evaluation.perplexity import Method, Setting
+from swan.packed import PlanLayer, TopK
+
+__all__ = ["RETENTIONS", "average_seeds", "compared", "mark_frontier", "methods", "plot"]
+
+RETENTIONS = (0.5, 0.33, 0.26, 0.2, 0.15)
+DEFAULT = "swan"  # form of the rows of swan's default plans
+SCORES = ("perplexity", "perplexity_increase", "kl", "agreement")
+
+
+def methods(
+    calibration: Calibration,
+    retentions: Sequence[float] = RETENTIONS,
+    *,
+    buffer: int = 64,
+    sinks: int = 4,
+    seeds: int = 3,
+) -> list[Method]:
+    """What `swan frontier` compares: default plans, the same without effects, the paper's form, and the rivals.
+
+    Args:
+        calibration: of the model.
+        retentions: of the default plans.
+        buffer: recent tokens kept dense.
+        sinks: first tokens kept dense.
+        seeds: how many rotations a random one is drawn.
+    """
+    dims = calibration.dims
+    kept: dict[str, Any] = {"buffer": buffer, "sinks": sinks}
+    winnowed = [layer is not None for layer in Plan.for_retention(1.0, calibration).layers]
+
+    def everywhere(plan: Plan) -> Plan:
+        """The plan with an entry only where there is no sliding window, so that its retention counts those layers."""
+        layers = [layer if used else None for layer, used in zip(plan.layers, winnowed, strict=True)]
+        return Plan(tuple(layers), buffer=plan.buffer, sinks=plan.sinks)
+
+    found: list[Method] = [Setting(Plan.for_retention(r, calibration, **kept), name=DEFAULT) for r in retentions]
+    for r in retentions[1::2]:
+        found.append(Setting(everywhere(Plan.for_retention(r, dims=dims, **kept)), name="swan, layers alike"))
+    topk = [PlanLayer(TopK(d, d // 2), TopK(dv, dv // 2)) for d, dv in dims]
+    found.append(Setting(everywhere(Plan(tuple(topk), **kept)), name="swan topk"))
+    for rival in rivals(dims, seeds=seeds, **kept):
+        if isinstance(rival, Setting) and rival.plan is not None:
+            found.append(Setting(everywhere(rival.plan), rival.basis, rival.seed, rival.name))
+        else:
+            found.append(rival)
+    return found
+
+
+def average_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that differ by their seed alone as one, with their number as ``seeds``.
+
+    The error of the mean is that over texts and that over seeds together.
+    """
+
+    def key(row: dict[str, Any]) -> str:
+        settings = {name: value for name, value in row["settings"].items() if name != "seed"}
+        return json.dumps([row["form"], settings], default=str)
+
+    found = []
+    for _, group in groupby(rows, key):
+        same = list(group)
+        row = {**same[0], "seeds": len(same)}
+        if len(same) > 1:
+            row |= {name: statistics.fmean(r[name] for r in same) for name in SCORES}
+            for name, error in (("kl", "kl_error"), ("perplexity_increase", "standard_error")):
+                texts = statistics.fmean(r[error] or 0.0 for r in same)
+                row[error] = (texts**2 + statistics.variance(r[name] for r in same) / len(same)) ** 0.5
+        found.append(row)
+    return found
+
+
+def mark_frontier(rows: Sequence[dict[str, Any]]) -> None:
+    """Set ``frontier`` in each row: no other row has a lower KL divergence in as many bytes or fewer."""
+    for row in rows:
+        better = (r for r in rows if r["retention"] <= row["retention"] and r["kl"] < row["kl"])
+        row["frontier"] = row["form"] == "dense" or next(better, None) is None
+
+
+def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each default plan beside the best rival that takes as many bytes or more, up to twice as many.
+
+    Returns:
+        Rows with ``retention``, ``kl``, ``rival``, ``rival_retention``, ``rival_kl`` and ``ratio``, None without one.
+    """
+    ours = [row for row in rows if row["form"] == DEFAULT]
+    others = [row for row in rows if not row["form"].startswith(DEFAULT) and row["form"] != "dense"]
+    found = []
+    for row in ours:
+        larger = [r for r in others if row["retention"] <= r["retention"] <= 2 * row["retention"]]
+        best = min(larger, key=lambda r: r["kl"], default=None)
+        found.append(
+            {
+                "retention": row["retention"],
+                "kl": row["kl"],
+                "rival": None if best is None else label(best),
+                "rival_retention": None if best is None else best["retention"],
+                "rival_kl": None if best is None else best["kl"],
+                "ratio": None if best is None else row["kl"] / best["kl"],
+            }
+        )
+    return found
+
+
+def label(row: dict[str, Any]) -> str:
+    """The name of a row's method with its bits."""
+    settings = row["settings"]
+    bits = settings.get("bits", settings.get("keys", {}).get("bits") if row["form"] == "random-rotation" else None)
+    return row["form"] if bits is None else f"{row['form']}, {bits} bit"
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
+    """KL divergence against retention, the default plans as a line.
+
+    Args:
+        rows: averaged over seeds.
+        path: an image file that matplotlib knows.
+        title: of the plot.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    shown = [row for row in rows if row["form"] != "dense" and row["retention"] > 0]
+    for form in dict.fromkeys(row["form"] for row in shown):
+        points = sorted((r["retention"], r["kl"], r["kl_error"] or 0.0) for r in shown if r["form"] == form)
+        x, y, error = zip(*points, strict=True)
+        own = form == DEFAULT
+        style: Any = {"color": "#4c6ef5", "linewidth": 2.2, "zorder": 3} if own else {"linewidth": 0.9, "alpha": 0.85}
+        axes.errorbar(x, y, yerr=error, marker="o" if own else "s", markersize=5, label=form, capsize=2, **style)
+    marked = [row for row in shown if row["frontier"]]
+    x, y = [row["retention"] for row in marked], [row["kl"] for row in marked]
+    axes.scatter(x, y, s=110, facecolors="none", edgecolors="#e8590c", label="frontier", zorder=4)
+    axes.set(
+        yscale="log", xlabel="retention: bytes of the history over bf16", ylabel="KL from dense, nats", title=title
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path

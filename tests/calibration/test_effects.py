@@ -1,0 +1,192 @@
+"""Effects against autograd and against KL divergences that are measured, and plans that follow them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from swan import Calibration, Graded, Plan, PlanLayer, SwanAttention, calibrate
+from swan.calibration.capture import Observed
+from swan.calibration.effects import BUFFER, KEYS, SINKS, VALUES, Effects, graded, measure_effects, sensitivities
+from swan.evaluation.perplexity import Setting, evaluate
+from tests.strategies import one_thread  # noqa: F401
+from tests.tiny import VOCABULARY, tiny, tokens
+
+
+def random_effects(layers: int, seed: int) -> Effects:
+    generator = torch.Generator().manual_seed(seed)
+    return Effects(
+        *(
+            torch.rand(layers, len(side), generator=generator).sort(-1, descending=True).values
+            for side in (KEYS, VALUES)
+        )
+    )
+
+
+def with_effects(dims, effects: Effects) -> Calibration:
+    layers = nn.Sequential(*(SwanAttention(d, heads=1) for d, _ in dims))
+    found = [calibrate(layer, [torch.randn(1, 5, layer.dim)]) for layer in layers]
+    return Calibration(
+        tuple(c.layers[0] for c in found), tuple(c.moments[0] for c in found), "joint", 0, found[0].fingerprint, effects
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sensitivities_are_gradients_through_packed_keys_and_values(masked):
+    """The same by autograd, with a copy of keys and values for the queries that see them packed."""
+    torch.manual_seed(0)
+    count, d, dv, scale = BUFFER + 40, 16, 8, 0.3
+    q, k, v = (torch.randn(2, h, count, n) for h, n in ((4, d), (2, d), (2, dv)))
+    i, j = torch.arange(count)[:, None], torch.arange(count)
+    visible = (j <= i)[None, None].repeat(2, 1, 1, 1)
+    if masked:
+        visible[1] &= j >= 3
+    packed = (i - j >= BUFFER) & (j >= SINKS)
+    k_packed, v_packed = k.clone().requires_grad_(), v.clone().requires_grad_()
+    wide = [t.repeat_interleave(2, dim=1) for t in (k, v, k_packed, v_packed)]
+    scores = torch.where(packed, q @ wide[2].mT, q @ wide[0].mT) * scale
+    weights = scores.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0)
+    out = (weights * ~packed) @ wide[1] + (weights * packed) @ wide[3]
+    gradient = torch.randn(2, count, 4, dv)
+    expected = torch.autograd.grad((out.transpose(1, 2) * gradient).sum(), (k_packed, v_packed))
+    seen = Observed(nn.Identity(), q, k, v, out.transpose(1, 2).detach(), visible if masked else None, scale, False)
+    for found, wanted in zip(sensitivities(seen, gradient), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_effects_predict_the_measured_divergence():
+    model, ids = tiny(num_hidden_layers=3), tokens(6, 300)
+    calibration = calibrate(model, list(ids.split(1)))
+    assert calibration.effects is not None
+    exact = Graded(((16, 16),))
+    for side, candidates in (("keys", KEYS), ("values", VALUES)):
+        for number in (len(candidates) - 1, len(candidates) - 3):  # small errors: the first order holds
+            layout = graded(16, candidates[number])
+            layer = PlanLayer(layout, exact) if side == "keys" else PlanLayer(exact, layout)
+            _, row = evaluate(model, ids, [Setting(Plan((layer,) * 3, buffer=BUFFER))], calibration)
+            predicted = getattr(calibration.effects, side)[:, number].sum().item()
+            assert predicted / 2 < row["kl"] < predicted * 2
+
+
+def test_needs_tokens_beyond_the_buffer():
+    model = tiny()
+    assert calibrate(model, [tokens(1, BUFFER)]).effects is None
+    with pytest.raises(ValueError, match="texts of more than 64 tokens"):
+        calibrate(model, [tokens(1, BUFFER)], effects=True)
+    assert calibrate(model, [tokens(1, 2 * BUFFER)], effects=False).effects is None
+
+
+def test_of_frozen_and_of_padded_models():
+    model, ids = tiny(), tokens(2, 2 * BUFFER)
+    wanted = calibrate(model, [ids]).effects
+    model.requires_grad_(False)
+    found = calibrate(model, [ids]).effects
+    assert torch.equal(found.keys, wanted.keys)
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+    padded = calibrate(model, [{"input_ids": ids, "attention_mask": mask}]).effects
+    assert padded.keys.isfinite().all()
+    assert not torch.equal(padded.keys, wanted.keys)
+
+
+class OwnModel(nn.Module):
+    """A model of one's own whose output is logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 32)
+        self.attention = SwanAttention(32, heads=2)
+        self.head = nn.Linear(32, VOCABULARY)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        return self.head(x + self.attention(x))
+
+
+def test_of_a_model_of_ones_own():
+    model, ids = OwnModel(), tokens(1, 2 * BUFFER)
+    assert calibrate(model, [ids]).effects is None
+    found = calibrate(model, [ids], effects=True).effects
+    assert found.keys.shape == (1, len(KEYS))
+    assert (found.keys > 0).all()
+
+
+def test_sliding_layers_have_no_entry():
+    calibration = calibrate(tiny("gemma3"), [tokens(1, 2 * BUFFER)])
+    assert calibration.effects.keys[0].isnan().all()  # the first layer has a window
+    assert calibration.effects.keys[1].isfinite().all()
+    for retention in (1.0, 0.4):
+        assert [layer is None for layer in Plan.for_retention(retention, calibration).layers] == [True, False]
+
+
+def test_are_saved_and_belong_to_the_basis(tmp_path):
+    calibration = calibrate(tiny(), [tokens(1, 2 * BUFFER)])
+    calibration.save(tmp_path / "c.safetensors")
+    loaded = Calibration.load(tmp_path / "c.safetensors")
+    assert torch.equal(loaded.effects.keys, calibration.effects.keys)
+    assert torch.equal(loaded.effects.values, calibration.effects.values)
+    assert loaded.with_basis("pca").effects is None
+    assert "effects=True" in repr(loaded)
+
+
+def test_measuring_leaves_no_gradients():
+    model = tiny()
+    calibration = calibrate(model, [tokens(1, 2 * BUFFER)])
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    bases = [(layer.key_basis, layer.value_basis) for layer in calibration.layers]
+    again = measure_effects(model, [tokens(1, 2 * BUFFER)], bases, seed=0, progress=False)
+    torch.testing.assert_close(again.keys, calibration.effects.keys)
+
+
+# Plans --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_plans_by_effect_keep_to_their_bytes_and_are_nested(seed):
+    calibration = with_effects([(64, 64)] * 4, random_effects(4, seed))
+    sizes = []
+    for retention in [i / 100 for i in range(15, 101)]:
+        plan = Plan.for_retention(retention, calibration)
+        assert plan.retention <= retention + 1e-9
+        sizes.append([(p.keys.vector_bytes(), p.values.vector_bytes()) for p in plan.layers])
+    for less, more in itertools.pairwise(sizes):
+        assert all(a <= b and c <= d for (a, c), (b, d) in zip(less, more, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_other_choice_of_fewer_bytes_adds_less(seed):
+    """Against all choices for one layer: where a plan has just taken a step it is on the lower convex hull."""
+    effects = random_effects(1, seed)
+    calibration = with_effects([(64, 64)], effects)
+    sizes = [[graded(64, groups).vector_bytes() for groups in side] for side in (KEYS, VALUES)]
+    tables = effects.keys[0].tolist(), effects.values[0].tolist()
+    choices = [
+        (sizes[0][a] + sizes[1][b], tables[0][a] + tables[1][b]) for a in range(len(KEYS)) for b in range(len(VALUES))
+    ]
+    for plan in Plan.levels(calibration)[1:]:
+        layer = plan.layers[0]
+        stored = layer.keys.vector_bytes() + layer.values.vector_bytes()
+        kl = sum(
+            table[[graded(64, groups) for groups in side].index(layout)]
+            for table, side, layout in zip(tables, (KEYS, VALUES), (layer.keys, layer.values), strict=True)
+        )
+        between = [  # no mixture of a smaller and a larger choice passes below
+            a[1] + (b[1] - a[1]) * (stored - a[0]) / (b[0] - a[0])
+            for a in choices
+            for b in choices
+            if a[0] <= stored < b[0]
+        ]
+        assert kl <= min(between, default=math.inf) + 1e-6
+
+
+def test_too_small_a_retention_names_the_least():
+    calibration = with_effects([(64, 64)], random_effects(1, 0))
+    with pytest.raises(
+        ValueError, match=r"no plan fits in retention 0.05 at these head dimensions; the least is 0\.\d+"
+    ):
+        Plan.for_retention(0.05, calibration)
+    levels = Plan.levels(calibration)
+    assert levels[0].retention == 1
+    assert all(a.retention > b.retention for a, b in itertools.pairwise(levels))

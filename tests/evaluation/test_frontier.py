@@ -1,0 +1,56 @@
+"""What is compared, and how rows are joined and marked."""
+
+import pytest
+import torch
+
+from swan import calibrate
+from swan.evaluation.frontier import average_seeds, compared, label, mark_frontier, methods, plot
+from swan.evaluation.perplexity import evaluate
+from tests.strategies import one_thread  # noqa: F401
+from tests.tiny import tiny, tokens
+
+
+@pytest.fixture(scope="module")
+def rows():
+    model, ids = tiny(head_dim=32), tokens(2, 200)
+    calibration = calibrate(model, [tokens(1, 200)])
+    chosen = [m for m in methods(calibration, (0.5, 0.25), buffer=16, seeds=2) if m.basis is not None]
+    return evaluate(model, ids, chosen, calibration)
+
+
+def test_seeds_are_averaged(rows):
+    shown = average_seeds(rows)
+    random = [row for row in shown if row["form"] == "random-rotation"]
+    assert [row["seeds"] for row in random] == [2, 2, 2]
+    assert [label(row) for row in random] == [f"random-rotation, {bits} bit" for bits in (4, 3, 2)]
+    first = [row["kl"] for row in rows if row["form"] == "random-rotation"][:2]
+    assert random[0]["kl"] == pytest.approx(sum(first) / 2)
+    assert len(shown) == len(rows) - 3
+
+
+def test_the_frontier_is_what_nothing_beats(rows):
+    shown = average_seeds(rows)
+    mark_frontier(shown)
+    for row in shown:
+        beaten = [r for r in shown if r["retention"] <= row["retention"] and r["kl"] < row["kl"]]
+        assert row["frontier"] == (not beaten or row["form"] == "dense")
+    found = compared(shown)
+    assert [round(row["retention"], 1) for row in found] == [0.5, 0.2]
+    assert all(row["rival_retention"] >= row["retention"] for row in found)
+
+
+def test_of_a_hybrid_model_only_whole_layers_count():
+    model = tiny("gemma3")
+    calibration = calibrate(model, [tokens(1, 200)])
+    for method in methods(calibration, (0.5,), buffer=16, seeds=1):
+        plan = getattr(method, "plan", None)
+        if plan is not None and method.retention:
+            assert [layer is None for layer in plan.layers] == [True, False]
+
+
+def test_plots(rows, tmp_path):
+    shown = average_seeds(rows)
+    mark_frontier(shown)
+    path = plot(shown, tmp_path / "new" / "frontier.png", "tiny")
+    assert path.stat().st_size > 10_000
+    assert torch.is_grad_enabled()
