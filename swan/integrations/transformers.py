@@ -2,8 +2,10 @@
 
 import dataclasses
 import inspect
+import re
+import warnings
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from einops import rearrange
@@ -14,7 +16,7 @@ from swan.calibration.capture import attention_layers, evaluating
 from swan.calibration.moments import output_projection
 from swan.functional.rotation import fold_value_rotation, inverse_rotate, rotate
 from swan.modules import KVCache
-from swan.modules.cache import Prefill
+from swan.modules.cache import BLOCK, Prefill
 from swan.packed import pack, unpack
 
 try:
@@ -28,13 +30,19 @@ except ImportError as error:
 __all__ = ["SwanCache", "attach", "cache_keyword", "detach", "is_attached"]
 
 NAME = "swan"  # of the attention function in transformers
+UNITS = (
+    {"B": 1}
+    | {f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)}
+    | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
+)
 UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "cu_seq_lens_q", "cache")
 
 
 @dataclass
 class _Attachment:
-    """What `detach` needs to put a model back as it was."""
+    """What caches need to know, and what `detach` needs to put a model back as it was."""
 
+    calibration: Calibration
     implementation: str
     folded: list[tuple[nn.Parameter, Tensor]]  # parameters and what they were
 
@@ -57,7 +65,7 @@ def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False)
             _check_foldable(index, layer)
     AttentionInterface.register(NAME, _swan_attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    attachment = _Attachment(_config(model)._attn_implementation, [])
+    attachment = _Attachment(calibration, _config(model)._attn_implementation, [])
     model._swan_attachment = attachment  # type: ignore[assignment]
     for index, bases in zip(sorted(layers), calibration.layers, strict=True):
         layer = layers[index]
@@ -108,18 +116,34 @@ class SwanCache(Cache):
 
     Layers with full attention are winnowed; sliding layers keep transformers' own cache.
 
+    With a `budget`, `nbytes` never exceeds it. The cache begins at retention 1; a forward whose tokens would not
+    fit first moves the whole history to the highest of `Plan.levels` at which they do, before anything is stored.
+    A level fits if
+
+        nbytes after the forward + the largest part of a layer <= budget
+
+    where a part is the keys or the values of a layer's history or buffer (both, of a sliding layer): it exists twice
+    for the moment in which it grows or is packed anew, so that the bytes held between two layers are within the
+    budget too. What the model computes with (activations, and tiles of 1024 tokens) is not counted.
+
     Args:
         model: the model, after `swan.attach`.
-        plan: what each layer stores; or give `retention`.
+        plan: what each layer stores; or give `retention`, or `budget`.
         retention: bytes per history token over the bf16 bytes of the same key and value: the plan is
-            `Plan.for_retention`.
-        buffer: recent tokens kept dense (with `retention`; a plan has its own).
+            `Plan.for_retention` with the calibration that the model was attached with.
+        budget: the most bytes that the cache may hold: a number, or text like ``"64MiB"``, ``"1.5GB"``, ``"500kB"``.
+        on_full: what happens to tokens that do not fit in the budget at the least level: ``"raise"`` a ValueError and
+            leave the cache as it was, or ``"evict"`` the oldest tokens of the history, 64 at a time, with one warning.
+            Sinks stay, and so do positions: `get_seq_length` goes on counting the tokens seen.
+        buffer: recent tokens kept dense (a plan has its own).
         sinks: first tokens kept dense (likewise).
         prefill: ``"dense"``: tokens given at once see each other dense; ``"windowed"``: the same as token
             by token, whatever the chunks.
 
     Raises:
-        ValueError: the model is not attached, or not exactly one of `plan` and `retention` is given.
+        ValueError: the model is not attached, not exactly one of `plan`, `retention` and `budget` is given, the
+            budget is not a positive number of bytes, or `on_full` is not one of the two or has no budget. Later, in
+            a forward or when rows are repeated: the budget is full.
 
     Example:
         ```python
@@ -127,6 +151,8 @@ class SwanCache(Cache):
         cache = swan.SwanCache(model, retention=0.33)
         model.generate(**inputs, past_key_values=cache)
         cache.retention = 0.25  # the dial: re-packs what is stored
+
+        cache = swan.SwanCache(model, budget="64MiB", on_full="evict")  # the dial moves by itself
         ```
 
     Source: arXiv:2511.18936.
@@ -138,21 +164,36 @@ class SwanCache(Cache):
         plan: Plan | None = None,
         *,
         retention: float | None = None,
+        budget: int | str | None = None,
+        on_full: Literal["raise", "evict"] = "raise",
         buffer: int = 128,
         sinks: int = 4,
         prefill: Prefill = "dense",
     ) -> None:
         if not is_attached(model):
             raise ValueError("this model is not attached; call swan.attach(model, calibration) first")
-        if (plan is None) == (retention is None):
-            raise ValueError("give either a plan or a retention")
+        if [plan, retention, budget].count(None) != 2:
+            raise ValueError("give exactly one of plan, retention and budget")
+        if on_full not in ("raise", "evict") or (on_full == "evict" and budget is None):
+            raise ValueError(
+                f"on_full must be 'raise', or 'evict' with a budget; got {on_full!r} and budget={budget!r}"
+            )
         attention = attention_layers(model)
-        self._dims = [_dims(attention[index]) for index in sorted(attention)]
+        self._shapes = [_shape(attention[index]) for index in sorted(attention)]
+        attachment = model._swan_attachment
+        assert isinstance(attachment, _Attachment)
+        self._calibration = attachment.calibration
+        self.budget = None if budget is None else _bytes(budget)
+        self.on_full = on_full
+        self._levels: list[Plan] = []  # of a budget
+        self._warned = False
         if retention is not None:
-            plan = Plan.for_retention(retention, dims=self._dims, buffer=buffer, sinks=sinks)
-        assert plan is not None
-        if len(plan.layers) != len(self._dims):
-            raise ValueError(f"the plan has {len(plan.layers)} layers, the model {len(self._dims)}")
+            plan = Plan.for_retention(retention, self._calibration, buffer=buffer, sinks=sinks)
+        elif plan is None:
+            self._levels = Plan.levels(self._calibration, buffer=buffer, sinks=sinks)
+            plan = self._levels[0]
+        if len(plan.layers) != len(attention):
+            raise ValueError(f"the plan has {len(plan.layers)} layers, the model {len(attention)}")
         layers: list[Any] = DynamicCache(config=model.config).layers
         _check_layers(layers, len(attention))
         for index, entry in zip(sorted(attention), plan.layers, strict=True):
@@ -171,20 +212,30 @@ class SwanCache(Cache):
     def retention(self) -> float:
         """The dial. Setting it re-packs the history layer by layer and stores new tokens at the new level.
 
-        Lowering frees memory at once; raising keeps what old tokens had. Nothing is recalibrated.
+        Lowering frees memory at once; raising keeps what old tokens had. Nothing is recalibrated. With a budget the
+        dial goes on to fall as the history grows, and raising it to what does not fit is a ValueError.
         """
         return self.plan.retention
 
     @retention.setter
     def retention(self, retention: float) -> None:
-        plan = Plan.for_retention(retention, dims=self._dims, buffer=self.plan.buffer, sinks=self.plan.sinks)
-        if any(entry is None for entry in self.plan.layers):
+        plan = Plan.for_retention(retention, self._calibration, buffer=self.plan.buffer, sinks=self.plan.sinks)
+        if any(kv.plan_layer is None for kv in self.winnowed.values()):
             raise ValueError("this cache keeps no history in some layers, so its retention is fixed")
-        for index, cache in self.winnowed.items():
-            entry = plan.layers[index]
-            assert entry is not None
-            cache.repack(entry)
-        self.plan = plan
+        held = self._held
+        if self.budget is not None and plan.retention > self.retention and held is not None:
+            needed = self._needed(plan, 0, held.shape[0], held.element_size())
+            if needed > self.budget:
+                raise ValueError(
+                    f"retention {plan.retention:.3g} would need {needed} bytes, the budget is {self.budget}; the cache "
+                    f"stays at {self.retention:.3g}"
+                )
+        self._move_to(plan)
+
+    @property
+    def dropped(self) -> int:
+        """Tokens after the sinks that a full budget has dropped from the history (``on_full="evict"``)."""
+        return max((kv.dropped for kv in self.winnowed.values()), default=0)
 
     @property
     def nbytes(self) -> int:
@@ -198,15 +249,19 @@ class SwanCache(Cache):
         return stored / dense if dense else 1.0
 
     def report(self) -> list[dict[str, Any]]:
-        """For each winnowed layer its layouts, bytes, compression and captured energy.
+        """For each winnowed layer its layouts, retention, bytes, compression and captured energy.
 
-        Captured energy is the share of squared length that the layouts keep of the keys and values now in
-        the buffer: no token of the history is dense, so those are what can be measured.
+        With a budget also the budget (of the whole cache) and the tokens dropped. Captured energy is the share of
+        squared length that the layouts keep of the keys and values now in the buffer: no token of the history is
+        dense, so those are what can be measured.
         """
         rows = []
         for index, cache in self.winnowed.items():
             entry = cache.plan_layer
             row: dict[str, Any] = {"layer": index, "tokens": cache.length, "history": cache.history_length}
+            row["retention"] = 0.0 if entry is None else entry.retention
+            if self.budget is not None:
+                row |= {"budget": self.budget, "dropped": cache.dropped}
             row |= {"nbytes": cache.nbytes, "compression": cache.nbytes / max(cache.dense_nbytes, 1)}
             for name, dense in (("keys", cache.buffer.keys), ("values", cache.buffer.values)):
                 layout = None if entry is None else getattr(entry, name)
@@ -216,9 +271,122 @@ class SwanCache(Cache):
         return rows
 
     def __repr__(self) -> str:
+        budget = "" if self.budget is None else f"budget={self.budget}, on_full={self.on_full!r}, "
         return (
-            f"SwanCache(retention={self.retention:.3g}, buffer={self.plan.buffer}, sinks={self.plan.sinks}, "
+            f"SwanCache({budget}retention={self.retention:.3g}, buffer={self.plan.buffer}, sinks={self.plan.sinks}, "
             f"tokens={self.get_seq_length()}, nbytes={self.nbytes}, compression={self.compression:.3g})"
+        )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take in new tokens of a layer; with a budget, the first layer makes room for those of all layers."""
+        rows, _, tokens, _ = key_states.shape
+        held = self._held
+        fits = held is None or (held.shape[0], held.dtype) == (rows, key_states.dtype)  # else the layers refuse it
+        if self.budget is not None and layer_idx == 0 and fits:
+            self._make_room(tokens, rows, key_states.element_size())
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        if self.budget is not None and tokens > 1 and not isinstance(layer, _SwanLayer):
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # not a window into all tokens
+        return states
+
+    def reset(self) -> None:
+        """Forget all tokens and free the memory; with a budget, begin at the highest level again."""
+        super().reset()
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if not isinstance(layer, _SwanLayer):  # its own reset keeps the old tokens, as zeros
+                layer.keys, layer.values, layer.is_initialized = None, None, False
+        if self._levels:
+            self._move_to(self._levels[0])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row; a budget makes room first."""
+        self._make_room_for_rows(_rows(self._held) * repeats)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows; a budget makes room first where they are more."""
+        self._make_room_for_rows(torch.arange(_rows(self._held))[indices.cpu()].numel())
+        super().batch_select_indices(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows, in this order; a budget makes room first where they are more."""
+        self._make_room_for_rows(beam_idx.numel())
+        super().reorder_cache(cast(Any, beam_idx))
+
+    @property
+    def _held(self) -> Tensor | None:
+        """Some of what is held, for its batch size and dtype; None when empty."""
+        return next((kv.buffer.keys for kv in self.winnowed.values()), None)
+
+    def _make_room_for_rows(self, rows: int) -> None:
+        held = self._held
+        if self.budget is not None and held is not None and rows > held.shape[0]:
+            self._make_room(0, rows, held.element_size())
+
+    def _make_room(self, tokens: int, rows: int, itemsize: int) -> None:
+        """Lower the level, then drop old tokens, until the budget holds so many more tokens in so many rows.
+
+        Raises:
+            ValueError: that is not possible, or not allowed; nothing has changed.
+        """
+        assert self.budget is not None
+        if self._needed(self.plan, tokens, rows, itemsize) <= self.budget:
+            return
+        level = self.retention
+        for plan in self._levels:
+            if plan.retention < level and self._needed(plan, tokens, rows, itemsize) <= self.budget:
+                return self._move_to(plan)
+        least = self._levels[-1]
+        history = max(kv.history_after(tokens) for kv in self.winnowed.values())
+        drops = [min(n, history) for n in range(BLOCK, history + BLOCK, BLOCK)]
+        drop = next((n for n in drops if self._needed(least, tokens, rows, itemsize, n) <= self.budget), None)
+        if drop is None or self.on_full == "raise":
+            raise ValueError(self._full(tokens, rows, itemsize, history if drop is None else None))
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the budget of {self.budget} bytes is full at the least retention, {least.retention:.3g}: from now on "
+                "the oldest tokens outside the sinks are dropped; a larger budget keeps them, on_full='raise' stops "
+                "instead",
+                stacklevel=2,
+            )
+        for kv in self.winnowed.values():
+            kv.drop(drop)
+        self._move_to(least)
+
+    def _move_to(self, plan: Plan) -> None:
+        for index, kv in self.winnowed.items():
+            entry = plan.layers[index]
+            assert entry is not None
+            kv.repack(entry)
+        self.plan = plan
+
+    def _needed(self, plan: Plan, tokens: int, rows: int, itemsize: int, drop: int = 0) -> int:
+        """Bytes that a budget needs for so many more tokens: of all parts, and of the largest once more."""
+        parts = []
+        for layer, entry, (kv_heads, d, dv) in zip(self.layers, plan.layers, self._shapes, strict=True):
+            if isinstance(layer, _SwanLayer):
+                assert entry is not None
+                sizes = {"rows": rows, "kv_heads": kv_heads, "itemsize": itemsize}
+                parts += layer.kv.nbytes_after(tokens, entry, **sizes, drop=drop)
+            else:
+                parts.append(_sliding_nbytes_after(layer, tokens, rows, kv_heads * (d + dv) * itemsize))
+        return sum(parts) + max(parts)
+
+    def _full(self, tokens: int, rows: int, itemsize: int, history: int | None) -> str:
+        """Why so many more tokens do not fit, with `history` not even without that history, and what to do."""
+        least = self._levels[-1]
+        needed = self._needed(least, tokens, rows, itemsize, history or 0)
+        text = f"{rows} x {self.get_seq_length() + tokens} tokens"
+        what = text if history is None else f"buffer and sinks of {text} alone"
+        evict = "on_full='evict', which drops the oldest tokens, a shorter text, " if history is None else ""
+        return (
+            f"the budget of {self.budget} bytes is full: {what} need {needed} bytes at the least retention, "
+            f"{least.retention:.3g}; give a larger budget, {evict}fewer rows or a smaller buffer"
         )
 
     def _layer_bytes(self, index: int) -> tuple[int, int]:
@@ -229,6 +397,37 @@ class SwanCache(Cache):
         held = [t for name in ("keys", "values") if isinstance(t := getattr(layer, name, None), Tensor)]
         size = sum(t.untyped_storage().nbytes() for t in held)
         return size, size
+
+
+def _bytes(budget: int | str) -> int:
+    """A budget as a number of bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", budget) if isinstance(budget, str) else None
+    if match and match[2] in UNITS:
+        size = int(float(match[1]) * UNITS[match[2]])
+    elif isinstance(budget, int) and not isinstance(budget, bool):
+        size = budget
+    else:
+        raise ValueError(f"a budget is a number of bytes or text like '64MiB' in {', '.join(UNITS)}; got {budget!r}")
+    if size < 1:
+        raise ValueError(f"a budget must be at least one byte, got {budget!r}")
+    return size
+
+
+def _rows(held: Tensor | None) -> int:
+    return 0 if held is None else held.shape[0]
+
+
+def _sliding_nbytes_after(layer: Any, tokens: int, rows: int, vector_bytes: int) -> int:
+    """Bytes that a sliding layer holds at most, before and after so many more tokens; see `SwanCache.update`."""
+    if layer.keys is None or layer.keys.numel() == 0:
+        held = now = 0
+    else:
+        held = layer.keys.shape[-2]
+        now = sum(t.untyped_storage().nbytes() for t in (layer.keys, layer.values)) * rows // layer.keys.shape[0]
+    stored = held + tokens
+    if tokens > 1 and not getattr(layer, "record_past", False):
+        stored = min(stored, layer.sliding_window - 1)
+    return max(now, stored * rows * vector_bytes)
 
 
 class _Strayed(AttributeError):
@@ -359,13 +558,14 @@ def _energy(dense: Tensor, layout: Any) -> float:
     return (kept / total).item() if total > 0 else 1.0
 
 
-def _dims(attention: nn.Module) -> tuple[int, int]:
+def _shape(attention: nn.Module) -> tuple[int, int, int]:
+    """KV heads, and the dimensions of keys and of values."""
     key_basis = attention.swan_key_basis
     head_dim = getattr(attention, "head_dim", None)
     assert isinstance(key_basis, Tensor)
     value_basis = attention.swan_value_basis
     dv = value_basis.shape[-1] if isinstance(value_basis, Tensor) else head_dim or key_basis.shape[-1]
-    return key_basis.shape[-1], dv
+    return key_basis.shape[0], key_basis.shape[-1], dv
 
 
 def _config(model: PreTrainedModel) -> Any:

@@ -14,7 +14,8 @@ __all__ = ["KVCache", "Prefill"]
 
 Prefill = Literal["dense", "windowed"]
 BLOCK = 64  # a growing history is allocated in multiples of this many tokens
-REPACK_TILE = 1024  # tokens that are dense at a time while a history changes its layout
+TILE = 1024  # tokens that are packed at a time
+COLUMN_BYTES = 8
 
 
 class _Recent(NamedTuple):
@@ -89,6 +90,7 @@ class KVCache(nn.Module):
         self.buffer.reset()
         self.k_history: Packed | None = None  # room for more tokens than are stored
         self.v_history: Packed | None = None
+        self.dropped = 0  # tokens after the sinks that the history does not keep
         self._recent: _Recent | None = None
 
     @property
@@ -99,7 +101,7 @@ class KVCache(nn.Module):
     @property
     def history_length(self) -> int:
         """Tokens in the packed history."""
-        return 0 if self.plan_layer is None else max(int(self.buffer.first) - self.buffer.sinks, 0)
+        return self.history_after(0)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -123,6 +125,47 @@ class KVCache(nn.Module):
             self.length * t.shape[0] * t.shape[1] * t.shape[3] * t.element_size()
             for t in (self.buffer.keys, self.buffer.values)
         )
+
+    def history_after(self, tokens: int, drop: int = 0) -> int:
+        """Tokens in the history after so many more, if `drop` of them are dropped."""
+        if self.plan_layer is None:
+            return 0
+        buffer = self.buffer
+        first = max(int(buffer.first), self.length + tokens - buffer.size)
+        return max(first - buffer.sinks - self.dropped - drop, 0)
+
+    def nbytes_after(
+        self, tokens: int, plan_layer: PlanLayer, *, rows: int, kv_heads: int, itemsize: int, drop: int = 0
+    ) -> list[int]:
+        """Bytes that each part of a dynamic cache will hold: to know them before anything is stored.
+
+        The sum of the parts is `nbytes` after ``drop(drop)``, ``repack(plan_layer)``, an `update` with so many
+        tokens and its `attend`, or up to ``8 * rows * (buffer + sinks + 1)`` bytes of columns and padding more.
+        Growing, repeating rows, lowering the layouts and dropping tokens copy part by part: while they run, at
+        most the largest part exists twice.
+
+        Args:
+            tokens: new tokens.
+            plan_layer: the layouts to store the history in.
+            rows: batch size.
+            kv_heads: heads of keys and values.
+            itemsize: bytes of a number in the cache's dtype.
+            drop: oldest tokens of the history to drop before.
+
+        Returns:
+            Bytes of the keys and of the values of the history, of those of the buffer with the sinks, and the most
+            that columns and padding take.
+        """
+        capacity, stored = self._capacity, self.history_after(tokens, drop)
+        if drop:
+            capacity = min(capacity, _grown(self.history_after(0, drop)))
+        if stored > capacity:
+            capacity = _grown(stored)
+        vectors, slots = rows * kv_heads, self.buffer.sinks + self.buffer.size
+        layouts = plan_layer.keys, plan_layer.values
+        history = [vectors * capacity * layout.vector_bytes(itemsize) for layout in layouts]
+        buffer = [vectors * slots * layout.d * itemsize for layout in layouts]
+        return [*history, *buffer, COLUMN_BYTES * rows * (slots + 1)]
 
     @torch.no_grad()
     def update(self, k: Tensor, v: Tensor, *, padding: Tensor | None = None) -> None:
@@ -205,11 +248,28 @@ class KVCache(nn.Module):
             self._recent = None
         return out
 
+    @torch.no_grad()
     def repack(self, plan_layer: PlanLayer) -> None:
-        """Move the history to other layouts; new tokens are stored in them from now on.
+        r"""Move the history to other layouts; new tokens are stored in them from now on.
 
-        Lowering frees memory at once. Raising keeps what old tokens had. At most one layer's history
-        exists twice, and 1024 tokens dense, while it runs.
+        Lowering frees memory at once. Raising keeps what old tokens had. While it runs, the keys or the values of
+        the history exist twice, and 1024 tokens of them dense.
+
+        What a vector $x$ loses on its way through layouts $A$ and then $B$ is at most what each loses:
+
+        $$\lVert x - x_{AB} \rVert \le \lVert x - x_A \rVert + \lVert x_A - x_{AB} \rVert
+        \le E_A(x) + E_B(x_A)$$
+
+        with $x_A$ what $A$ keeps of $x$, and $x_{AB}$ what $B$ keeps of $x_A$. For `Graded`, whose groups are
+        orthogonal to each other and mixed by orthonormal matrices,
+
+        $$E(y)^2 = \sum_{\text{groups}} \begin{cases} \lVert y_g \rVert^2 & b = 0 \\
+        n\, (2^{-b} s)^2 & 1 \le b \le 8 \\ 0 & b = 16 \end{cases}$$
+
+        for groups of $n$ coordinates, $b$ bits and a scale $s \le 2^{1/8} \max_i |y_{g,i}|$ of the mixed
+        coordinates, at least $2^{-16}$. For `TopK` it is the squared length of the pruned coordinates, and for each
+        kept one $s^2/4$ at 8 bits ($s = \max|y|/127$) and $(s/16)^2$ at 4 (with the $s$ of `Graded`). Rounding to
+        the dtype of the cache comes on top.
 
         Args:
             plan_layer: the new layouts.
@@ -229,6 +289,39 @@ class KVCache(nn.Module):
             self.v_history = _repacked(self.v_history, plan_layer.values, stored)
         self.plan_layer = plan_layer
 
+    @torch.no_grad()
+    def drop(self, tokens: int) -> None:
+        """Forget the oldest tokens after the sinks, in all rows alike; those that stay keep their columns.
+
+        History token ``i`` is column ``sinks + dropped + i`` of the whole sequence, for masks too. Where `tokens`
+        is more than the history holds, the next ones that leave the buffer are not stored either, until so many
+        are gone. Memory is freed at once, but for the room that a history of this length keeps ahead.
+
+        Args:
+            tokens: how many.
+
+        Raises:
+            ValueError: `tokens` is negative, or the cache is static.
+
+        Example:
+            >>> from swan import TopK
+            >>> cache = KVCache(PlanLayer(TopK(64, 40), TopK(64, 24)), buffer=16, sinks=4)
+            >>> cache.update(*torch.randn(2, 1, 2, 100, 64))
+            >>> cache.drop(30)
+            >>> cache.length, cache.history_length, cache.dropped
+            (100, 50, 30)
+        """
+        if self.buffer.static:
+            raise ValueError("a static cache keeps all its tokens; drop them in a dynamic one")
+        if tokens < 0:
+            raise ValueError(f"cannot drop {tokens} tokens; give 0 or more")
+        stored, kept = self.history_length, self.history_after(0, tokens)
+        if tokens and self.k_history is not None and self.v_history is not None:
+            capacity = min(self._capacity, _grown(kept))
+            self.k_history = _resized(self.k_history.tokens(stored - kept, stored), capacity, kept) if kept else None
+            self.v_history = _resized(self.v_history.tokens(stored - kept, stored), capacity, kept) if kept else None
+        self.dropped += tokens
+
     def crop(self, length: int) -> None:
         """Forget all tokens from `length` on.
 
@@ -246,6 +339,8 @@ class KVCache(nn.Module):
         if length == 0 and not self.buffer.static:
             return self.reset()
         self.buffer.crop(length)
+        if self.dropped:
+            self.dropped = min(self.dropped, max(int(self.buffer.first) - self.buffer.sinks, 0))
         self._recent = None
 
     def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -257,7 +352,8 @@ class KVCache(nn.Module):
         buffer = self.buffer
         if buffer.keys is None or buffer.values is None:
             return
-        buffer.keys, buffer.values = fn(buffer.keys), fn(buffer.values)
+        buffer.keys = fn(buffer.keys)  # one after the other: only one of them exists twice
+        buffer.values = fn(buffer.values)
         buffer.padding = None if buffer.padding is None else fn(buffer.padding)
         self.k_history = None if self.k_history is None else self.k_history.map(fn)
         self.v_history = None if self.v_history is None else self.v_history.map(fn)
@@ -295,26 +391,36 @@ class KVCache(nn.Module):
         """Pack evicted tokens and write them behind the stored ones (dynamic) or at `index` (static)."""
         if k.shape[2] == 0:
             return
-        packed = pack(k, plan_layer.keys), pack(v, plan_layer.values)
         if index is not None:
             assert self.max_length is not None
             room = max(self.max_length - self.buffer.size - self.buffer.sinks, 0)
             index = torch.where(index < 0, room, index)  # one slot more takes what is no token
-            capacity, start = room + 1, 0
-        else:
-            stop = self.history_length  # push has counted the evicted tokens in
-            start = stop - k.shape[2]
-            capacity = stop if self._capacity >= stop else _round_up(stop + max(BLOCK, stop // 32))
+            self._write(pack(k, plan_layer.keys), pack(v, plan_layer.values), index, room + 1)
+            return
+        stop, tokens = self.history_length, k.shape[2]  # push has counted the evicted tokens in
+        capacity = self._capacity if self._capacity >= stop else _grown(stop)
+        for start in range(max(tokens - stop, 0), tokens, TILE):  # the first ones may be dropped already
+            tile = slice(start, start + TILE)
+            self._write(
+                pack(k[:, :, tile], plan_layer.keys),
+                pack(v[:, :, tile], plan_layer.values),
+                stop - tokens + start,
+                capacity,
+            )
+
+    def _write(self, k: Packed, v: Packed, place: Tensor | int, capacity: int) -> None:
+        """Write packed tokens to their places, or from a place on, into a history of this capacity."""
         if self._capacity < capacity:
-            self.k_history = _resized(self.k_history or packed[0], capacity, start)
-            self.v_history = _resized(self.v_history or packed[1], capacity, start)
+            stored = place if isinstance(place, int) else 0
+            self.k_history = _resized(self.k_history or k, capacity, stored)
+            self.v_history = _resized(self.v_history or v, capacity, stored)
         assert self.k_history is not None and self.v_history is not None
-        for history, new in zip((self.k_history, self.v_history), packed, strict=True):
+        for history, new in ((self.k_history, k), (self.v_history, v)):
             for target, source in zip(history.tensors, new.tensors, strict=True):
-                if index is not None:
-                    target.index_copy_(2, index, source)
+                if isinstance(place, int):
+                    target[:, :, place : place + source.shape[2]] = source
                 else:
-                    target[:, :, start : start + source.shape[2]] = source
+                    target.index_copy_(2, place, source)
 
     @property
     def _capacity(self) -> int:
@@ -337,7 +443,8 @@ class KVCache(nn.Module):
         if self.buffer.static:
             return self.k_history, self.v_history
         last = recent.queries - 1 if self.prefill == "windowed" else 0
-        stop = max(int(recent.length) + last - self.buffer.size + 1, int(recent.first)) - self.buffer.sinks
+        end = max(int(recent.length) + last - self.buffer.size + 1, int(recent.first))
+        stop = end - self.buffer.sinks - self.dropped
         if stop <= 0:
             return None, None
         return self.k_history.tokens(0, stop), self.v_history.tokens(0, stop)
@@ -350,7 +457,7 @@ class KVCache(nn.Module):
         same_for_all = isinstance(window, int)
         if mask is None and same_for_all and buffer.padding is None:
             return None
-        columns = torch.arange(tokens, device=recent.keys.device) + buffer.sinks
+        columns = torch.arange(tokens, device=recent.keys.device) + buffer.sinks + self.dropped
         seen = columns[None, None, None] < (window if same_for_all else window.view(1, 1, -1, 1))
         if buffer.padding is not None:
             seen = seen & (columns >= buffer.padding[:, None] + buffer.sinks)[:, None, None]
@@ -433,8 +540,9 @@ def _columns_of(mask: Tensor, columns: Tensor) -> Tensor:
     return mask.gather(-1, index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
 
 
-def _round_up(tokens: int) -> int:
-    return -(-tokens // BLOCK) * BLOCK
+def _grown(tokens: int) -> int:
+    """Capacity of a history of so many tokens: with room ahead, so that few steps move it; 0 for none."""
+    return -(-(tokens + max(BLOCK, tokens // 32)) // BLOCK) * BLOCK if tokens else 0
 
 
 def _resized(history: Packed, capacity: int, stored: int) -> Packed:
@@ -453,8 +561,8 @@ def _repacked(history: Packed, layout: Layout, stored: int) -> Packed:
         return history
     capacity = history.shape[2]
     new: Packed | None = None
-    for start in range(0, stored, REPACK_TILE):
-        stop = min(start + REPACK_TILE, stored)
+    for start in range(0, stored, TILE):
+        stop = min(start + TILE, stored)
         tile = pack(unpack(history.tokens(start, stop)), layout)
         new = _resized(tile, capacity, 0) if new is None else new
         for target, source in zip(new.tensors, tile.tensors, strict=True):

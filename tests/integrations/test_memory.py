@@ -70,3 +70,30 @@ def test_the_allocator_agrees(model):
     assert held == pytest.approx(cache.nbytes, rel=0.05)
     held += allocated(lambda: setattr(cache, "retention", 0.25))
     assert held == pytest.approx(cache.nbytes, rel=0.05)
+
+
+def test_the_allocator_is_within_a_budget(model):
+    """After each step, of few tokens or many, from the highest level to the least and beyond."""
+    ids, budget = tokens(1, PREFILL), 2**17
+
+    @torch.no_grad()
+    def steps(measure):
+        cache, start = SwanCache(model, budget=budget, on_full="evict", buffer=16), 0
+        for size in [60, 1, 1, *[60] * 10, 1, 1]:
+            given = {"input_ids": ids[:, start : start + size], cache_keyword(model): cache}
+            yield cache, measure(lambda given=given: model(**given, logits_to_keep=1))
+            start += size
+
+    def without(work):
+        work()
+
+    with pytest.warns(UserWarning, match="the oldest tokens"):
+        list(steps(without))  # the matrices of the layouts are kept for all caches of the process
+        held, levels = 0, set()
+        for cache, more in steps(allocated):
+            held += more
+            assert held == pytest.approx(cache.nbytes, rel=0.01)
+            assert max(held, cache.nbytes) <= budget
+            levels.add(cache.retention)
+    assert len(levels) > 3
+    assert cache.dropped > 0

@@ -56,7 +56,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def forget(self):
         self.rows = [[[] for _ in range(KV_HEADS)] for _ in range(2)]
-        self.padding, self.length, self.first = [0, 0], 0, 0
+        self.padding, self.length, self.first, self.dropped = [0, 0], 0, 0, 0
 
     @rule(seed=seeds, tokens=st.integers(1, 9), padding=st.lists(st.integers(0, 5), min_size=2, max_size=2))
     @precondition(lambda self: self.length < LONGEST)
@@ -101,7 +101,7 @@ class CacheMachine(RuleBasedStateMachine):
             if column >= window or column < start + self.sinks:
                 keys.append(token.key)
                 values.append(token.value)
-            elif self.plan_layer is not None:
+            elif self.plan_layer is not None and column >= self.sinks + self.dropped:
                 keys.append(token.packed[0])
                 values.append(token.packed[1])
         return attend_one(q, keys, values)
@@ -113,6 +113,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.length == 0:
             return self.forget()
         self.first = min(self.first, self.length)
+        self.dropped = min(self.dropped, max(self.first - self.sinks, 0))  # columns that come again are kept
         self.rows = [[head[: self.length] for head in row] for row in self.rows]
 
     @rule(plan_layer=plans)
@@ -127,6 +128,12 @@ class CacheMachine(RuleBasedStateMachine):
             for head in row:
                 for token in head[self.sinks : self.first]:
                     token.pack(plan_layer)
+
+    @rule(tokens=st.integers(0, 12))
+    def drop(self, tokens):
+        """Also more than the history holds: then the next ones that leave the buffer."""
+        self.cache.drop(tokens)
+        self.dropped += tokens
 
     @rule(rows=st.lists(st.integers(0, 10), min_size=1, max_size=3))
     @precondition(lambda self: self.length > 0)
@@ -156,11 +163,12 @@ class CacheMachine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         assert self.cache.length == self.length
-        stored = max(self.first - self.sinks, 0) if self.plan_layer is not None else 0
+        stored = max(self.first - self.sinks - self.dropped, 0) if self.plan_layer is not None else 0
         assert self.cache.history_length == stored
         if self.cache.k_history is not None:
             assert self.cache.k_history.layout == self.plan_layer.keys
             assert self.cache.k_history.shape[2] >= stored
+        assert self.cache.dropped == self.dropped
 
 
 def copy_of(token: Token) -> Token:

@@ -2,19 +2,27 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from swan import Graded, KVCache, PlanLayer, TopK, unpack
 from swan.functional import reference
+from swan.packed import cached_mix
 from tests.strategies import (
     DTYPES,
+    U32,
     assert_within,
     attention_bound,
     decode,
     distinct,
     double,
     ids,
+    normal,
+    plan_layers,
     qkv,
+    seeds,
+    splits,
     stored,
     windowed_oracle,
 )
@@ -200,6 +208,121 @@ def test_repack_before_and_between():
     assert (cache.history_length, cache.k_history.layout) == (0, PLAN.keys)
 
 
+@st.composite
+def any_layouts(draw, d):
+    """Every form with every number of bits."""
+    if draw(st.booleans()):
+        return TopK(d, draw(st.integers(1, d)), draw(st.sampled_from([4, 8, 16])))
+    cut = draw(st.integers(1, d - 1))
+    bits = draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 6, 8, 16]), min_size=2, max_size=2).filter(any))
+    return Graded(((cut, bits[0]), (d - cut, bits[1])))
+
+
+def largest_loss(y: Tensor, layout) -> Tensor:
+    """E(y) of `KVCache.repack`, from the vectors and the settings alone."""
+    least, step = 2.0**-16, 2 ** (1 / 8)
+    if isinstance(layout, TopK):
+        kept = reference.prune(y, TopK(layout.d, layout.keep, bits=16))
+        peak = y.abs().amax(-1)
+        each = {4: (peak * step).clamp(min=least) / 16, 8: peak / 127 * (1 + 2**-8) / 2, 16: 0 * peak}[layout.bits]
+        return ((y - kept).square().sum(-1) + layout.keep * each**2).sqrt()
+    mixed = y @ cached_mix(layout, torch.float64, y.device)
+    total, start = torch.zeros(y.shape[:-1], dtype=torch.float64), 0
+    for size, bits in layout.groups:
+        group = mixed[..., start : start + size]
+        if bits == 0:
+            total += group.square().sum(-1)
+        elif bits < 16:
+            scale = (group.abs().amax(-1) * step).clamp(min=least)
+            total += size * (scale * 2.0**-bits) ** 2
+        start += size
+    return total.sqrt()
+
+
+@given(st.tuples(any_layouts(D), any_layouts(DV)), st.tuples(any_layouts(D), any_layouts(DV)), seeds)
+def test_what_a_move_loses_is_bounded(first, then, seed):
+    """|x - x_AB| <= E_A(x) + E_B(x_A), of vectors whose coordinates fall off."""
+    cache = cache_of(PlanLayer(*first), buffer=1, sinks=0)
+    k, v = (normal(seed + i, 1, 2, 21, d) * 2.0 ** -torch.arange(d) for i, d in enumerate((D, DV)))
+    cache.update(k, v)
+    before = history(cache)
+    cache.repack(PlanLayer(*then))
+    for x, once, twice, a, b in zip((k, v), before, history(cache), first, then, strict=True):
+        x = x[:, :, :20].double()
+        rounding = 8 * x.shape[-1] * U32 * x.norm(dim=-1)  # of two products with a mixing matrix, there and back
+        bound = largest_loss(x, a) + largest_loss(once.double(), b) + rounding
+        assert_within((x - twice).norm(dim=-1), torch.zeros_like(bound), bound)
+
+
+# Drop ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("padding", [None, torch.tensor([7, 0])], ids=["plain", "padded"])
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize("prefill", ["dense", "windowed"])
+def test_dropping_is_masking(prefill, masked, padding, dtype):
+    """As if a mask hid the dropped columns from all later queries; sinks are seen on."""
+    q, k, v = sequence(50, dtype=dtype)
+    mask = torch.rand(2, 4, 50, 50) < 0.7 if masked else torch.ones(2, 4, 50, 50, dtype=torch.bool)
+    hidden = mask.clone()
+    cache, other = cache_of(prefill=prefill), cache_of(prefill=prefill)
+    start = 0
+    for chunk, drop in ((20, 3), (1, 0), (9, 6), (1, 1), (19, 0)):
+        now = slice(start, start + chunk)
+        cache.update(k[:, :, now], v[:, :, now], padding=padding)
+        other.update(k[:, :, now], v[:, :, now], padding=padding)
+        found = cache.attend(q[:, :, now], mask=mask[:, :, now] if masked else None)
+        expected = other.attend(q[:, :, now], mask=hidden[:, :, now])
+        assert_within(found, expected, 2 * attention_bound(*double(q, k, v)) + 4 * torch.finfo(dtype).eps)
+        cache.drop(drop)
+        start += chunk
+        hidden[:, :, start:, 2 : 2 + cache.dropped] = False
+        if padding is not None:
+            hidden[0, :, start:, 7:9] = mask[0, :, start:, 7:9]  # its sinks
+    assert (cache.history_length, cache.dropped, other.history_length) == (30, 10, 40)
+
+
+def test_dropping_more_than_there_is():
+    """What is to be dropped and still in the buffer is seen until it leaves, and is not stored."""
+    q, k, v = sequence(50)
+    cache = cache_of(prefill="windowed")
+    cache.update(k[:, :, :12], v[:, :, :12])
+    cache.drop(20)
+    assert (cache.length, cache.history_length, cache.k_history) == (12, 0, None)
+    decode(cache, q[:, :, 12:], k[:, :, 12:], v[:, :, 12:], [18, 2, 18])
+    assert (cache.length, cache.history_length) == (50, 20)
+    expected = reference.prune(k[:, :, 22:42], PLAN.keys)
+    assert torch.equal(history(cache)[0], expected)
+
+
+def test_dropping_frees_memory():
+    cache = cache_of(INT8)
+    cache.update(*sequence(1010)[1:])
+    cache.attend(sequence(1010)[0])
+    full, columns = cache.nbytes, cache.length
+    cache.drop(0)
+    assert cache.nbytes == full
+    cache.drop(900)
+    assert cache.nbytes < full / 4
+    cache.drop(100)
+    assert (cache.history_length, cache.k_history, cache.length) == (0, None, columns)
+
+
+def test_what_was_cropped_is_not_dropped():
+    """Tokens that come in the place of dropped ones are new, and kept."""
+    q, k, v = sequence(50)
+    cache = cache_of()
+    decode(cache, q[:, :, :40], k[:, :, :40], v[:, :, :40], [40])
+    cache.drop(20)
+    cache.crop(15)
+    assert (cache.dropped, cache.history_length) == (13, 0)
+    decode(cache, q[:, :, 15:], k[:, :, 15:], v[:, :, 15:], [35])
+    assert (cache.dropped, cache.history_length) == (13, 27)
+    cache.crop(0)
+    assert cache.dropped == 0
+
+
 # Bytes --------------------------------------------------------------------------------------------
 
 
@@ -217,6 +340,34 @@ def test_nbytes_counts_every_storage(chunks, plan_layer, static):
         assert cache.nbytes == sum(reachable(cache).values())
         start += size
     assert cache.dense_nbytes == 2 * 2 * 4 * start * (D + DV)
+
+
+@given(
+    st.tuples(plan_layers(D, DV), plan_layers(D, DV)),
+    splits(300).flatmap(lambda chunks: st.tuples(st.just(chunks), st.integers(0, len(chunks) - 1))),
+    st.integers(0, 300),
+    st.sampled_from(DTYPES),
+)
+def test_bytes_are_known_before(layouts, chunks_and_move, drop, dtype):
+    """All of them, at every step; one of them comes after a drop and a move to other layouts."""
+    chunks, move = chunks_and_move
+    cache, plan_layer, start = cache_of(layouts[0], buffer=8), layouts[0], 0
+    _, k, v = sequence(300, dtype=dtype)
+    for step, chunk in enumerate(chunks):
+        now = slice(start, start + chunk)
+        dropped = drop if step == move else 0
+        plan_layer = layouts[1] if step == move else plan_layer
+        size = {"rows": 2, "kv_heads": 2, "itemsize": dtype.itemsize}
+        parts = cache.nbytes_after(chunk, plan_layer, **size, drop=dropped)
+        cache.drop(dropped)
+        cache.repack(plan_layer)
+        cache.update(k[:, :, now], v[:, :, now])
+        cache.attend(torch.zeros(2, 4, chunk, D, dtype=dtype))
+        *exact, counters = parts
+        assert sum(exact) <= cache.nbytes <= sum(exact) + counters
+        assert counters == 8 * 2 * (8 + 2 + 1)
+        assert sum(exact[:2]) == sum(p.nbytes for p in (cache.k_history, cache.v_history) if p is not None)
+        start += chunk
 
 
 def test_a_long_history_costs_what_the_plan_says():
@@ -364,6 +515,20 @@ def test_crop_refuses(length):
 def test_repack_refuses(cache, message):
     with pytest.raises(ValueError, match=message):
         cache.repack(LOWER)
+
+
+@pytest.mark.parametrize(
+    ("cache", "tokens", "message"),
+    [
+        (cache_of(static=True), 1, "a static cache keeps all its tokens; drop them in a dynamic one"),
+        (cache_of(), -1, "cannot drop -1 tokens; give 0 or more"),
+    ],
+    ids=["static", "negative"],
+)
+def test_drop_refuses(cache, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        cache.drop(tokens)
+    assert cache.dropped == 0
 
 
 def test_repack_to_another_dimension_changes_nothing():
