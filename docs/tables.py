@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import swan
+from swan.evaluation.frontier import average_seeds, compared, label, mark_frontier
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:
@@ -43,6 +44,91 @@ def evaluation(path: str) -> str:
         f"is the dense one. Made by `{command}`."
     )
     return table(columns, [_evaluated(row) for row in result["rows"]], "lllrrrrr") + "\n\n" + note
+
+
+def frontier(path: str) -> str:
+    """The rows of `swan frontier`, seeds averaged, or how to make them."""
+    result = _frontier_result(path)
+    if result is None:
+        model = Path(path).stem.removeprefix("frontier-")
+        return f"!!! note\n    Not measured in this checkout: `swan frontier {model} --out {path}` does it."
+    rows = average_seeds(result["rows"])
+    mark_frontier(rows)
+    columns = ("method", "retention", "whole cache", "perplexity", "KL, 1/1000 nats", "same token", "")
+    cells = [_frontier_cells(row) for row in sorted(rows, key=lambda row: -row["retention"])]
+    settings, head = result["settings"], result["rows"][0]
+    texts, count = " and ".join(settings["texts"]), settings["windows"] * len(settings["texts"])
+    note = (
+        f"{head['model']}, layers {settings['layers']}, on {texts}: {count} windows of {settings['length']} tokens, "
+        f"{settings['dtype']}, buffer {settings['buffer']}, sinks {settings['sinks']}. ±: standard error over windows "
+        "(and seeds of a random rotation), of the perplexity paired. Whole cache: with buffer and sinks, in bf16. "
+        f"★: nothing else has less KL in as many bytes. Made by `{result['command']}`."
+    )
+    return table(columns, cells, "lrrrrrl") + "\n\n" + note
+
+
+def rivals(path: str) -> str:
+    """Each default plan beside the best rival in as many bytes or more."""
+    result = _frontier_result(path)
+    if result is None:
+        return ""
+    rows = [
+        [
+            f"{row['retention']:.3f}",
+            f"{1000 * row['kl']:.3f}",
+            "-" if row["rival"] is None else f"{row['rival']} ({row['rival_retention']:.3f})",
+            "-" if row["rival"] is None else f"{1000 * row['rival_kl']:.3f}",
+            "-" if row["rival"] is None else f"{row['ratio']:.2f}",
+        ]
+        for row in compared(average_seeds(result["rows"]))
+    ]
+    return table(
+        ("retention", "KL, 1/1000 nats", "best rival in as many bytes or more", "its KL", "ratio"), rows, "rrlrr"
+    )
+
+
+def needles(path: str) -> str:
+    """Needles found, by depth and length."""
+    result = _frontier_result(path)
+    if result is None or not result["needles"]:
+        return ""
+    lengths = [f"{part['length']} tokens" for part in result["needles"][0]["by_length"]]
+    depths = [f"depth {part['depth']:.1f}" for part in result["needles"][0]["by_depth"]]
+    rows = [
+        [
+            "dense" if row["form"] == "dense" else f"{row['retention']:.2f}",
+            f"{row['found']} of {row['cases']}",
+            *(f"{part['found']} of {part['cases']}" for part in (*row["by_length"], *row["by_depth"])),
+            f"{row['nll']:.3f}",
+        ]
+        for row in result["needles"]
+    ]
+    columns = ("retention", "found", *lengths, *depths, "nats per answer token")
+    return table(columns, rows, "l" + "r" * (len(columns) - 1))
+
+
+def _frontier_result(path: str) -> dict[str, Any] | None:
+    return json.loads(Path(path).read_text()) if Path(path).is_file() else None
+
+
+def _frontier_cells(row: dict[str, Any]) -> list[str]:
+    seeds = "" if row["seeds"] == 1 else f", {row['seeds']} seeds"
+    name = f"**{label(row)}**" if row["form"] == "swan" else label(row)
+    errors = ["" if row[e] is None else row[e] for e in ("standard_error", "kl_error")]
+    increase = f"{100 * row['perplexity_increase']:+.2f}&nbsp;%"
+    kl = f"{1000 * row['kl']:.3f}"
+    if row["form"] != "dense":
+        increase += "" if errors[0] == "" else f"&nbsp;±&nbsp;{100 * errors[0]:.2f}"
+        kl += "" if errors[1] == "" else f"&nbsp;±&nbsp;{1000 * errors[1]:.3f}"
+    return [
+        name + seeds,
+        f"{row['retention']:.3f}",
+        f"{row['compression_bf16']:.3f}",
+        f"{row['perplexity']:.2f}" if row["form"] == "dense" else increase,
+        kl,
+        f"{100 * row['agreement']:.1f}&nbsp;%",
+        "★" if row["frontier"] and row["form"] != "dense" else "",
+    ]
 
 
 def _evaluated(row: dict[str, Any]) -> list[str]:

@@ -34,6 +34,9 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The prompt, or - to read it from standard input.")],
     retention: Annotated[float, typer.Option(help="Bytes kept of each history token; 1 keeps all.")] = 0.33,
+    budget: Annotated[
+        str | None, typer.Option(help="Most bytes of the cache, such as 64MiB, instead of a retention.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 200,
     buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 128,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept dense.")] = 4,
@@ -59,15 +62,18 @@ def generate(
 
             found = calibration_of(model, network, tokenizer, path=Path(calibration) if calibration else None)
             attach(network, found if basis.value == found.basis else found.with_basis(basis.value, seed=seed))
-            cache = SwanCache(network, retention=retention, buffer=buffer, sinks=sinks)
+            level: dict[str, Any] = {"retention": retention} if budget is None else {"budget": budget}
+            cache = SwanCache(network, **level, buffer=buffer, sinks=sinks)
         torch.manual_seed(seed)
         row = stream(network, tokenizer, inputs, cache, tokens, sample=sample, show=not json)
+    row["retention"] = getattr(cache, "retention", 1.0)
     if json:
-        settings = {"model": model, "retention": 1.0 if dense else retention, "buffer": buffer, "sinks": sinks}
+        settings = {"model": model, "retention": retention, "budget": budget, "buffer": buffer, "sinks": sinks}
         return print_json(settings | {"basis": basis, "dtype": dtype, "dense": dense}, [row])
     messages.print(
         f"[dim]{row['new_tokens']} tokens at {row['tokens_per_second']:.1f}/s after a prompt of {row['prompt_tokens']} "
-        f"({row['prefill_seconds']:.1f} s); cache {mebibytes(row['nbytes'])}, {row['compression']:.2f} of dense[/]"
+        f"({row['prefill_seconds']:.1f} s); cache {mebibytes(row['nbytes'])}, {row['compression']:.2f} of dense, "
+        f"retention {row['retention']:.2f}[/]"
     )
 
 

@@ -53,7 +53,7 @@ def methods(
     for rival in rivals(dims, seeds=seeds, **kept):
         if isinstance(rival, Setting) and rival.plan is not None:
             found.append(Setting(everywhere(rival.plan), rival.basis, rival.seed, rival.name))
-        else:
+        elif rival.basis is not None or all(winnowed):  # transformers quantizes models without sliding layers only
             found.append(rival)
     return found
 

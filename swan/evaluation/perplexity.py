@@ -131,6 +131,13 @@ class _Scores:
     seconds: float = 0.0
 
 
+class _Reference:
+    """Predictions of the dense cache ``[tokens, vocabulary]``."""
+
+    def __init__(self, log_p: Tensor) -> None:
+        self.log_p, self.p, self.likeliest = log_p, log_p.exp(), log_p.argmax(-1)
+
+
 def default_sweep(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: int = 4) -> list[Setting]:
     """Dense, window only, top-k at several keeps, other bases, the paper's byte format, our plans.
 
@@ -223,8 +230,10 @@ def _score_window(
 ) -> None:
     start = time.perf_counter()
     dense = Setting()
-    reference = torch.cat([logits.log_softmax(-1) for logits in _logits(model, tokens, dense.cache(model), CHUNK)])
-    _add(scores[0], [reference], reference, tokens, 1.0, time.perf_counter() - start)
+    reference = _Reference(
+        torch.cat([logits.log_softmax(-1) for logits in _logits(model, tokens, dense.cache(model), CHUNK)])
+    )
+    _add(scores[0], [reference.log_p], reference, tokens, 1.0, time.perf_counter() - start)
     numbered = list(zip(settings, scores[1:], strict=True))
     for (basis, seed), group in groupby(numbered, key=lambda pair: (pair[0].basis, pair[0].seed)):
         if basis is not None:
@@ -255,7 +264,7 @@ def _logits(model: "PreTrainedModel", tokens: Tensor, cache: "Cache", chunk: int
 def _add(
     score: _Scores,
     found: Iterable[Tensor],
-    reference: Tensor,
+    reference: _Reference,
     tokens: Tensor,
     compression: float | None,
     seconds: float,
@@ -265,12 +274,11 @@ def _add(
     nll = kl = agreement = 0.0
     for log_p in found:
         targets = tokens[0, start + 1 : start + len(log_p) + 1]
-        log_p = log_p[: len(targets)]
-        log_dense = reference[start : start + len(targets)]
+        log_p, here = log_p[: len(targets)], slice(start, start + len(targets))
         start += len(targets)
         nll -= log_p.gather(-1, targets[:, None]).double().sum().item()
-        kl += torch.nn.functional.kl_div(log_p, log_dense, log_target=True, reduction="sum").item()
-        agreement += (log_p.argmax(-1) == log_dense.argmax(-1)).sum().item()
+        kl += torch.linalg.vecdot(reference.p[here], reference.log_p[here] - log_p).double().sum().item()
+        agreement += (log_p.argmax(-1) == reference.likeliest[here]).sum().item()
     score.nll.append(nll / count)
     score.kl.append(kl / count)
     score.agreement.append(agreement / count)

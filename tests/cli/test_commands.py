@@ -53,6 +53,29 @@ def test_evaluate(tmp_path):
     assert "perplexity" in run(*arguments).stdout
 
 
+def test_generate_within_a_budget():
+    (row,) = run_json("generate", MODEL, "Name three colours.", "--tokens", "8", "--budget", "20MiB")["rows"]
+    assert row["nbytes"] <= 20 * 2**20
+    assert row["retention"] == 1
+    result = run("generate", MODEL, "Name three colours.", "--budget", "1MiB", status=1)
+    assert "the budget of 1048576 bytes is full" in result.stderr.replace("\n", " ")
+
+
+def test_frontier(tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "new" / "frontier.json"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    arguments = ("frontier", MODEL, "--text", str(text), "--windows", "1", "--length", "130", "--seeds", "1")
+    shown = run(
+        *arguments, "--needles", "0", "--retention", "0.5", "--plot", str(tmp_path / "f.png"), "--out", str(out)
+    )
+    assert "frontier" in shown.stdout
+    result = json.loads(out.read_text())
+    assert set(result) == ENVELOPE | {"needles"}
+    assert [row["form"] for row in result["rows"]][:2] == ["dense", "swan"]
+    assert {"fp8", "kivi", "random-rotation", "window", "low rank"} <= {row["form"] for row in result["rows"]}
+    assert (tmp_path / "f.png").is_file()
+
+
 def test_bench_decode():
     arguments = ("bench", "decode", "--lengths", "96", "--heads", "4", "--kv-heads", "2", "--head-dim", "32")
     rows = run_json(*arguments, "--buffer", "32", "--impl", "sdpa", "--impl", "eager")["rows"]

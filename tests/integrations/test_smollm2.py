@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 
-from swan import SwanCache, attach, calibrate, detach
+from swan import Graded, Plan, PlanLayer, SwanCache, attach, calibrate, detach
+from swan.calibration.effects import KEYS, graded
+from swan.evaluation.perplexity import Setting, evaluate
 from swan.evaluation.sources import calibration_text, evaluation_text, load_model, token_windows
 from swan.integrations.transformers import cache_keyword
-from tests.tiny import float32_bound, generated, greatest_difference, logits_of
+from tests.tiny import float32_bound, generated, greatest_difference, live_storages, logits_of
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def smollm2():
 def calibration(smollm2):
     model, tokenizer = smollm2
     windows = token_windows(calibration_text(), tokenizer, windows=2, length=1024)
-    return calibrate(model, windows.split(1), progress=False)
+    return calibrate(model, windows.split(1), effects=False, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,57 @@ def test_the_dial_on_a_real_model(model, window):
             losses.append(perplexity(model(rest, **{cache_keyword(model): twin}).logits, rest))
     assert sizes[1] < 0.75 * sizes[0]
     assert losses[0] < losses[1] < 1.3 * losses[0]
+
+
+@pytest.mark.slow
+def test_six_thousand_tokens_in_a_fifth_of_their_bytes():
+    """What is alive after each forward, from the first chunk to single steps, in bfloat16; with measured effects."""
+    model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16)
+    attach(model, calibrate(model, token_windows(calibration_text(), tokenizer, 1, 1024).split(1), progress=False))
+    ids = token_windows(evaluation_text(), tokenizer, windows=1, length=6144)
+    budget = ids.shape[1] * 30 * 2 * 3 * 64 * 2 // 5
+    held = []
+
+    def read(cache, sizes):
+        start = 0
+        for size in sizes:
+            given = {"input_ids": ids[:, start : start + size], cache_keyword(model): cache}
+            with torch.no_grad():
+                logits = model(**given, logits_to_keep=1).logits
+            assert logits.isfinite().all()
+            del given, logits
+            held.append(sum(size for place, size in live_storages().items() if place not in before))
+            start += size
+
+    sizes = [512] * 11 + [500, *[1] * 12]
+    before: dict[int, int] = {}
+    warm = SwanCache(model, budget=budget, buffer=64)
+    read(warm, sizes)  # the mixing matrices of the layouts are kept for all caches of the process
+    del warm
+    held.clear()
+    before = live_storages()
+    cache = SwanCache(model, budget=budget, buffer=64)
+    read(cache, sizes)
+    assert cache.get_seq_length() == 6144
+    assert max(held) <= budget
+    assert held[-1] == pytest.approx(cache.nbytes, rel=0.01)
+    assert 0.13 < cache.retention < 0.2
+    print(f"at most {max(held)} of {budget} bytes, retention {cache.retention:.3f}")
+
+
+@pytest.mark.slow
+def test_effects_of_a_real_model_predict_its_divergence(smollm2):
+    """Within a factor of two, on text that they were not measured on; and plans that follow them lose less."""
+    model, tokenizer = smollm2
+    windows = token_windows(calibration_text(), tokenizer, windows=10, length=1024)
+    calibration = calibrate(model, windows[:8:2].split(1), progress=False)
+    layout, exact = graded(64, KEYS[6]), Graded(((64, 16),))
+    plans = [Plan((PlanLayer(layout, exact),) * 30, buffer=64)]
+    plans += [Plan.for_retention(0.2, calibration, buffer=64), Plan.for_retention(0.2, dims=[(64, 64)] * 30, buffer=64)]
+    _, keys, by_effect, alike = evaluate(model, windows[8:], [Setting(plan) for plan in plans], calibration)
+    predicted = calibration.effects.keys[:, 6].sum().item()
+    assert predicted / 2 < keys["kl"] < predicted * 2
+    assert by_effect["kl"] < alike["kl"]
 
 
 @pytest.mark.parametrize("fold", [False, True], ids=["at run time", "folded"])
