@@ -87,12 +87,14 @@ class Calibration:
         return [(layer.key_basis.shape[-1], layer.value_basis.shape[-1]) for layer in self.layers]
 
     def with_basis(self, basis: Basis, *, seed: int = 0) -> "Calibration":
-        """The same measurement with another basis: nothing is run again.
+        """The same measurement with another basis: nothing is run again, and effects are not known there.
 
         Args:
             basis: ``"joint"``, ``"pca"``, ``"random"`` or ``"identity"``.
             seed: seed of ``"random"``; each layer draws its own.
         """
+        if basis == self.basis and (basis != "random" or seed == self.seed):
+            return self
         return _from_moments(self.moments, basis, seed, self.fingerprint)
 
     def report(self) -> list[dict[str, float]]:

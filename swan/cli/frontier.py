@@ -41,6 +41,7 @@ def frontier(
     seeds: Annotated[int, typer.Option(min=1, help="Draws of random rotations.")] = 3,
     buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 64,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept dense.")] = 4,
+    rivals: Annotated[bool, typer.Option(help="Score the rivals too.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="Short windows, one seed, few needles: minutes.")] = False,
     calibration: CalibrationOption = None,
     dtype: DtypeOption = Dtype.float32,
@@ -61,6 +62,8 @@ def frontier(
             cases = needle_cases(tokenizer, evaluation_text("qasper"), cases=needles, lengths=(length // 2, length))
         found = calibration_of(model, network, tokenizer, path=calibration)
         compared_methods = methods(found, retentions, buffer=buffer, sinks=sinks, seeds=seeds)
+        if not rivals:
+            compared_methods = [m for m in compared_methods if m.form.startswith("swan")]
         if quick:
             compared_methods = [m for m in compared_methods if m.basis is not None]  # those of transformers are slow
         settings = {"texts": texts, "windows": windows, "length": length, "buffer": buffer, "sinks": sinks}

@@ -128,6 +128,7 @@ def test_are_saved_and_belong_to_the_basis(tmp_path):
     assert torch.equal(loaded.effects.keys, calibration.effects.keys)
     assert torch.equal(loaded.effects.values, calibration.effects.values)
     assert loaded.with_basis("pca").effects is None
+    assert loaded.with_basis("joint").effects is not None
     assert "effects=True" in repr(loaded)
 
 
