@@ -68,23 +68,25 @@ def frontier(path: str) -> str:
 
 
 def rivals(path: str) -> str:
-    """Each default plan beside the best rival in as many bytes or more."""
+    """Each default plan beside the best rival."""
     result = _frontier_result(path)
     if result is None:
         return ""
-    rows = [
-        [
-            f"{row['retention']:.3f}",
-            f"{1000 * row['kl']:.3f}",
-            "-" if row["rival"] is None else f"{row['rival']} ({row['rival_retention']:.3f})",
-            "-" if row["rival"] is None else f"{1000 * row['rival_kl']:.3f}",
-            "-" if row["rival"] is None else f"{row['ratio']:.2f}",
-        ]
-        for row in compared(average_seeds(result["rows"]))
-    ]
-    return table(
-        ("retention", "KL, 1/1000 nats", "best rival in as many bytes or more", "its KL", "ratio"), rows, "rrlrr"
-    )
+    rows = []
+    for row in compared(average_seeds(result["rows"])):
+        found = row["rival"] is not None
+        rows.append(
+            [
+                f"{row['retention']:.3f}",
+                f"{1000 * row['kl']:.3f}",
+                f"{row['rival']} ({row['rival_retention']:.3f})" if found else "-",
+                f"{1000 * row['rival_kl']:.3f}" if found else "-",
+                f"{row['ratio']:.2f}" if found else "-",
+                "none" if row["bytes_needed"] is None else f"{row['bytes_needed']:.3f}",
+            ]
+        )
+    columns = ("retention", "KL, 1/1000 nats", "best rival near", "its KL", "ratio", "a rival is as good from")
+    return table(columns, rows, "rrlrrr")
 
 
 def needles(path: str) -> str:

@@ -63,7 +63,7 @@ def frontier(
         found = calibration_of(model, network, tokenizer, path=calibration)
         compared_methods = methods(found, retentions, buffer=buffer, sinks=sinks, seeds=seeds)
         if not rivals:
-            compared_methods = [m for m in compared_methods if m.form.startswith("swan")]
+            compared_methods = [m for m in compared_methods if m.form == "swan"]
         if quick:
             compared_methods = [m for m in compared_methods if m.basis is not None]  # those of transformers are slow
         settings = {"texts": texts, "windows": windows, "length": length, "buffer": buffer, "sinks": sinks}
@@ -91,9 +91,10 @@ def frontier(
     )
     for row in compared(shown):
         if row["rival"] is not None:
+            needed = "none as good" if row["bytes_needed"] is None else f"as good from {row['bytes_needed']:.3f} on"
             console.print(
-                f"retention {row['retention']:.3f}: KL {row['kl']:.5f}, {row['ratio']:.2f} of that of the best rival "
-                f"in as many bytes or more ({row['rival']}, {row['rival_retention']:.3f}: {row['rival_kl']:.5f})"
+                f"retention {row['retention']:.3f}: KL {row['kl']:.5f}, {row['ratio']:.2f} of the best rival near's "
+                f"({row['rival']}, {row['rival_retention']:.3f}: {row['rival_kl']:.5f}); of all rivals {needed}"
             )
     for row in result["needles"]:
         console.print(f"needles, {row['form']} {row['retention']:.2f}: {row['found']} of {row['cases']}")

@@ -15,6 +15,7 @@ from swan.packed import PlanLayer, TopK
 __all__ = ["RETENTIONS", "average_seeds", "compared", "mark_frontier", "methods", "plot"]
 
 RETENTIONS = (0.5, 0.33, 0.26, 0.2, 0.15)
+MORE = 1.36  # times the bytes at which a rival still counts as one of as many bytes
 DEFAULT = "swan"  # form of the rows of swan's default plans
 SCORES = ("perplexity", "perplexity_increase", "kl", "agreement")
 
@@ -89,25 +90,29 @@ def mark_frontier(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each default plan beside the best rival that takes as many bytes or more, up to twice as many.
+    """Each default plan beside the best rival in as many bytes, up to a third more (`MORE`), or the next larger one.
 
     Returns:
-        Rows with ``retention``, ``kl``, ``rival``, ``rival_retention``, ``rival_kl`` and ``ratio``, None without one.
+        Rows with ``retention``, ``kl``, ``kl_error``, ``rival``, ``rival_retention``, ``rival_kl``, their ``ratio``, and
+        ``bytes_needed``, the least retention at which some rival has no higher KL divergence; None without one.
     """
-    ours = [row for row in rows if row["form"] == DEFAULT]
-    others = [row for row in rows if not row["form"].startswith(DEFAULT) and row["form"] != "dense"]
     found = []
-    for row in ours:
-        larger = [r for r in others if row["retention"] <= r["retention"] <= 2 * row["retention"]]
-        best = min(larger, key=lambda r: r["kl"], default=None)
+    others = [row for row in rows if not row["form"].startswith(DEFAULT) and row["form"] != "dense"]
+    for row in (row for row in rows if row["form"] == DEFAULT):
+        larger = sorted((r for r in others if r["retention"] >= row["retention"]), key=lambda r: r["retention"])
+        near = [r for r in larger if r["retention"] <= MORE * row["retention"]] or larger[:1]
+        best = min(near, key=lambda r: r["kl"], default=None)
+        as_good = [r["retention"] for r in larger if r["kl"] <= row["kl"]]
         found.append(
             {
                 "retention": row["retention"],
                 "kl": row["kl"],
+                "kl_error": row["kl_error"],
                 "rival": None if best is None else label(best),
                 "rival_retention": None if best is None else best["retention"],
                 "rival_kl": None if best is None else best["kl"],
                 "ratio": None if best is None else row["kl"] / best["kl"],
+                "bytes_needed": min(as_good, default=None),
             }
         )
     return found

@@ -36,6 +36,7 @@ def test_the_frontier_is_what_nothing_beats(rows):
         assert row["frontier"] == (not beaten or row["form"] == "dense")
     found = compared(shown)
     assert [round(row["retention"], 1) for row in found] == [0.5, 0.2]
+    assert all(row["bytes_needed"] is None or row["bytes_needed"] >= row["retention"] for row in found)
     assert all(row["rival_retention"] >= row["retention"] for row in found)
 
 
