@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import random
-import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from swan.calibration.bases import Basis, layer_bases
 from swan.calibration.capture import Observed, call, evaluating, fingerprint, observing
 from swan.calibration.effects import BUFFER, WINDOWS, Effects, beginning, measure_effects, tokens_of
+from swan.calibration.files import replacing
 from swan.calibration.moments import Moments
 from swan.calibration.progress import track
 from swan.functional.rotation import check_basis
@@ -93,7 +92,7 @@ class Calibration:
             basis: ``"joint"``, ``"pca"``, ``"random"`` or ``"identity"``.
             seed: seed of ``"random"``; each layer draws its own.
         """
-        if basis == self.basis and (basis != "random" or seed == self.seed):
+        if (basis, seed) == (self.basis, self.seed):
             return self
         return _from_moments(self.moments, basis, seed, self.fingerprint)
 
@@ -120,7 +119,6 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; a file that is there is replaced whole or not at all."""
-        path = Path(path)
         tensors = {}
         for i, (layer, moments) in enumerate(zip(self.layers, self.moments, strict=True)):
             for field in dataclasses.fields(layer):
@@ -136,17 +134,8 @@ class Calibration:
             "tokens": self.tokens,
             "fingerprint": self.fingerprint,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        os.close(handle)
-        try:
+        with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"swan": json.dumps(about)})
-            os.umask(umask := os.umask(0))
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner only
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":

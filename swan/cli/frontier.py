@@ -1,14 +1,13 @@
 """`swan frontier`: quality against bytes, swan beside its rivals."""
 
 import json as json_module
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from swan.calibration.files import replacing
 from swan.cli.common import (
     CalibrationOption,
     Dtype,
@@ -121,10 +120,8 @@ def _write(path: Path | None, result: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(json_module.dumps(result, indent=2) + "\n")
-    os.replace(file.name, path)
+    with replacing(path) as temporary:
+        Path(temporary).write_text(json_module.dumps(result, indent=2) + "\n")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

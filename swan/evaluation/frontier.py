@@ -93,8 +93,8 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each default plan beside the best rival in as many bytes, up to a third more (`MORE`), or the next larger one.
 
     Returns:
-        Rows with ``retention``, ``kl``, ``kl_error``, ``rival``, ``rival_retention``, ``rival_kl``, their ``ratio``, and
-        ``bytes_needed``, the least retention at which some rival has no higher KL divergence; None without one.
+        Rows with ``retention``, ``kl``, ``kl_error``, ``rival``, ``rival_retention``, ``rival_kl``, ``ratio``, and
+        ``bytes_needed``: the least retention at which some rival has no higher KL divergence; None without one.
     """
     found = []
     others = [row for row in rows if not row["form"].startswith(DEFAULT) and row["form"] != "dense"]
