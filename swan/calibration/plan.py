@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from swan.calibration.effects import KEYS, VALUES, Effects, Groups, graded
 from swan.packed import Graded, Layout, PlanLayer, TopK
 
@@ -227,11 +229,12 @@ def _least(dims: Dims, effects: Effects | None) -> float:
 def _layers_by_effect(retention: float, dims: Dims, effects: Effects) -> list[PlanLayer | None]:
     """Everything begins at its fewest bytes; the step that lowers the predicted KL most per byte is taken first."""
     room, chosen, steps = 0.0, {}, []
+    tables = [_cautious(table) for table in (effects.keys, effects.values)]
     for index, pair in enumerate(dims):
         if not _winnowed(effects, index):
             continue
         room += 2 * sum(pair) * (retention + EXACT)
-        for side, d, candidates, table in zip("kv", pair, (KEYS, VALUES), (effects.keys, effects.values), strict=True):
+        for side, d, candidates, table in zip("kv", pair, (KEYS, VALUES), tables, strict=True):
             layouts = [graded(d, groups) for groups in candidates]
             points = [(a.vector_bytes(), kl, a) for a, kl in zip(layouts, table[index].tolist(), strict=True)]
             hull = _hull(points)
@@ -244,6 +247,12 @@ def _layers_by_effect(retention: float, dims: Dims, effects: Effects) -> list[Pl
         room -= size
         chosen[index, side] = layout
     return [PlanLayer(chosen[i, "k"], chosen[i, "v"]) if (i, "k") in chosen else None for i in range(len(dims))]
+
+
+def _cautious(table: Tensor) -> Tensor:
+    """Effects half way, in their logarithm, to the mean of all layers: on other texts layers differ less."""
+    logs = table.clamp(min=1e-30).log()
+    return ((logs + logs.nanmean(0)) / 2).exp()
 
 
 def _hull(points: list[tuple[int, float, Graded]]) -> list[tuple[int, float, Graded]]:

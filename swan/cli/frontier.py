@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from swan.calibration import Plan
 from swan.calibration.files import replacing
 from swan.cli.common import (
     CalibrationOption,
@@ -37,6 +38,9 @@ def frontier(
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 4,
     length: Annotated[int, typer.Option(min=130, help="Tokens of a window.")] = 2048,
     needles: Annotated[int, typer.Option(min=0, help="Needles to find, a multiple of 10; 0 for none.")] = 60,
+    needle_retention: Annotated[
+        list[float] | None, typer.Option(help="Retentions to look for needles at (repeat it); 0.26 if none is given.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Draws of random rotations.")] = 3,
     buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 64,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept dense.")] = 4,
@@ -72,8 +76,9 @@ def frontier(
         mark_frontier(rows)
         result = envelope(settings, rows) | {"needles": []}
         _write(out, result)
-        asked = [Setting(), *(m for m in compared_methods if m.form == "swan")] if cases else []
-        for method in asked[:2] + asked[-1:] if quick else asked:
+        plans = [Plan.for_retention(r, found, buffer=buffer, sinks=sinks) for r in needle_retention or [0.26]]
+        asked = [Setting(), *(Setting(plan, name="swan") for plan in plans)] if cases else []
+        for method in asked:
             found_needles = summarize_needles(_needles(network, method, cases, found))
             result["needles"].append({"form": method.form, "retention": method.retention, **found_needles})
             _write(out, result)
