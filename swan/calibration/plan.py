@@ -115,13 +115,13 @@ class Plan:
                 f"no plan fits in retention {retention:.3g} at these head dimensions; the least is {shown}"
             )
         if retention == 1:
-            layers = [PlanLayer(Graded(((d, 16),)), Graded(((dv, 16),))) for d, dv in dims]
+            exact = [PlanLayer(Graded(((d, 16),)), Graded(((dv, 16),))) for d, dv in dims]
+            layers = [layer if _winnowed(effects, index) else None for index, layer in enumerate(exact)]
         elif effects is None:
             layers = [_step_within(retention, d, dv) for d, dv in dims]
         else:
             layers = _layers_by_effect(retention, dims, effects)
-        kept = [layer if _winnowed(effects, index) else None for index, layer in enumerate(layers)]
-        return cls(tuple(kept), buffer=buffer, sinks=sinks)
+        return cls(tuple(layers), buffer=buffer, sinks=sinks)
 
     @classmethod
     def levels(

@@ -23,7 +23,7 @@ from swan.cli.common import (
     print_table,
     user_errors,
 )
-from swan.evaluation.frontier import RETENTIONS, average_seeds, compared, label, mark_frontier, methods
+from swan.evaluation.frontier import DEFAULT, RETENTIONS, average_seeds, compared, label, mark_frontier, methods
 from swan.evaluation.frontier import plot as plot_frontier
 from swan.evaluation.perplexity import Method, Setting, evaluate
 from swan.evaluation.retrieval import evaluate_needles, needle_cases, summarize_needles
@@ -66,7 +66,7 @@ def frontier(
         found = calibration_of(model, network, tokenizer, path=calibration)
         compared_methods = methods(found, retentions, buffer=buffer, sinks=sinks, seeds=seeds)
         if not rivals:
-            compared_methods = [m for m in compared_methods if m.form == "swan"]
+            compared_methods = [m for m in compared_methods if m.form == DEFAULT]
         if quick:
             compared_methods = [m for m in compared_methods if m.basis is not None]  # those of transformers are slow
         settings = {"texts": texts, "windows": windows, "length": length, "buffer": buffer, "sinks": sinks}
@@ -77,7 +77,7 @@ def frontier(
         result = envelope(settings, rows) | {"needles": []}
         _write(out, result)
         plans = [Plan.for_retention(r, found, buffer=buffer, sinks=sinks) for r in needle_retention or [0.26]]
-        asked = [Setting(), *(Setting(plan, name="swan") for plan in plans)] if cases else []
+        asked = [Setting(), *(Setting(plan, name=DEFAULT) for plan in plans)] if cases else []
         for method in asked:
             found_needles = summarize_needles(_needles(network, method, cases, found))
             result["needles"].append({"form": method.form, "retention": method.retention, **found_needles})

@@ -5,7 +5,6 @@ keys share scales between tokens, which takes a cache of its own. The caches of 
 """
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -165,13 +164,9 @@ class KiviCache(KVCache):
             keys.append(rearrange(k, "b h n d t -> b h (n t) d"))
             values.append(rearrange(v, "b h t n c -> b h t (n c)"))
         dense = torch.cat([*keys, self.waiting[0]], dim=2), torch.cat([*values, self.waiting[1]], dim=2)
-        last = recent.queries - 1 if self.prefill == "windowed" else 0
-        stop = max(int(recent.length) + last - self.buffer.size + 1, int(recent.first)) - self.buffer.sinks
-        if stop <= 0:
-            return None, None
         layouts = self.plan_layer.keys, self.plan_layer.values
         k, v = (Packed((x,), None, None, layout, x.dtype) for x, layout in zip(dense, layouts, strict=True))
-        return k.tokens(0, stop), v.tokens(0, stop)
+        return self._seen_packed(k, v, recent)
 
 
 def _affine(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,6 +287,7 @@ def rivals(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: int = 4,
         retentions; half the principal components of keys and values at 16 bits; a random rotation with 4, 3 and 2
         bits; KIVI with 4 and 2 bits; and, where their packages are installed, the quantized caches of transformers.
     """
+    from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
     def stored(make: Callable[[int], Layout]) -> Plan:
         return Plan(tuple(PlanLayer(make(d), make(dv)) for d, dv in dims), buffer=buffer, sinks=sinks)
@@ -309,7 +305,7 @@ def rivals(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: int = 4,
         plan = stored(lambda d, bits=bits: LloydMax(d, bits))
         found += [Setting(plan, basis="random", seed=seed) for seed in range(seeds)]
     found += [Kivi(bits, buffer=buffer, sinks=sinks) for bits in (4, 2)]
-    for backend, package in (("quanto", "optimum.quanto"), ("hqq", "hqq")):
-        if importlib.util.find_spec(package.partition(".")[0]) is not None:
+    for backend, installed in (("quanto", is_optimum_quanto_available()), ("hqq", is_hqq_available())):
+        if installed:
             found += [TransformersQuantized(backend, bits) for bits in (4, 2)]
     return found

@@ -12,7 +12,7 @@ from swan.evaluation.baselines import rivals
 from swan.evaluation.perplexity import Method, Setting
 from swan.packed import PlanLayer, TopK
 
-__all__ = ["RETENTIONS", "average_seeds", "compared", "mark_frontier", "methods", "plot"]
+__all__ = ["DEFAULT", "RETENTIONS", "average_seeds", "compared", "label", "mark_frontier", "methods", "plot"]
 
 RETENTIONS = (0.5, 0.33, 0.26, 0.2, 0.15)
 MORE = 1.36  # times the bytes at which a rival still counts as one of as many bytes

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from swan.calibration.progress import track
+from swan.evaluation.perplexity import CHUNK
 from swan.evaluation.sources import token_windows
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["NeedleCase", "evaluate_needles", "needle_cases", "summarize_needles"]
-
-CHUNK = 512  # tokens of the context that a forward takes in
 
 # A plain text for chat and base models alike. Question and answer begin with what no token joins to the text before.
 NEEDLE = "\nThe magic number of {key} is {number}.\n"

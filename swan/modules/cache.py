@@ -442,12 +442,14 @@ class KVCache(nn.Module):
             return None, None
         if self.buffer.static:
             return self.k_history, self.v_history
+        return self._seen_packed(self.k_history, self.v_history, recent)
+
+    def _seen_packed(self, k: Packed, v: Packed, recent: _Recent) -> tuple[Packed | None, Packed | None]:
+        """Keys and values of a history up to the last column that some query sees packed."""
         last = recent.queries - 1 if self.prefill == "windowed" else 0
         end = max(int(recent.length) + last - self.buffer.size + 1, int(recent.first))
         stop = end - self.buffer.sinks - self.dropped
-        if stop <= 0:
-            return None, None
-        return self.k_history.tokens(0, stop), self.v_history.tokens(0, stop)
+        return (k.tokens(0, stop), v.tokens(0, stop)) if stop > 0 else (None, None)
 
     def _history_mask(
         self, recent: _Recent, window: Tensor | int, history: Packed, mask: Tensor | None
