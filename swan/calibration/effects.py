@@ -102,6 +102,7 @@ def measure_effects(
 
     Raises:
         ValueError: no text is longer than the buffer of 64 tokens.
+        RuntimeError: every layer has a sliding window, or there is no backward pass through the model.
     """
     if max(map(tokens_of, batches)) <= BUFFER:
         raise ValueError(f"effects are measured on tokens beyond the buffer: give texts of more than {BUFFER} tokens")
@@ -170,6 +171,8 @@ def _run(model: nn.Module, batch: Any, generator: torch.Generator) -> dict[int, 
 
     with torch.enable_grad(), observing(model, observe):
         output = call(model, batch)
+        if not layers:
+            raise RuntimeError("every layer attends to a sliding window only")
         log_p = getattr(output, "logits", output).float().log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp().flatten(0, 1).cpu(), 1, generator=generator)
         likelihood = log_p.gather(-1, drawn.to(log_p.device).view(*log_p.shape[:2], 1))[..., 0]

@@ -121,6 +121,12 @@ def test_sliding_layers_have_no_entry():
         assert [layer is None for layer in Plan.for_retention(retention, calibration).layers] == [True, False]
 
 
+def test_of_a_model_of_sliding_layers_alone_there_are_none():
+    with pytest.warns(UserWarning, match="not measured: every layer attends to a sliding window only"):
+        calibration = calibrate(tiny("mistral-sliding"), [tokens(1, 2 * BUFFER)])
+    assert calibration.effects is None
+
+
 def test_are_saved_and_belong_to_the_basis(tmp_path):
     calibration = calibrate(tiny(), [tokens(1, 2 * BUFFER)])
     calibration.save(tmp_path / "c.safetensors")
