@@ -68,25 +68,26 @@ def frontier(path: str) -> str:
 
 
 def rivals(path: str) -> str:
-    """Each default plan beside the best rival."""
+    """Each rival beside the default plan in as many bytes or fewer."""
     result = _frontier_result(path)
     if result is None:
         return ""
     rows = []
     for row in compared(average_seeds(result["rows"])):
-        found = row["rival"] is not None
+        found = row["ratio"] is not None
         rows.append(
             [
-                f"{row['retention']:.3f}",
-                f"{1000 * row['kl']:.3f}",
-                f"{row['rival']} ({row['rival_retention']:.3f})" if found else "-",
-                f"{1000 * row['rival_kl']:.3f}" if found else "-",
+                row["rival"],
+                f"{row['rival_retention']:.3f}",
+                f"{1000 * row['rival_kl']:.3f}",
+                f"{row['retention']:.3f}" if found else "-",
+                f"{1000 * row['kl']:.3f}" if found else "-",
                 f"{row['ratio']:.2f}" if found else "-",
-                "none" if row["bytes_needed"] is None else f"{row['bytes_needed']:.3f}",
+                "-" if row["enough"] is None else f"{row['enough']:.3f}",
             ]
         )
-    columns = ("retention", "KL, 1/1000 nats", "best rival near", "its KL", "ratio", "a rival is as good from")
-    return table(columns, rows, "rrlrrr")
+    columns = ("rival", "its retention", "its KL, 1/1000", "swan's retention", "KL", "ratio", "swan as good from")
+    return table(columns, rows, "lrrrrrr")
 
 
 def needles(path: str) -> str:

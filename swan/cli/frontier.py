@@ -19,7 +19,6 @@ from swan.cli.common import (
     console,
     envelope,
     load,
-    percent,
     print_table,
     user_errors,
 )
@@ -90,16 +89,15 @@ def frontier(
         return print(json_module.dumps(result, indent=2))
     print_table(
         f"{model} on {' and '.join(texts)}, {len(tokens)} windows of {length} tokens, buffer {buffer}, sinks {sinks}",
-        ("method", "retention", "whole cache", "increase ± s.e.", "KL ± s.e.", "agreement", "frontier"),
+        ("* frontier", "bytes", "cache", "perplexity, %", "KL, 1/1000", "top-1"),
         [_cells(row) for row in sorted(shown, key=lambda row: -row["retention"])],
     )
-    for row in compared(shown):
-        if row["rival"] is not None:
-            needed = "none as good" if row["bytes_needed"] is None else f"as good from {row['bytes_needed']:.3f} on"
-            console.print(
-                f"retention {row['retention']:.3f}: KL {row['kl']:.5f}, {row['ratio']:.2f} of the best rival near's "
-                f"({row['rival']}, {row['rival_retention']:.3f}: {row['rival_kl']:.5f}); of all rivals {needed}"
-            )
+    if beside := [row for row in compared(shown) if row["ratio"] is not None]:
+        print_table(
+            "Each rival beside the default plan in as many bytes or fewer (KL in 1/1000 nats)",
+            ("rival", "bytes", "KL", "swan", "its KL", "ratio", "enough"),
+            [_beside(row) for row in beside],
+        )
     for row in result["needles"]:
         console.print(f"needles, {row['form']} {row['retention']:.2f}: {row['found']} of {row['cases']}")
 
@@ -132,11 +130,22 @@ def _write(path: Path | None, result: dict[str, Any]) -> None:
 def _cells(row: dict[str, Any]) -> list[str]:
     error, kl_error = row["standard_error"], row["kl_error"]
     return [
-        label(row) + ("" if row["seeds"] == 1 else f", {row['seeds']} seeds"),
+        ("* " if row["frontier"] else "  ") + label(row) + ("" if row["seeds"] == 1 else f" x{row['seeds']}"),
         f"{row['retention']:.3f}",
         f"{row['compression_bf16']:.3f}",
-        percent(row["perplexity_increase"]) + ("" if error is None else f" ± {100 * error:.2f}"),
-        f"{row['kl']:.5f}" + ("" if kl_error is None else f" ± {kl_error:.5f}"),
+        f"{100 * row['perplexity_increase']:+.2f}" + ("" if error is None else f" ± {100 * error:.2f}"),
+        f"{1000 * row['kl']:.2f}" + ("" if kl_error is None else f" ± {1000 * kl_error:.2f}"),
         f"{100 * row['agreement']:.1f} %",
-        "*" if row["frontier"] else "",
+    ]
+
+
+def _beside(row: dict[str, Any]) -> list[str]:
+    return [
+        row["rival"],
+        f"{row['rival_retention']:.3f}",
+        f"{1000 * row['rival_kl']:.2f}",
+        f"{row['retention']:.3f}",
+        f"{1000 * row['kl']:.2f}",
+        f"{row['ratio']:.2f}",
+        "-" if row["enough"] is None else f"{row['enough']:.3f}",
     ]

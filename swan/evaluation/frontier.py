@@ -15,7 +15,7 @@ from swan.packed import PlanLayer, TopK
 __all__ = ["DEFAULT", "RETENTIONS", "average_seeds", "compared", "label", "mark_frontier", "methods", "plot"]
 
 RETENTIONS = (0.5, 0.33, 0.26, 0.2, 0.15)
-MORE = 1.36  # times the bytes at which a rival still counts as one of as many bytes
+NEAR = 0.985  # share of a rival's bytes from which on a default plan counts as one of as many
 DEFAULT = "swan"  # form of the rows of swan's default plans
 SCORES = ("perplexity", "perplexity_increase", "kl", "agreement")
 
@@ -32,7 +32,7 @@ def methods(
 
     Args:
         calibration: of the model.
-        retentions: of the default plans.
+        retentions: of the default plans, which are scored at the bytes of each rival too.
         buffer: recent tokens kept dense.
         sinks: first tokens kept dense.
         seeds: how many rotations a random one is drawn.
@@ -46,7 +46,7 @@ def methods(
         layers = [layer if used else None for layer, used in zip(plan.layers, winnowed, strict=True)]
         return Plan(tuple(layers), buffer=plan.buffer, sinks=plan.sinks)
 
-    found: list[Method] = [Setting(Plan.for_retention(r, calibration, **kept), name=DEFAULT) for r in retentions]
+    found: list[Method] = []
     for r in retentions[1::2]:
         found.append(Setting(everywhere(Plan.for_retention(r, dims=dims, **kept)), name="swan, layers alike"))
     topk = [PlanLayer(TopK(d, d // 2), TopK(dv, dv // 2)) for d, dv in dims]
@@ -56,7 +56,13 @@ def methods(
             found.append(Setting(everywhere(rival.plan), rival.basis, rival.seed, rival.name))
         elif rival.basis is not None or all(winnowed):  # transformers quantizes models without sliding layers only
             found.append(rival)
-    return found
+    plans = [Plan.for_retention(r, calibration, **kept) for r in retentions]
+    others = {method.retention for method in found if not method.form.startswith(DEFAULT)}
+    for r in sorted(r for r in others if r >= min(retentions)):
+        if not any(NEAR * r <= plan.retention <= r for plan in plans):
+            plans.append(Plan.for_retention(r, calibration, **kept))
+    distinct = sorted(dict.fromkeys(plans), key=lambda plan: -plan.retention)
+    return [*(Setting(plan, name=DEFAULT) for plan in distinct), *found]
 
 
 def average_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -67,7 +73,7 @@ def average_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     def key(row: dict[str, Any]) -> str:
         settings = {name: value for name, value in row["settings"].items() if name != "seed"}
-        return json.dumps([row["form"], settings], default=str)
+        return json.dumps([row["form"], row["retention"], settings], default=str)
 
     found = []
     for _, group in groupby(rows, key):
@@ -90,29 +96,30 @@ def mark_frontier(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each default plan beside the best rival in as many bytes, up to a third more (`MORE`), or the next larger one.
+    """Each rival beside the best default plan in as many bytes or fewer.
 
     Returns:
-        Rows with ``retention``, ``kl``, ``kl_error``, ``rival``, ``rival_retention``, ``rival_kl``, ``ratio``, and
-        ``bytes_needed``: the least retention at which some rival has no higher KL divergence; None without one.
+        By falling bytes, rows with ``rival``, ``rival_retention``, ``rival_kl``, ``rival_kl_error``; of the default
+        plan ``retention``, ``kl``, ``kl_error``; ``ratio`` of the two divergences; and ``enough``: the least
+        retention at which a default plan was measured to have no higher divergence. None where there is no such plan.
     """
-    found = []
+    own = [row for row in rows if row["form"] == DEFAULT]
     others = [row for row in rows if not row["form"].startswith(DEFAULT) and row["form"] != "dense"]
-    for row in (row for row in rows if row["form"] == DEFAULT):
-        larger = sorted((r for r in others if r["retention"] >= row["retention"]), key=lambda r: r["retention"])
-        near = [r for r in larger if r["retention"] <= MORE * row["retention"]] or larger[:1]
-        best = min(near, key=lambda r: r["kl"], default=None)
-        as_good = [r["retention"] for r in larger if r["kl"] <= row["kl"]]
+    found = []
+    for rival in sorted(others, key=lambda row: -row["retention"]):
+        within = [row for row in own if row["retention"] <= rival["retention"]]
+        best = min(within, key=lambda row: row["kl"], default=None)
         found.append(
             {
-                "retention": row["retention"],
-                "kl": row["kl"],
-                "kl_error": row["kl_error"],
-                "rival": None if best is None else label(best),
-                "rival_retention": None if best is None else best["retention"],
-                "rival_kl": None if best is None else best["kl"],
-                "ratio": None if best is None else row["kl"] / best["kl"],
-                "bytes_needed": min(as_good, default=None),
+                "rival": label(rival),
+                "rival_retention": rival["retention"],
+                "rival_kl": rival["kl"],
+                "rival_kl_error": rival["kl_error"],
+                "retention": None if best is None else best["retention"],
+                "kl": None if best is None else best["kl"],
+                "kl_error": None if best is None else best["kl_error"],
+                "ratio": None if best is None else best["kl"] / rival["kl"],
+                "enough": min((row["retention"] for row in own if row["kl"] <= rival["kl"]), default=None),
             }
         )
     return found
