@@ -32,7 +32,30 @@ OCTAVE, OFFSET = 8, 128  # a scale byte c stands for 2 ** ((c - OFFSET) / OCTAVE
 
 
 class Layout(Protocol):
-    """How one vector is stored; `TopK` and `Graded` are layouts. Instances are immutable and hashable."""
+    """How one vector is stored; `TopK` and `Graded` are layouts. Instances are immutable and hashable.
+
+    Another way to store vectors is a class with these members, and works wherever a layout is asked for:
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Half:
+        ...     d: int
+        ...     form = "half"
+        ...
+        ...     def vector_bytes(self, itemsize=2):
+        ...         return 2 * self.d
+        ...
+        ...     def pack(self, x):
+        ...         return Packed((x.half(),), None, None, self, x.dtype)
+        ...
+        ...     def unpack(self, packed):
+        ...         return packed.planes[0].to(packed.dtype)
+        ...
+        ...     def mix(self, dtype, device):
+        ...         return None
+        >>> unpack(pack(torch.ones(1, 1, 1, 4), Half(4)))
+        tensor([[[[1., 1., 1., 1.]]]])
+    """
 
     form: ClassVar[str]
 

@@ -67,6 +67,13 @@ class Effects:
     Args:
         keys: ``[layers, len(KEYS)]``: the keys of that layer are packed, all else is dense.
         values: ``[layers, len(VALUES)]``.
+
+    Example:
+        >>> import swan
+        >>> model = torch.nn.Sequential(swan.SwanAttention(64, heads=4))
+        >>> effects = swan.calibrate(model, [torch.randn(1, 100, 64)], effects=True).effects
+        >>> effects.keys.shape, effects.values.shape
+        (torch.Size([1, 11]), torch.Size([1, 10]))
     """
 
     keys: Tensor

@@ -25,7 +25,7 @@ from swan.cli.generate import encode, stream
 from swan.evaluation.perplexity import Setting
 from swan.evaluation.perplexity import evaluate as evaluate_settings
 from swan.evaluation.sources import evaluation_text, token_windows
-from swan.integrations import attach, detach
+from swan.integrations import attached
 
 RETENTIONS = (0.5, 0.33, 0.25)
 QUESTION = "Here is the beginning of a paper. In a few sentences: what is it about, and what does it find?\n\n"
@@ -95,15 +95,12 @@ def _generate(
 
     _say(show, "\n[bold]dense cache[/]" if retention is None else f"\n[bold]retention {retention}[/]")
     inputs = inputs.to(model.device)
-    if retention is None:
-        row = stream(model, tokenizer, inputs, DynamicCache(config=model.config), tokens, show=show)
-        return {"form": "dense", "retention": 1.0, **row}
-    attach(model, calibration)
-    try:
-        row = stream(model, tokenizer, inputs, SwanCache(model, retention=retention), tokens, show=show)
-    finally:
-        detach(model)
-    return {"form": "graded", "retention": retention, **row}
+    with attached(model, None if retention is None else calibration):
+        dense = DynamicCache(config=model.config)
+        cache = dense if retention is None else SwanCache(model, retention=retention)
+        row = stream(model, tokenizer, inputs, cache, tokens, show=show)
+    form = {"form": "dense", "retention": 1.0} if retention is None else {"form": "graded", "retention": retention}
+    return form | row
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> Path:

@@ -1,5 +1,6 @@
 """`swan frontier`: quality against bytes, swan beside its rivals."""
 
+import functools
 import json as json_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,10 +25,10 @@ from swan.cli.common import (
 )
 from swan.evaluation.frontier import DEFAULT, RETENTIONS, average_seeds, compared, label, mark_frontier, methods
 from swan.evaluation.frontier import plot as plot_frontier
-from swan.evaluation.perplexity import Method, Setting, evaluate
+from swan.evaluation.perplexity import Setting, evaluate
 from swan.evaluation.retrieval import evaluate_needles, needle_cases, summarize_needles
 from swan.evaluation.sources import evaluation_text, token_windows
-from swan.integrations import attach, detach
+from swan.integrations import attached
 
 
 def frontier(
@@ -78,8 +79,10 @@ def frontier(
         plans = [Plan.for_retention(r, found, buffer=buffer, sinks=sinks) for r in needle_retention or [0.26]]
         asked = [Setting(), *(Setting(plan, name=DEFAULT) for plan in plans)] if cases else []
         for method in asked:
-            found_needles = summarize_needles(_needles(network, method, cases, found))
-            result["needles"].append({"form": method.form, "retention": method.retention, **found_needles})
+            with attached(network, None if method.form == "dense" else found):
+                answers = evaluate_needles(network, cases, functools.partial(method.cache, network))
+            row = {"form": method.form, "retention": method.retention}
+            result["needles"].append(row | summarize_needles(answers))
             _write(out, result)
     shown = average_seeds(rows)
     mark_frontier(shown)
@@ -100,16 +103,6 @@ def frontier(
         )
     for row in result["needles"]:
         console.print(f"needles, {row['form']} {row['retention']:.2f}: {row['found']} of {row['cases']}")
-
-
-def _needles(network: Any, method: Method, cases: Any, calibration: Any) -> list[dict[str, Any]]:
-    if method.form == "dense":
-        return evaluate_needles(network, cases, lambda: method.cache(network))
-    attach(network, calibration)
-    try:
-        return evaluate_needles(network, cases, lambda: method.cache(network))
-    finally:
-        detach(network)
 
 
 def _layers(network: Any) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from swan.calibration import Calibration, Plan
 from swan.calibration.bases import Basis
 from swan.calibration.progress import track
-from swan.integrations import attach, detach
+from swan.integrations import attached
 from swan.packed import Graded, Layout, PlanLayer, TopK
 
 if TYPE_CHECKING:
@@ -236,10 +236,9 @@ def _score_window(
     _add(scores[0], [reference.log_p], reference, tokens, 1.0, time.perf_counter() - start)
     numbered = list(zip(settings, scores[1:], strict=True))
     for (basis, seed), group in groupby(numbered, key=lambda pair: (pair[0].basis, pair[0].seed)):
-        if basis is not None:
-            same = (basis, seed) == (calibration.basis, calibration.seed)
-            attach(model, calibration if same else calibration.with_basis(basis, seed=seed))
-        try:
+        same = (basis, seed) == (calibration.basis, calibration.seed)
+        used = calibration if same else None if basis is None else calibration.with_basis(basis, seed=seed)
+        with attached(model, used):
             for setting, score in group:
                 start = time.perf_counter()
                 cache = setting.cache(model)
@@ -247,9 +246,6 @@ def _score_window(
                 _add(score, found, reference, tokens, None, 0.0)
                 score.compression.append(getattr(cache, "compression", math.nan))
                 score.seconds += time.perf_counter() - start
-        finally:
-            if basis is not None:
-                detach(model)
 
 
 def _logits(model: "PreTrainedModel", tokens: Tensor, cache: "Cache", chunk: int) -> Iterator[Tensor]:

@@ -1,5 +1,7 @@
 """Attaching calibrations to models: one's own from `SwanAttention`, and transformers'."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 from swan.calibration import Calibration
 from swan.calibration.capture import swan_layers
 
-__all__ = ["attach", "detach"]
+__all__ = ["attach", "attached", "detach"]
 
 
 def attach(model: nn.Module, calibration: Calibration, fold: bool = False) -> None:
@@ -69,6 +71,19 @@ def detach(model: nn.Module) -> None:
     for layer in layers:
         key_eye, value_eye = (torch.eye(layer.head_dim).expand(layer.kv_heads, -1, -1) for _ in range(2))
         layer.set_bases(key_eye, value_eye)
+
+
+@contextlib.contextmanager
+def attached(model: nn.Module, calibration: Calibration | None) -> Iterator[None]:
+    """`attach` for the time of a with block; nothing happens without a calibration."""
+    if calibration is None:
+        yield
+        return
+    attach(model, calibration)
+    try:
+        yield
+    finally:
+        detach(model)
 
 
 def _transformers() -> Any:
