@@ -288,8 +288,8 @@ class Graded:
         """The matrix that mixes the coordinates inside each group with fewer than 16 bits."""
         if not self.mixed:
             return None
-        build = build_mix if torch.compiler.is_compiling() else cached_mix
-        return build(self, dtype, device)
+        numbers = tuple((len(range(size)), len(range(bits))) for size, bits in self.groups)  # no longer symbols
+        return constant_mix(numbers, dtype, device)
 
 
 @dataclass(frozen=True)
@@ -345,6 +345,11 @@ class Packed:
         """``(batch, heads, tokens, d)``."""
         batch, heads, tokens = self.tensors[0].shape[:3]
         return batch, heads, tokens, self.layout.d
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.tensors[0].device
 
     @property
     def nbytes(self) -> int:
@@ -430,15 +435,20 @@ def unpack_mixed(packed: Packed) -> Tensor:
     return packed.layout.unpack(packed)
 
 
-def build_mix(layout: Graded, dtype: torch.dtype, device: torch.device) -> Tensor:
+@torch.compiler.assume_constant_result
+def constant_mix(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`cached_mix`, and in compiled code a constant of the graph."""
+    return cached_mix(groups, dtype, device)
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # it may be used under autograd later
+def cached_mix(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     blocks = [
         hadamard(size, device) if bits in PARTS else torch.eye(size, dtype=torch.float64, device=device)
-        for size, bits in layout.groups
+        for size, bits in groups
     ]
     return torch.block_diag(*blocks).to(dtype)
-
-
-cached_mix = functools.lru_cache(maxsize=256)(build_mix)
 
 
 def hadamard(size: int, device: torch.device) -> Tensor:

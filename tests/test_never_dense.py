@@ -6,7 +6,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swan import Graded, KVCache, PlanLayer, TopK, pack, packed_attention
-from swan.functional.attention import TILE
+from swan.functional.attention import TILE, Impl
 from tests.strategies import normal, one_thread  # noqa: F401
 
 D, KV_HEADS, HEADS, HISTORY, BUFFER, SINKS = 64, 2, 4, 20_000, 32, 4
@@ -49,9 +49,9 @@ def filled_cache(plan_layer: PlanLayer, static: bool) -> KVCache:
     return cache
 
 
-def step(cache: KVCache, tokens: int) -> None:
+def step(cache: KVCache, tokens: int, impl: Impl) -> None:
     cache.update(*normal(2, 2, 1, KV_HEADS, tokens, D))
-    cache.attend(normal(3, 1, HEADS, tokens, D))
+    cache.attend(normal(3, 1, HEADS, tokens, D), impl=impl)
 
 
 def tile_bound(tokens: int) -> int:
@@ -62,15 +62,17 @@ def tile_bound(tokens: int) -> int:
 @every_plan
 @pytest.mark.parametrize("tokens", [1, CHUNK], ids=["decode", "windowed prefill"])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("impl", ["auto", "compiled"])
 @torch.no_grad()
-def test_steps_stay_within_a_tile(static, tokens, plan_layer):
+def test_steps_stay_within_a_tile(impl, static, tokens, plan_layer):
     cache = filled_cache(plan_layer, static)
     with Allocations() as seen:
         for _ in range(2):
-            step(cache, tokens)
+            step(cache, tokens, impl)
     bound = tile_bound(tokens)
     assert bound < HISTORY * KV_HEADS * D / 3  # the bound says something
-    assert seen.largest >= KV_HEADS * D * TILE or "all of it" in str(plan_layer)  # and tiles were seen at work
+    if impl == "compiled" and "all of it" not in str(plan_layer):
+        assert seen.largest >= KV_HEADS * D * TILE  # tiles were seen at work
     assert seen.largest <= bound, seen.sizes
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from swan.functional import reference
+from swan.kernels import attend_cpu
 from swan.packed import Packed, mixing, unpack_mixed
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Impl", "dense_attention", "merge_attention", "packed_attention", "swan_attention"]
 
-Impl = Literal["auto", "reference", "sdpa", "flex", "compiled"]
+Impl = Literal["auto", "reference", "sdpa", "flex", "compiled", "cpp", "triton"]
+KERNELS = ("cpp", "triton")  # of packed_attention alone
 TILE = 1024  # history tokens that are unpacked at a time
 
 
@@ -166,25 +168,56 @@ def packed_attention(
         raise ValueError(
             "impl='flex' cannot read packed tensors, FlexAttention has no gather by token; use 'auto' or 'compiled'"
         )
-    tokens = k.shape[2]
-    if v.shape[2] != tokens:
-        raise ValueError(f"keys hold {tokens} tokens and values {v.shape[2]}; pack both from the same tokens")
-    tile = max(tokens, 1) if impl == "reference" else TILE
-    wide = torch.promote_types(q.dtype, torch.float32)
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"keys hold {k.shape[2]} tokens and values {v.shape[2]}; pack both from the same tokens")
+    if not torch.compiler.is_compiling():
+        _check(q, k, v, mask)
     key_mix, value_mix = mixing(k), mixing(v)
     mixed_q = q if key_mix is None else q @ key_mix
+    if impl == "auto" and _kernel_serves(q, k, v):
+        impl = "cpp"
+    if impl in KERNELS:
+        out, lse = _kernel(impl)(mixed_q, k, v, mask, float(q.shape[-1]) ** -0.5 if scale is None else scale)
+    else:
+        out, lse = _in_tiles(mixed_q, k, v, mask, scale, impl)
+    out = (out if value_mix is None else out @ value_mix.mT.to(out.dtype)).to(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _kernel_serves(q: Tensor, k: Packed, v: Packed) -> bool:
+    rows = q.shape[1] // k.shape[1] * q.shape[2]
+    if q.device.type != "cpu" or q.dtype == torch.float64 or rows > attend_cpu.MOST_ROWS:
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, *k.tensors, *v.tensors)):
+        return False
+    return attend_cpu.reads(k.layout) and attend_cpu.reads(v.layout) and attend_cpu.built()
+
+
+def _kernel(impl: Impl) -> Callable[..., tuple[Tensor, Tensor]]:
+    if impl == "cpp":
+        return attend_cpu.attend
+    from swan.kernels import attend_triton
+
+    return attend_triton.attend
+
+
+def _in_tiles(
+    q: Tensor, k: Packed, v: Packed, mask: Tensor | None, scale: float | None, impl: Impl
+) -> tuple[Tensor, Tensor]:
+    """Unpacked a tile at a time, in mixed coordinates; output at least in float32."""
+    tokens = k.shape[2]
+    tile = max(tokens, 1) if impl == "reference" else TILE
+    wide = torch.promote_types(q.dtype, torch.float32)
     parts: list[tuple[Tensor, Tensor]] = []
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
         seen = None if mask is None else mask[..., start:stop]
         keys, values = unpack_mixed(k.tokens(start, stop)), unpack_mixed(v.tokens(start, stop))
-        out, lse = dense_attention(mixed_q, keys, values, mask=seen, scale=scale, impl=impl, return_lse=True)
+        out, lse = dense_attention(q, keys, values, mask=seen, scale=scale, impl=impl, return_lse=True)
         parts.append((out.to(wide), lse))
         if len(parts) * q.shape[2] >= TILE:  # many queries: their outputs, too, stay within a tile
             parts = [merge_attention(parts)]
-    out, lse = merge_attention(parts or [_nothing(q, v.layout.d)])
-    out = (out if value_mix is None else out @ value_mix.mT.to(out.dtype)).to(q.dtype)
-    return (out, lse) if return_lse else out
+    return merge_attention(parts or [_nothing(q, v.layout.d)])
 
 
 def merge_attention(
@@ -267,9 +300,11 @@ def swan_attention(
     if (k_history is None) != (v_history is None):
         raise ValueError("give both histories, or None for both")
     if k_history is None or v_history is None:
+        impl = "auto" if impl in KERNELS else impl
         return dense_attention(q, k_buffer, v_buffer, mask=buffer_mask, scale=scale, impl=impl)
     history = packed_attention(q, k_history, v_history, mask=history_mask, scale=scale, impl=impl, return_lse=True)
-    buffer = dense_attention(q, k_buffer, v_buffer, mask=buffer_mask, scale=scale, impl=impl, return_lse=True)
+    dense: Impl = "auto" if impl in KERNELS else impl
+    buffer = dense_attention(q, k_buffer, v_buffer, mask=buffer_mask, scale=scale, impl=dense, return_lse=True)
     return merge_attention([history, buffer])[0]
 
 
@@ -386,8 +421,8 @@ def _tensor_code(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
 
 def _check(q: Any, k: Any, v: Any, mask: Any) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor) or t.ndim != 4:
-            got = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
+        if not isinstance(t, Tensor | Packed) or len(t.shape) != 4:
+            got = list(t.shape) if isinstance(t, Tensor | Packed) else type(t).__name__
             raise ValueError(f"{name} must be a tensor [batch, heads, tokens, d], got {got}")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(

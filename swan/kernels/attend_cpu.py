@@ -1,0 +1,158 @@
+"""Attention over a packed history on a CPU, in C++: built on first use, one operator for eager and compiled code."""
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swan.packed import Graded, Layout, Packed, TopK
+
+__all__ = ["MOST_ROWS", "attend", "build", "built", "reads"]
+
+SOURCES = [Path(__file__).with_name(name) for name in ("attend_cpu.cpp", "attend_cpu_avx512.h")]
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+NAME = "swan_attend_cpu"
+MOST_GROUPS = 16
+MOST_ROWS = 16  # query rows of a KV head up to which each token is unpacked once; more are faster in tiles
+
+
+def attend(q: Tensor, k: Packed, v: Packed, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    r"""Attention in the coordinates in which keys and values are stored: `packed_attention` without the mixes.
+
+    Threads take KV heads and stretches of the history. Each token is read and unpacked once for four query rows
+    (for all rows where there are more than 16). On a CPU with AVX-512, scores of `Graded` keys are products of
+    codes with queries rounded to 15 bits of their largest coordinate, and outputs sums of codes with weights
+    $p_j s_j$ rounded to 15 bits of their largest in 64 tokens; for float32, to 30 bits and not at all.
+
+    Args:
+        q: ``[batch, heads, queries, d]``.
+        k: packed keys.
+        v: packed values.
+        mask: boolean ``[batch or 1, heads or 1, queries, tokens]``, True where a query sees a token. Stretches that
+            no query sees are not read.
+        scale: factor of the scores.
+
+    Returns:
+        Output ``[batch, heads, queries, dv]`` and natural log-sum-exp ``[batch, heads, queries]``, both float32.
+
+    Raises:
+        ValueError: not on a CPU, or a layout that the kernel does not know.
+        RuntimeError: the kernel cannot be built.
+
+    Example:
+        ```python
+        out, lse = attend(q, pack(k, Graded(((64, 4),))), pack(v, Graded(((64, 4),))), None, 64**-0.5)
+        ```
+
+    Source: the split over the history is Dao et al., Flash-Decoding; the method arXiv:2511.18936.
+    """
+    for layout in (k.layout, v.layout):
+        if not reads(layout):
+            raise ValueError(f"impl='cpp' reads Graded, and TopK with a bitmap, not {layout}; use impl='auto'")
+    if q.device.type != "cpu" or q.dtype == torch.float64:
+        raise ValueError(f"impl='cpp' is for float32, bfloat16 and float16 on a CPU, not {q.dtype} on {q.device}")
+    if not built():
+        build()  # raises, and says why it cannot be
+    keys, values = _numbers(k.layout), _numbers(v.layout)
+    return torch.ops.swan.attend_cpu(q, _planes(k), keys, _planes(v), values, k.shape[2], mask, scale)
+
+
+def reads(layout: Layout) -> bool:
+    """Whether the kernel knows a layout."""
+    match layout:
+        case Graded():
+            return len(layout.stored) <= MOST_GROUPS
+        case TopK():
+            return layout.positions == "bitmap" or layout.keep == layout.d
+    return False
+
+
+@torch.compiler.assume_constant_result
+def built() -> bool:
+    """Whether the kernel is there; builds it at the first call, also while torch.compile traces."""
+    return _built_once()
+
+
+@functools.cache
+def _built_once() -> bool:
+    try:
+        build()
+    except (RuntimeError, OSError, ImportError):
+        return False
+    return True
+
+
+def build() -> None:
+    """Compile the kernel with the C++ compiler of the machine, and keep it beside torch's other extensions.
+
+    Raises:
+        RuntimeError: there is no compiler, or it fails.
+    """
+    from torch.utils import cpp_extension
+
+    if hasattr(torch.ops.swan, "attend_cpu"):
+        return
+    about = [
+        *(path.read_text() for path in SOURCES),
+        *FLAGS,
+        torch.__version__,
+        sys.version,
+        platform.machine(),
+        _cpu(),
+    ]
+    digest = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
+    library = Path(cpp_extension.get_default_build_root()) / f"{NAME}-{digest}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # of its own: no lock is left by a killed build
+            try:
+                cpp_extension.load(
+                    NAME, [str(SOURCES[0])], extra_cflags=FLAGS, extra_ldflags=["-fopenmp"], build_directory=folder,
+                    is_python_module=False,
+                )  # fmt: skip
+            except (RuntimeError, OSError) as error:
+                raise RuntimeError(
+                    "swan's CPU kernel needs a C++ compiler and ninja (pip install ninja), or use impl='compiled': "
+                    f"{error}"
+                ) from error
+            shutil.copy(Path(folder) / f"{NAME}.so", f"{folder}/copy")
+            os.replace(f"{folder}/copy", library)
+    else:
+        torch.ops.load_library(str(library))
+
+    @torch.library.register_fake("swan::attend_cpu")
+    def _(q, k, k_layout, v, v_layout, tokens, mask, scale):  # pyright: ignore
+        dv = v_layout[1] if v_layout[0] else sum(v_layout[1::2])
+        return q.new_empty(*q.shape[:3], dv, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _cpu() -> str:
+    """What the compiler sees of the CPU: a folder may be shared by several machines."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.machine()
+    return next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+
+
+def _numbers(layout: Layout) -> list[int]:
+    """0, then size and bits of each group; or 1, d, keep and bits."""
+    if isinstance(layout, Graded):
+        return [0, *(number for group in layout.groups for number in group)]
+    assert isinstance(layout, TopK)
+    return [1, layout.d, layout.keep, layout.bits]
+
+
+def _planes(packed: Packed) -> list[Tensor]:
+    """Codes, numbers in the dtype of the cache, scales, positions; empty ones where there are none."""
+    none = packed.planes[0].new_empty(0)
+    coded = [plane for plane in packed.planes if not plane.is_floating_point()]
+    whole = [plane for plane in packed.planes if plane.is_floating_point()]
+    others = (none if t is None else t for t in (packed.scales, packed.positions))
+    return [*(coded or [none]), *(whole or [none]), *others]

@@ -1,0 +1,352 @@
+// Part of attend_cpu.cpp: graded keys and values of few bits, without a tile of floats.
+//
+// Codes go from bytes into the lanes of a register in four instructions for 64 coordinates. Scores are dot products of
+// codes with queries of 15 bits (30 where the cache is float32); outputs are sums of codes times weights of 15 bits
+// (floats where the cache is float32), for four query rows at a time. A scale is applied once to four coordinates of a
+// key, and is part of the weight of a value.
+class Coded {
+ public:
+  static constexpr int64_t ROWS = 4, SPAN = 64, QUADS = SPAN / 4, GROUPS = 4;
+
+  // Four coordinates of a key that share a lane must share a scale; weights are kept for four groups.
+  static bool reads(const Source& k, const Source& v) {
+    for (const Source* x : {&k, &v})
+      if (x->topk || x->coded.empty() || !x->dense.empty() || x->coded.size() > GROUPS) return false;
+    for (const auto& group : k.coded)
+      if (group.start % 4 || group.size % 4) return false;
+    return true;
+  }
+
+  Coded(const Source& k, const Source& v, bool exact) : k_(k), v_(v), exact_(exact) {
+    std::array<int64_t, CHUNK> fours, pairs;
+    for (int64_t c = 0; c < CHUNK; ++c) {
+      fours[c] = four(c);
+      pairs[c] = c / 32 * 32 + c % 16 / 4 * 8 + c % 32 / 16 * 4 + c % 4;  // in order once tokens are interleaved
+    }
+    k_fields_ = k.fields_in(fours);
+    v_fields_ = exact ? v.fields : v.fields_in(pairs);
+    for (size_t i = 0; i < v_fields_.size() * 4; ++i) {
+      const int32_t* slot = v.slot + i * LANES;
+      alike_.push_back(std::all_of(slot, slot + LANES, [&](int32_t s) { return s == slot[0]; }));
+    }
+  }
+
+  // Out [rows, width of v], not divided by total; peak and total [rows].
+  template <typename Visible>
+  void attend(const float* q, int64_t rows, int64_t b, int64_t h, int64_t begin, int64_t end, const Visible& visible,
+              bool masked, float* out, float* peak, float* total) const {
+    const Query query(*this, q, rows);
+    const int64_t width = v_fields_.size() * CHUNK;
+    Span span;
+    alignas(64) float sums[ROWS * MAX_DIM] = {};
+    for (int64_t t = begin; t < end; t += SPAN) {
+      const int64_t count = std::min(SPAN, end - t);
+      bool seen = !masked;
+      for (int64_t i = 0; masked && !seen && i < count; ++i)
+        for (int64_t r = 0; r < rows; ++r) seen |= visible(r, t + i);
+      if (!seen) continue;
+      exact_ ? scores<true>(query, b, h, t, count, span) : scores<false>(query, b, h, t, count, span);
+      for (int64_t i = 0; i < SPAN; ++i)
+        for (int64_t r = 0; r < ROWS; ++r)
+          if (i >= count || (masked && r < rows && !visible(r, t + i))) span.weight[i * ROWS + r] = NOTHING;
+      softmax(span);
+      exact_ ? weights<true>(b, h, t, count, span) : weights<false>(b, h, t, count, span);
+      for (size_t chunk = 0; chunk < v_fields_.size(); ++chunk) {
+        const bool alike = std::all_of(&alike_[chunk * 4], &alike_[chunk * 4] + 4, [](char x) { return x; });
+        if (exact_)
+          alike ? add<true, true>(chunk, b, h, t, count, span, sums) : add<true, false>(chunk, b, h, t, count, span, sums);
+        else
+          alike ? add<false, true>(chunk, b, h, t, count, span, sums) : add<false, false>(chunk, b, h, t, count, span, sums);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      std::copy_n(sums + r * width, width, out + r * width);
+      peak[r] = span.peak[r], total[r] = span.total[r];
+    }
+  }
+
+ private:
+  const Source &k_, &v_;
+  const bool exact_;
+  std::vector<std::vector<Field>> k_fields_, v_fields_;
+  std::vector<char> alike_;  // whether 16 coordinates of values share a scale
+
+  // Where coordinate c of 64 goes, so that a lane of two registers of 16-bit numbers has four in a row.
+  static int64_t four(int64_t c) { return c % 4 / 2 * 32 + c / 4 * 2 + c % 2; }
+
+  // Four query rows: row = unit * (high + low / 32768), with minus the middles of the steps as where sums start.
+  struct Query {
+    alignas(64) int16_t high[MAX_DIM / CHUNK][ROWS][CHUNK] = {}, low[MAX_DIM / CHUNK][ROWS][CHUNK] = {};
+    alignas(64) int32_t start[MAX_DIM / CHUNK][ROWS][LANES], start_low[MAX_DIM / CHUNK][ROWS][LANES];
+    alignas(64) float unit[LANES];
+
+    Query(const Coded& coded, const float* q, int64_t rows) {
+      const int64_t chunks = coded.k_fields_.size(), width = chunks * CHUNK;
+      for (int64_t r = 0; r < ROWS; ++r) {
+        float most = 0;
+        for (int64_t c = 0; r < rows && c < width; ++c) most = std::max(most, std::abs(q[r * width + c]));
+        for (int i = 0; i < 4; ++i) unit[4 * i + r] = most / 32767;
+        const double steps = most > 0 ? 32767 / static_cast<double>(most) : 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          double sum[LANES] = {}, sum_low[LANES] = {};
+          for (int64_t c = 0; most > 0 && c < CHUNK; ++c) {
+            const double exact = q[r * width + chunk * CHUNK + c] * steps, whole = std::nearbyint(exact);
+            const double part = std::nearbyint((exact - whole) * 32768), middle = coded.k_.middle[chunk * CHUNK + c];
+            high[chunk][r][four(c)] = static_cast<int16_t>(whole);
+            low[chunk][r][four(c)] = static_cast<int16_t>(std::min(part, 32767.));
+            sum[c / 4] -= middle * whole, sum_low[c / 4] -= middle * part;
+          }
+          for (int64_t i = 0; i < LANES; ++i) {
+            start[chunk][r][i] = static_cast<int32_t>(std::floor(sum[i]));
+            start_low[chunk][r][i] = static_cast<int32_t>((sum[i] - std::floor(sum[i])) * 32768 + sum_low[i]);
+          }
+        }
+      }
+    }
+  };
+
+  // What is known of up to 64 tokens and four rows.
+  struct Span {
+    alignas(64) float weight[SPAN * ROWS];           // scores, then weights before scales: [token, row]
+    alignas(64) float k_step[SPAN][GROUPS] = {};
+    alignas(64) float v_step[GROUPS][SPAN] = {};
+    alignas(64) int32_t pair[SPAN / 2][GROUPS][ROWS] = {};  // weights of two tokens in 16 bits each
+    alignas(64) float scaled[SPAN][GROUPS][ROWS] = {};      // weights as floats
+    alignas(64) float unit[GROUPS][ROWS] = {}, sum[GROUPS][ROWS] = {};  // of a weight in 16 bits; of the weights
+    alignas(64) float factor[ROWS], peak[LANES], total[LANES] = {};
+    Span() { std::fill_n(peak, LANES, NOTHING); }
+  };
+
+  static __m512 fours(__m512 a, __m512 b) {
+    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+  }
+  static __m512 twos(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+  static __m512 quarters(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+  }
+  static __m512 each_quarter(__m512 (*op)(__m512, __m512), __m512 x) {  // of the four quarters of a register
+    x = op(x, _mm512_shuffle_f32x4(x, x, 0x4E));
+    return op(x, _mm512_shuffle_f32x4(x, x, 0xB1));
+  }
+  static __m512 larger(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+  static __m512 plus(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+  static __m512i low_half(__m512i x) { return _mm512_cvtepu8_epi16(_mm512_castsi512_si256(x)); }
+  static __m512i high_half(__m512i x) { return _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(x, 1)); }
+
+  template <bool EXACT>
+  void scores(const Query& q, int64_t b, int64_t h, int64_t t, int64_t count, Span& span) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint8_t* scale = k_.scales.row(b, h, t + i);
+      for (size_t g = 0; g < k_.coded.size(); ++g) span.k_step[i][g] = k_.step(g, scale[g]);
+    }
+    const uint8_t* row = k_.codes.row(b, h, t);
+    size_t chunk = 0;
+    for (; chunk + 1 < k_fields_.size(); chunk += 2)
+      by_fields(k_fields_[chunk], [&](const auto& one) {
+        by_fields(k_fields_[chunk + 1], [&](const auto& two) { scores_of<EXACT>(q, chunk, row, count, span, one, two); });
+      });
+    if (chunk < k_fields_.size())
+      by_fields(k_fields_[chunk], [&](const auto& one) { scores_of<EXACT>(q, chunk, row, count, span, one); });
+  }
+
+  // The part of the scores that comes from as many chunks as there are readers of codes.
+  template <bool EXACT, typename... Codes>
+  void scores_of(const Query& q, size_t first, const uint8_t* row, int64_t count, Span& span, const Codes&... codes) const {
+    __m512i slot[sizeof...(Codes)];
+    for (size_t i = 0; i < sizeof...(Codes); ++i) {
+      alignas(64) int32_t slots[LANES];
+      for (int64_t j = 0; j < LANES; ++j) slots[j] = k_.slot[(first + i) * CHUNK + 4 * j];
+      slot[i] = _mm512_load_si512(slots);
+    }
+    const __m512 unit = _mm512_load_ps(q.unit);
+    for (int64_t i = 0; i < count; i += 4) {
+      __m512 found[4];
+      for (int64_t j = 0; j < 4; ++j) {
+        const int64_t token = std::min(i + j, count - 1);
+        const __m512 steps = _mm512_broadcast_f32x4(_mm_load_ps(span.k_step[token]));
+        __m512 x[ROWS] = {};
+        size_t chunk = 0;
+        const auto add = [&](const auto& codes_of_chunk) {
+          const __m512i code = codes_of_chunk(row + token * k_.codes.token);
+          const __m512i one = low_half(code), two = high_half(code);
+          const __m512 step = _mm512_permutexvar_ps(slot[chunk], steps);
+          const auto dot = [&](const int32_t* start, const int16_t* numbers) {
+            const __m512i sum = _mm512_dpwssd_epi32(_mm512_load_si512(start), one, _mm512_load_si512(numbers));
+            return _mm512_cvtepi32_ps(_mm512_dpwssd_epi32(sum, two, _mm512_load_si512(numbers + 32)));
+          };
+          for (int64_t r = 0; r < ROWS; ++r) {
+            __m512 sum = dot(q.start[first + chunk][r], q.high[first + chunk][r]);
+            if constexpr (EXACT) {
+              const __m512 rest = dot(q.start_low[first + chunk][r], q.low[first + chunk][r]);
+              sum = _mm512_fmadd_ps(rest, _mm512_set1_ps(1 / 32768.f), sum);
+            }
+            x[r] = _mm512_fmadd_ps(sum, step, x[r]);
+          }
+          ++chunk;
+        };
+        (add(codes), ...);
+        found[j] = fours(twos(x[0], x[1]), twos(x[2], x[3]));
+      }
+      float* to = span.weight + i * ROWS;
+      const __m512 x = quarters(quarters(found[0], found[1]), quarters(found[2], found[3]));
+      _mm512_store_ps(to, _mm512_fmadd_ps(x, unit, first ? _mm512_load_ps(to) : _mm512_setzero_ps()));
+    }
+  }
+
+  // Calls a function with a reader: of a row, the codes of a chunk, by tables in registers where they are few.
+  template <typename Function>
+  static void by_fields(const std::vector<Field>& fields, const Function& function) {
+    if (fields.size() == 1) return function(Reader<1>(fields));
+    if (fields.size() == 2 && fields[0].base == fields[1].base) return function(Reader<2>(fields));
+    function([&](const uint8_t* row) { return Source::codes_of(fields, row); });
+  }
+
+  // Of N fields in the same 64 bytes.
+  template <int N>
+  struct Reader {
+    int64_t base;
+    __mmask64 bytes = 0;
+    __m512i byte[N], turn[N], mask[N];
+    explicit Reader(const std::vector<Field>& fields) : base(fields[0].base) {
+      for (int i = 0; i < N; ++i) {
+        bytes |= fields[i].bytes;
+        byte[i] = _mm512_load_si512(fields[i].byte);
+        turn[i] = _mm512_load_si512(fields[i].turn);
+        mask[i] = _mm512_load_si512(fields[i].mask);
+      }
+    }
+    __m512i operator()(const uint8_t* row) const {
+      const __m512i found = _mm512_maskz_loadu_epi8(bytes, row + base);
+      __m512i code = _mm512_setzero_si512();
+      for (int i = 0; i < N; ++i) {
+        const __m512i turned = _mm512_multishift_epi64_epi8(turn[i], _mm512_permutexvar_epi8(byte[i], found));
+        code = _mm512_ternarylogic_epi64(code, turned, mask[i], 0xF8);  // code | (turned & mask)
+      }
+      return code;
+    }
+  };
+
+  static void softmax(Span& span) {
+    __m512 most = _mm512_load_ps(span.peak);
+    for (int64_t i = 0; i < QUADS; ++i) most = larger(most, _mm512_load_ps(span.weight + i * LANES));
+    most = each_quarter(larger, most);
+    alignas(64) float zero[LANES], change[LANES];  // where a row has seen nothing yet, its peak counts as zero
+    const __mmask16 none = _mm512_cmp_ps_mask(most, _mm512_set1_ps(NOTHING), _CMP_EQ_OQ);
+    _mm512_store_ps(zero, _mm512_mask_mov_ps(most, none, _mm512_setzero_ps()));
+    for (int64_t i = 0; i < LANES; ++i) change[i] = exponential(span.peak[i] - zero[i]);
+    for (int64_t i = 0; i < SPAN * ROWS; i += LANES)
+      for (int64_t j = 0; j < LANES; ++j) span.weight[i + j] = exponential(span.weight[i + j] - zero[j]);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < QUADS; ++i) sum = plus(sum, _mm512_load_ps(span.weight + i * LANES));
+    sum = each_quarter(plus, sum);
+    _mm512_store_ps(span.total, _mm512_fmadd_ps(_mm512_load_ps(span.total), _mm512_load_ps(change), sum));
+    _mm512_store_ps(span.peak, most);
+    std::copy_n(change, ROWS, span.factor);
+  }
+
+  // Weights times scales, for each group of the values.
+  template <bool EXACT>
+  void weights(int64_t b, int64_t h, int64_t t, int64_t count, Span& span) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint8_t* scale = v_.scales.row(b, h, t + i);
+      for (size_t g = 0; g < v_.coded.size(); ++g) span.v_step[g][i] = v_.step(g, scale[g]);
+    }
+    const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    for (size_t g = 0; g < v_.coded.size(); ++g) {
+      __m512 weight[QUADS], most = _mm512_setzero_ps();
+      for (int64_t i = 0; i < QUADS; ++i) {
+        const __m512 step = _mm512_permutexvar_ps(each, _mm512_broadcast_f32x4(_mm_load_ps(span.v_step[g] + 4 * i)));
+        weight[i] = _mm512_mul_ps(_mm512_load_ps(span.weight + i * LANES), step);
+        most = larger(most, weight[i]);
+        if constexpr (EXACT) {
+          _mm_store_ps(span.scaled[4 * i][g], _mm512_castps512_ps128(weight[i]));
+          _mm_store_ps(span.scaled[4 * i + 1][g], _mm512_extractf32x4_ps(weight[i], 1));
+          _mm_store_ps(span.scaled[4 * i + 2][g], _mm512_extractf32x4_ps(weight[i], 2));
+          _mm_store_ps(span.scaled[4 * i + 3][g], _mm512_extractf32x4_ps(weight[i], 3));
+        }
+      }
+      if constexpr (EXACT) continue;
+      most = each_quarter(larger, most);
+      const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_set1_ps(1e-30f), _CMP_GT_OQ);
+      const __m512 steps = _mm512_maskz_div_ps(some, _mm512_set1_ps(32767), most);
+      __m512i sum = _mm512_setzero_si512();
+      for (int64_t i = 0; i < QUADS; ++i) {
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(weight[i], steps));
+        sum = _mm512_add_epi32(sum, whole);
+        const __m512i next = _mm512_shuffle_i32x4(whole, whole, 0xF5);  // quarters 1, 1, 3, 3
+        const __m512i pair = _mm512_or_si512(whole, _mm512_slli_epi32(next, 16));
+        _mm_store_si128(reinterpret_cast<__m128i*>(span.pair[2 * i][g]), _mm512_castsi512_si128(pair));
+        _mm_store_si128(reinterpret_cast<__m128i*>(span.pair[2 * i + 1][g]), _mm512_extracti32x4_epi32(pair, 2));
+      }
+      const __m512 total = each_quarter(plus, _mm512_cvtepi32_ps(sum));
+      _mm_store_ps(span.sum[g], _mm512_castps512_ps128(total));
+      _mm_store_ps(span.unit[g], _mm512_castps512_ps128(_mm512_mul_ps(most, _mm512_set1_ps(1 / 32767.f))));
+    }
+  }
+
+  // out = out * factor + weights @ values of 64 coordinates; ALIKE: 16 neighbours share a scale.
+  template <bool EXACT, bool ALIKE>
+  void add(int64_t chunk, int64_t b, int64_t h, int64_t t, int64_t count, const Span& span, float* out) const {
+    const int32_t* slot = v_.slot + chunk * CHUNK;
+    const float* middle = v_.middle + chunk * CHUNK;
+    const auto index = [&](int i, int r) {  // of group and row, for each lane
+      const __m512i group = _mm512_load_si512(slot + i * LANES);
+      return _mm512_add_epi32(_mm512_slli_epi32(group, 2), _mm512_set1_epi32(r));
+    };
+    __m512 sums[4][ROWS];
+    const uint8_t* row = v_.codes.row(b, h, t);
+    by_fields(v_fields_[chunk], [&](const auto& codes) {
+      if constexpr (EXACT) {
+        for (auto& four_rows : sums)
+          for (auto& sum : four_rows) sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < count; ++i) {
+          const __m512i code = codes(row + i * v_.codes.token);
+          const __m128i part[4] = {_mm512_castsi512_si128(code), _mm512_extracti32x4_epi32(code, 1),
+                                   _mm512_extracti32x4_epi32(code, 2), _mm512_extracti32x4_epi32(code, 3)};
+          for (int j = 0; j < 4; ++j) {
+            const __m512 number = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part[j]));
+            const __m512 x = _mm512_sub_ps(number, _mm512_load_ps(middle + j * LANES));
+            for (int r = 0; r < ROWS; ++r) {
+              const __m512 weight = ALIKE ? _mm512_set1_ps(span.scaled[i][slot[j * LANES]][r])
+                                          : _mm512_permutexvar_ps(index(j, r), _mm512_load_ps(span.scaled[i][0]));
+              sums[j][r] = _mm512_fmadd_ps(x, weight, sums[j][r]);
+            }
+          }
+        }
+      } else {
+        __m512i whole[4][ROWS];
+        for (auto& four_rows : whole)
+          for (auto& sum : four_rows) sum = _mm512_setzero_si512();
+        for (int64_t i = 0; i < count; i += 2) {
+          const __m512i one = codes(row + i * v_.codes.token);
+          const __m512i two = codes(row + std::min(i + 1, count - 1) * v_.codes.token);
+          const __m512i one_low = low_half(one), one_high = high_half(one);
+          const __m512i two_low = low_half(two), two_high = high_half(two);
+          const __m512i x[4] = {_mm512_unpacklo_epi16(one_low, two_low), _mm512_unpackhi_epi16(one_low, two_low),
+                                _mm512_unpacklo_epi16(one_high, two_high), _mm512_unpackhi_epi16(one_high, two_high)};
+          const auto& pair = span.pair[i / 2];
+          for (int j = 0; j < 4; ++j)
+            for (int r = 0; r < ROWS; ++r) {
+              const __m512i weight = ALIKE ? _mm512_set1_epi32(pair[slot[j * LANES]][r])
+                                           : _mm512_permutexvar_epi32(index(j, r), _mm512_load_si512(pair[0]));
+              whole[j][r] = _mm512_dpwssd_epi32(whole[j][r], x[j], weight);
+            }
+        }
+        for (int j = 0; j < 4; ++j)
+          for (int r = 0; r < ROWS; ++r) {
+            const __m512 sum = _mm512_permutexvar_ps(index(j, r), _mm512_load_ps(span.sum[0]));
+            const __m512 unit = _mm512_permutexvar_ps(index(j, r), _mm512_load_ps(span.unit[0]));
+            const __m512 exact = _mm512_cvtepi32_ps(whole[j][r]);
+            sums[j][r] = _mm512_mul_ps(_mm512_fnmadd_ps(_mm512_load_ps(middle + j * LANES), sum, exact), unit);
+          }
+      }
+    });
+    const int64_t width = v_fields_.size() * CHUNK;
+    for (int r = 0; r < ROWS; ++r)
+      for (int j = 0; j < 4; ++j) {
+        float* to = out + r * width + chunk * CHUNK + j * LANES;
+        _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(to), _mm512_set1_ps(span.factor[r]), sums[j][r]));
+      }
+  }
+};

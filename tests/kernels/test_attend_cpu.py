@@ -1,0 +1,169 @@
+"""The C++ kernel against float64 on what is stored, at odd sizes, in every layout that it reads."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swan import Graded, TopK, pack, packed_attention
+from swan.functional import reference
+from swan.kernels import attend_cpu
+from swan.packed import unpack_mixed
+from tests.strategies import (
+    DTYPES,
+    assert_lse_within,
+    assert_within,
+    attention_bound,
+    dtypes,
+    ids,
+    largest_score,
+    lse_bound,
+    normal,
+    qkv,
+    seeds,
+)
+
+if not attend_cpu.built():  # says why
+    attend_cpu.build()
+
+
+def layouts_of(d: int):
+    whole = [Graded(((d, bits),)) for bits in (1, 2, 3, 4, 5, 6, 8, 16)]
+    some = Graded(((d // 4, 8), (d // 4, 5), (d - d // 4 * 2, 3)))
+    odd = Graded(((3, 6), (d // 8, 16), (5, 0), (d - d // 8 - 8, 1)))
+    topk = [TopK(d, d // 2), TopK(d, d // 3, bits=4), TopK(d, d // 2 + 1, bits=16), TopK(d, d), TopK(d, d, bits=4)]
+    return [*whole, some, odd, Graded.leading(d, d // 2), Graded(((d // 2, 2), (d - d // 2, 0))), *topk]
+
+
+def wide(packed):
+    """What is stored, in mixed coordinates, as exactly as it can be said."""
+    return unpack_mixed(dataclasses.replace(packed, dtype=torch.float64)).double()
+
+
+def bounds(q, k, v):
+    """Of the output and the log-sum-exp: those of other implementations, and the rounding of the kernel's own.
+
+    Queries are rounded to 2**-16 of their largest coordinate, weights times scales to 2**-16 of their largest in 64
+    tokens, and a scale is at most 2**(1/8) times the largest coordinate.
+    """
+    keys, values = wide(k).to(q.dtype), wide(v).to(q.dtype)
+    score = lse_bound(q, keys) + q.shape[-1] ** -0.5 * float(q.abs().max()) * 2.0**-16 * float(keys.abs().sum(-1).max())
+    own = 0.0 if q.dtype == torch.float32 else 2 * (score - lse_bound(q, keys)) + 64 * 2.0**-16 * 2 ** (1 / 8)
+    largest = float(values.double().abs().max())
+    return attention_bound(q, keys, values) + own * largest, score
+
+
+def check(seed, dtype, head_counts, queries, tokens, keys, values, kind):
+    q, k, v = qkv(seed, 2, head_counts, queries, tokens, keys.d, keys.d, dtype)
+    k, v = pack(k, keys), pack(normal(seed + 9, 2, head_counts[1], tokens, values.d).to(dtype), values)
+    mask = None
+    if kind != "none":
+        mask = torch.rand(2, head_counts[0], queries, tokens, generator=torch.Generator().manual_seed(seed)) > 0.5
+        mask[0, 0, 0] = False
+        mask = mask[:, :1] if kind == "same for all heads" else mask
+    expected, expected_lse = reference.dense_attention(q.double(), wide(k), wide(v), mask=mask)
+    out, lse = attend_cpu.attend(q, k, v, mask, q.shape[-1] ** -0.5)
+    assert out.dtype == torch.float32
+    limit, lse_limit = bounds(q, k, v)
+    assert_within(out, expected, limit)
+    assert_lse_within(lse, expected_lse, lse_limit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("tokens", [1, 17, 330])
+@pytest.mark.parametrize("d", [16, 40, 64, 128, 256])
+def test_every_layout(d, tokens, dtype):
+    layouts = layouts_of(d)
+    for i, keys in enumerate(layouts):
+        values = layouts[(5 * i + 3) % len(layouts)]
+        check(i, dtype, (6, 2), 1, tokens, keys, values, "none")
+        check(i, dtype, (2, 2), 3, tokens, keys, values, "by head")
+
+
+@st.composite
+def graded(draw, d):
+    """Up to four groups of any size and bits."""
+    cuts = sorted(draw(st.sets(st.integers(1, d - 1), max_size=3)))
+    sizes = [stop - start for start, stop in zip([0, *cuts], [*cuts, d], strict=True)]
+    bits = draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 6, 8, 16]), min_size=len(sizes), max_size=len(sizes)))
+    return Graded(tuple(zip(sizes, bits, strict=True))) if any(bits) else Graded(((d, 3),))
+
+
+@given(
+    seeds,
+    dtypes,
+    st.sampled_from([(1, 1), (4, 1), (9, 3), (40, 2)]),
+    st.integers(1, 4),
+    st.integers(1, 200),
+    st.sampled_from([24, 64, 96]).flatmap(graded),
+    st.sampled_from([20, 64, 128]).flatmap(graded),
+    st.sampled_from(["none", "by head", "same for all heads"]),
+)
+def test_any_groups(seed, dtype, head_counts, queries, tokens, keys, values, kind):
+    check(seed, dtype, head_counts, queries, tokens, keys, values, kind)
+
+
+def test_no_tokens():
+    q, k, v = qkv(0, 1, (4, 2), 1, 0, 64, 64, torch.float32)
+    layout = Graded(((64, 4),))
+    out, lse = attend_cpu.attend(q, pack(k, layout), pack(v, layout), None, 1.0)
+    assert torch.equal(out, torch.zeros(1, 4, 1, 64))
+    assert (lse == -math.inf).all()
+
+
+def test_large_scores():
+    """Scores of hundreds, of which one token has all the weight."""
+    q, k, v = qkv(0, 1, (4, 2), 1, 300, 64, 64, torch.float32)
+    k, v = pack(30 * k, Graded(((64, 8),))), pack(v, Graded(((64, 4),)))
+    assert largest_score(q, wide(k)) > 200
+    expected, _ = reference.dense_attention(q.double(), wide(k), wide(v))
+    out, _ = attend_cpu.attend(q, k, v, None, 64**-0.5)
+    assert_within(out, expected, bounds(q, k, v)[0])
+
+
+def test_views_of_a_larger_history():
+    """A growing history has room: its tokens are a view with strides of its own."""
+    q, k, v = qkv(0, 2, (4, 2), 1, 200, 64, 64, torch.bfloat16)
+    whole = pack(k, Graded(((16, 8), (48, 3)))), pack(v, TopK(64, 20))
+    views = [packed.tokens(30, 130) for packed in whole]
+    copies = [packed.map(torch.Tensor.contiguous) for packed in views]
+    for found, expected in zip(
+        attend_cpu.attend(q, *views, None, 0.1), attend_cpu.attend(q, *copies, None, 0.1), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_compiles_whole():
+    q, k, v = qkv(0, 1, (4, 2), 1, 90, 32, 32, torch.float32)
+    history = pack(k, Graded(((32, 5),))), pack(v, Graded(((32, 3),)))
+
+    def function(q, k, v):
+        return packed_attention(q, k, v)  # "auto" takes the kernel here too
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, *history), packed_attention(q, *history, impl="cpp"))
+
+
+def test_others_refuse():
+    q, k, v = qkv(0, 1, (4, 2), 1, 9, 32, 32, torch.float32)
+    indexed, fine = pack(k, TopK(32, 5, positions="index")), pack(v, TopK(32, 5))
+    with pytest.raises(ValueError, match="TopK with a bitmap, not TopK"):
+        attend_cpu.attend(q, indexed, fine, None, 1.0)
+    with pytest.raises(ValueError, match=r"not torch\.float64"):
+        packed_attention(q.double(), fine, fine, impl="cpp")
+
+
+@pytest.mark.slow
+def test_without_avx512():
+    """The same tests on the code for other CPUs."""
+    code = (
+        "from swan.kernels import attend_cpu; import pytest, sys; "
+        "attend_cpu.FLAGS[1] = '-march=x86-64-v3'; "
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'every_layout or any_groups', sys.argv[1]]))"
+    )
+    subprocess.run([sys.executable, "-c", code, __file__], check=True)
