@@ -24,7 +24,11 @@
 
 namespace {
 
+#if defined(__AVX512F__)
 constexpr int64_t LANES = 16;   // floats of a vector
+#else
+constexpr int64_t LANES = 8;
+#endif
 constexpr int64_t CHUNK = 64;   // coordinates that are unpacked at a time
 constexpr int64_t TILE = 32;    // tokens unpacked at a time
 constexpr int64_t MAX_DIM = 256;
@@ -316,20 +320,20 @@ struct Source {
     }
     const uint8_t* bitmap = positions.row(b, h, t);
     const float* next = values;
-    for (int64_t c = 0; c < d; c += LANES) {
+    for (int64_t c = 0; c < d; c += 16) {
       const bool second = c + 8 < d;
       const uint16_t present = static_cast<uint16_t>(bitmap[c / 8] | (second ? bitmap[c / 8 + 1] << 8 : 0));
 #if defined(SWAN_AVX512)
       _mm512_storeu_ps(out + c, _mm512_maskz_expand_ps(present, _mm512_loadu_ps(next)));
       next += __builtin_popcount(present);
 #else
-      for (int i = 0; i < LANES; ++i) out[c + i] = present >> i & 1 ? *next++ : 0.f;
+      for (int i = 0; i < 16; ++i) out[c + i] = present >> i & 1 ? *next++ : 0.f;
 #endif
     }
   }
 };
 
-// Sixteen sums of lanes at once.
+// The sums of as many vectors as one has lanes.
 inline Vector sums(const Vector (&x)[LANES]) {
 #if defined(SWAN_AVX512)
   const auto pairs = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
@@ -377,7 +381,7 @@ void dot(const float* q, const float* tile, int64_t width, float* scores) {
 // out[row] = out[row] * factor[row] + sum over tokens of weights[row][token] * tile[token]
 template <int ROWS>
 void accumulate(const float* weights, const float* tile, int64_t count, int64_t width, const float* factor, float* out) {
-  constexpr int WIDE = 4;
+  constexpr int WIDE = LANES / 4;
   for (int64_t c = 0; c < width; c += WIDE * LANES) {
     Vector sum[ROWS][WIDE];
     for (int r = 0; r < ROWS; ++r)

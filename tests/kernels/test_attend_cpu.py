@@ -155,7 +155,7 @@ def test_others_refuse():
     with pytest.raises(ValueError, match="TopK with a bitmap, not TopK"):
         attend_cpu.attend(q, indexed, fine, None, 1.0)
     with pytest.raises(ValueError, match=r"not torch\.float64"):
-        packed_attention(q.double(), fine, fine, impl="cpp")
+        attend_cpu.attend(q.double(), fine, fine, None, 1.0)
 
 
 @pytest.mark.slow

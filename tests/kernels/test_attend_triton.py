@@ -1,0 +1,292 @@
+"""The Triton kernel against the float64 reference: in Triton's interpreter, and on a GPU where there is one.
+
+The interpreter is chosen when Triton is imported: what is named `check_...` runs in a process of its own.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from swan import Graded, Packed, TopK, pack
+from swan.functional import reference
+from swan.packed import PARTS, mixing, unpack_mixed
+from tests.strategies import (
+    assert_lse_within,
+    assert_within,
+    attention_bound,
+    double,
+    dtypes,
+    ids,
+    lse_bound,
+    one_thread,  # noqa: F401
+    qkv,
+    seeds,
+)
+
+ROOT = Path(__file__).parents[2]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+INTERPRET = "TRITON_INTERPRET"
+DEVICE = "cpu" if os.environ.get(INTERPRET) == "1" else "cuda"
+
+
+def kernel():
+    from swan.kernels import attend_triton
+
+    return attend_triton
+
+
+# In the process of all tests ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "interpret",
+    ["1", pytest.param("0", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+    ids=["interpreter", "gpu"],
+)
+def test_checks(interpret, marker):
+    options = ["-q", "--durations=5", "-m", marker, "-o", "python_functions=check_*"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, __file__],
+        cwd=ROOT,
+        env=os.environ | {INTERPRET: interpret},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_swan_works_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import swan; print('swan'); import swan.kernels.attend_triton"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "swan\n"
+    assert "ImportError: impl='triton' needs Triton: pip install triton" in done.stderr
+
+
+def test_needs_a_gpu():
+    packed = pack(torch.zeros(1, 1, 3, 16), Graded(((16, 4),)))
+    with pytest.raises(ValueError, match="runs on a GPU, got tensors on cpu; use impl='auto'"):
+        kernel().attend(torch.zeros(1, 1, 1, 16), packed, packed, None, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # of Triton 3.9
+@pytest.mark.parametrize(
+    ("k_layout", "v_layout", "dtype"),
+    [
+        (Graded(((16, 8), (48, 5), (64, 3))), Graded(((128, 3),)), BF16),
+        pytest.param(Graded(((8, 2), (8, 16))), TopK(40, 9, 4), F16, marks=pytest.mark.slow),
+        pytest.param(TopK(64, 20, 8), Graded(((1, 1), (2, 6))), F32, marks=pytest.mark.slow),
+    ],
+    ids=["plan", "half", "float"],
+)
+def test_compiles_for_a_gpu(k_layout, v_layout, dtype, tmp_path, monkeypatch):
+    """Compiled, not run: registers that do not fit in the file, or shared memory, would show here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    module = kernel()
+    code = {F32: "fp32", BF16: "bf16", F16: "fp16"}[dtype]
+    R, G, (products, precision) = 4, 4, module.DTYPES[dtype]
+    types = {"q": code, "mask": "u8", "out": "fp32", "lse": "fp32", "k_table": "i32", "v_table": "i32"}
+    constants = {"R": R, "G": G, "DTYPE": products, "PRECISION": precision}
+    for name, layout in (("k", k_layout), ("v", v_layout)):
+        form = module._form(*module._numbers(layout))
+        constants |= dict(
+            zip([f"{name.upper()}{i}" for i in "4210BS"], [*form.widths, form.bits, form.sparse], strict=True)
+        )
+        value, scale = {16: (code, "u8"), 8: ("i8", "bf16"), 4: ("u8", "u8")}[form.bits]
+        types |= {f"{name}_codes": "u8", f"{name}_values": value, f"{name}_scales": scale, f"{name}_positions": "u8"}
+    pointers = {name: f"*{kind}" for name, kind in types.items()}
+    names = module.attend_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    signature["scale"] = "fp32"
+    source = ASTSource(module.attend_kernel, signature, {(names.index(name),): x for name, x in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": module.WARPS})
+    assert compiled.metadata.shared < 100 * 1024  # more than one program for each processor
+    assert "cubin" in compiled.asm
+
+
+# In the interpreter or on a GPU ---------------------------------------------------------------------
+
+
+def exact(packed: Packed):
+    """What is stored, in mixed coordinates, not rounded to the dtype of the cache."""
+    return unpack_mixed(dataclasses.replace(packed, dtype=torch.float64)).double()
+
+
+def inputs(k_layout, v_layout, dtype, heads=(4, 2), queries=1, tokens=130, batch=2, seed=0):
+    q, k, v = qkv(seed, batch, heads, queries, tokens, k_layout.d, v_layout.d, dtype)
+    k, v = pack(k, k_layout), pack(v, v_layout)
+    return (q if mixing(k) is None else q @ mixing(k)), k, v
+
+
+def placed(q, k, v, mask=None):
+    packed = [x.map(lambda t: t.to(DEVICE)) for x in (k, v)]
+    return q.to(DEVICE), *packed, None if mask is None else mask.to(DEVICE)
+
+
+def compare(q, k, v, mask=None):
+    scale = q.shape[-1] ** -0.5
+    out, lse = (t.cpu() for t in kernel().attend(*placed(q, k, v, mask), scale))
+    keys, values = exact(k), exact(v)
+    expected, expected_lse = reference.dense_attention(*double(q), keys, values, mask=mask, scale=scale)
+    assert out.dtype == torch.float32
+    assert_within(out, expected, attention_bound(q, keys, values.to(q.dtype), scale))
+    assert_lse_within(lse, expected_lse, lse_bound(q, keys, scale))
+    return out, lse
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=ids)
+@pytest.mark.parametrize("bits", [*PARTS, 16])
+def check_every_number_of_bits(bits, dtype):
+    compare(*inputs(Graded(((5, bits), (11, 4))), Graded(((9, 0), (7, bits))), dtype, tokens=40, batch=1))
+
+
+@pytest.mark.parametrize(
+    ("layouts", "heads", "queries", "tokens", "dtype"),
+    [
+        ((Graded(((5, 8), (20, 5), (15, 3))), Graded(((64, 2),))), (1, 1), 1, 130, BF16),
+        ((Graded(((16, 8), (48, 5), (64, 3))), Graded(((16, 5), (112, 3)))), (8, 2), 1, 130, BF16),
+        ((Graded(((3, 6), (10, 16), (3, 1))), Graded(((40, 4),))), (3, 1), 3, 17, F32),
+        ((Graded(((64, 1),)), Graded(((2, 16), (12, 0), (2, 8)))), (4, 1), 3, 1, F16),
+        ((Graded(((1, 5), (2, 5), (3, 5), (4, 5), (6, 5))), Graded(((1, 1),) * 17)), (3, 3), 1, 65, F32),
+        ((Graded(((255, 3), (1, 16))), Graded(((256, 8),))), (2, 1), 1, 20, BF16),
+        ((Graded(((16, 4),)), Graded(((16, 2),))), (40, 2), 1, 30, BF16),  # more rows than a program takes
+    ],
+    ids=str,
+)
+def check_odd_sizes(layouts, heads, queries, tokens, dtype):
+    compare(*inputs(*layouts, dtype, heads, queries, tokens, batch=1 if heads[0] == 8 else 2))
+
+
+@pytest.mark.parametrize("keep", [7, 40])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def check_topk(bits, keep):
+    compare(*inputs(TopK(40, keep, bits), TopK(24, min(keep, 24), bits), BF16 if bits == 16 else F32, (3, 1), 2, 70))
+
+
+def check_topk_with_graded():
+    compare(*inputs(TopK(16, 5, 4), Graded(((8, 3), (8, 16))), F16))
+    compare(*inputs(Graded(((8, 3), (8, 16))), TopK(130, 100, 8), F32, tokens=20))
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (1, 1), (2, 1)], ids=str)
+def check_masks(shape):
+    q, k, v = inputs(Graded(((4, 8), (12, 3))), Graded(((16, 4),)), F32, (6, 2), 3, 130)
+    mask = torch.rand(*shape, 3, 130) > 0.4
+    mask[:, :, 1] = False  # a row that sees nothing
+    mask[..., 64:128] = False  # a tile that nothing sees
+    mask[:, :, 2, 100:] = False
+    out, lse = compare(q, k, v, mask)
+    assert (out[:, :, 1] == 0).all()
+    assert (lse[:, :, 1] == -math.inf).all()
+
+
+def check_ragged_rows():
+    q, k, v = inputs(Graded(((16, 5),)), Graded(((16, 3),)), BF16, queries=2, tokens=150)
+    column = torch.arange(150)
+    mask = torch.stack([column >= 140, column < 20])[:, None, None].expand(2, 1, 2, 150)  # a view with strides of 0
+    compare(q, k, v, mask)
+
+
+def check_spans(monkeypatch):
+    monkeypatch.setattr(kernel(), "SPAN", 64)
+    q, k, v = inputs(Graded(((16, 4),)), Graded(((16, 4),)), F32, (2, 1), tokens=600, batch=1)
+    compare(q, k, v)
+    mask = torch.zeros(1, 1, 1, 600, dtype=torch.bool)
+    mask[..., 300] = True  # one span of 10 sees something
+    compare(q, k, v, mask)
+
+
+def check_nothing():
+    q, k, v = inputs(Graded(((16, 4),)), Graded(((8, 4),)), BF16, tokens=0)
+    out, lse = kernel().attend(*placed(q, k, v), 1.0)
+    assert torch.equal(out.cpu(), torch.zeros(2, 4, 1, 8))
+    assert torch.equal(lse.cpu(), torch.full((2, 4, 1), -math.inf))
+
+
+def check_vectors_of_zeros_and_extremes():
+    layouts = Graded(((8, 4), (8, 1))), Graded(((8, 3), (8, 8)))
+    q, k, v = qkv(0, 1, (2, 1), 1, 6, 16, 16, F32)
+    factor = torch.tensor([0, 1e-4, 1, 3, 1e-3, 0]).view(1, 1, 6, 1)
+    k, v = (pack(x * factor * big, layout) for x, layout, big in zip((k, v), layouts, (1, 1000), strict=True))
+    compare(q @ mixing(k), k, v)
+
+
+def check_part_of_a_cache():
+    layouts = Graded(((4, 8), (8, 3), (4, 16))), TopK(16, 5, 8)
+    q, k, v = inputs(*layouts, F32, tokens=100)
+    compare(q, k.tokens(0, 70), v.tokens(0, 70))
+    compare(q, k.tokens(13, 14), v.tokens(13, 14))
+    compare(q, k.tokens(0, 70), v.map(lambda t: t[:, :, :70].clone()))
+    strided = k.map(lambda t: t.transpose(1, 2).contiguous().transpose(1, 2))
+    compare(q.transpose(1, 2).contiguous().transpose(1, 2), strided, v)
+
+
+def check_compiles_whole():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    attend = torch.compile(kernel().attend, backend=counter, fullgraph=True)
+    mask = torch.rand(1, 1, 1, 40) > 0.5
+    layouts = Graded(((8, 4), (8, 2))), TopK(16, 5, 8)
+    for seed in range(2):
+        for seen in (None, mask):
+            arguments = placed(*inputs(*layouts, F32, tokens=40, seed=seed), seen)
+            for found, expected in zip(attend(*arguments, 0.25), kernel().attend(*arguments, 0.25), strict=True):
+                assert torch.equal(found, expected)
+    assert counter.frame_count == 2  # with and without a mask
+    arguments = placed(*inputs(*layouts[::-1], F32, tokens=40))
+    assert torch.equal(attend(*arguments, 0.25)[0], kernel().attend(*arguments, 0.25)[0])
+
+
+def check_operator():
+    module = kernel()
+    q, k, v, _ = placed(*inputs(Graded(((8, 4), (8, 2))), TopK(24, 5, 8), BF16, tokens=20))
+    numbers = module._numbers(k.layout), module._numbers(v.layout)
+    arguments = q, list(k.tensors), list(v.tensors), None, *numbers, 0.25
+    torch.library.opcheck(module._attend, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (TopK(16, 4, positions="index"), "Graded layouts, and TopK with positions='bitmap', got TopK.*'compiled'"),
+        (Graded(((1, 4),) * 65), "up to 64 groups, got Graded.*join some"),
+    ],
+    ids=["index", "groups"],
+)
+def check_refuses(layout, message):
+    q, k, v = inputs(layout, Graded(((16, 4),)), F32, tokens=3)
+    with pytest.raises(ValueError, match=message):
+        kernel().attend(*placed(q, k, v), 1.0)
+
+
+@st.composite
+def any_graded(draw, d):
+    cuts = sorted(draw(st.sets(st.integers(1, d - 1), max_size=4)))
+    bits = st.sampled_from([0, *PARTS, 16])
+    groups = [(stop - start, draw(bits)) for start, stop in itertools.pairwise([0, *cuts, d])]
+    return Graded(tuple(groups)) if any(bits for _, bits in groups) else Graded(((d, 4),))
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(
+    seeds, dtypes, st.sampled_from([(1, 1), (3, 1), (4, 2), (5, 1)]), st.integers(1, 3), st.integers(1, 140), st.data()
+)
+def check_any_layouts(seed, dtype, heads, queries, tokens, data):
+    d, dv = data.draw(st.sampled_from([(16, 16), (40, 17), (64, 96), (128, 128)]))
+    layouts = data.draw(any_graded(d)), data.draw(any_graded(dv))
+    compare(*inputs(*layouts, dtype, heads, queries, tokens, seed=seed))
