@@ -110,6 +110,34 @@ def needles(path: str) -> str:
     return table(columns, rows, "l" + "r" * (len(columns) - 1))
 
 
+def after_prompt(*paths: str) -> str:
+    """Token eviction and swan, of a prompt that is compressed once."""
+    rows = []
+    for path in paths:
+        for row in json.loads(Path(path).read_text())["rows"]:
+            swan = "press" not in row
+            name = f"**swan, {row['retention']:.3f}**" if swan else f"{row['press']}, {row['kept']:.2f}"
+            at_prompt, at_end = (row["share_at_prompt"], row["share_at_end"]) if swan else _evicted_shares(row["kept"])
+            rows.append(
+                [
+                    name,
+                    f"{at_prompt:.3f}",
+                    f"{at_end:.3f}",
+                    f"{1000 * row['kl']:.2f}&nbsp;±&nbsp;{1000 * row['kl_error']:.2f}",
+                    f"{100 * row['perplexity_increase']:+.2f}&nbsp;%",
+                    f"{100 * row['agreement']:.1f}&nbsp;%",
+                ]
+            )
+    rows.sort(key=lambda row: float(row[1]), reverse=True)
+    columns = ("method", "bytes after the prompt", "at the end", "KL, 1/1000", "perplexity", "agreement")
+    return table(columns, rows, "lrrrrr")
+
+
+def _evicted_shares(kept: float) -> tuple[float, float]:
+    """What eviction holds of a prompt, and with as many tokens after it."""
+    return kept, (kept + 1) / 2
+
+
 def _frontier_result(path: str) -> dict[str, Any] | None:
     return json.loads(Path(path).read_text()) if Path(path).is_file() else None
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from swan.functional import reference
-from swan.kernels import attend_cpu
+from swan.kernels import attend_cpu, cpu
 from swan.packed import Packed, mixing, unpack_mixed
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _kernel_serves(q: Tensor, k: Packed, v: Packed) -> bool:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, *k.tensors, *v.tensors)):
         return False
-    return attend_cpu.reads(k.layout) and attend_cpu.reads(v.layout) and attend_cpu.built()
+    return attend_cpu.reads(k.layout) and attend_cpu.reads(v.layout) and cpu.built()
 
 
 def _kernel(impl: Impl) -> Callable[..., tuple[Tensor, Tensor]]:

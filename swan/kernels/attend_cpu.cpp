@@ -6,7 +6,6 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -17,12 +16,17 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu_common.h"
+
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-#include <immintrin.h>
 #define SWAN_AVX512
 #endif
 
 namespace {
+
+using swan::PARTS;
+using swan::scales_of_bytes;
+using swan::to_float;
 
 #if defined(__AVX512F__)
 constexpr int64_t LANES = 16;   // floats of a vector
@@ -61,16 +65,6 @@ inline float exponential(float x) {
   return x < -87.f ? 0.f : p * power;
 }
 
-// Scale bytes of swan/packed.py: 2 ** ((byte - 128) / 8).
-const std::array<float, 256>& scales_of_bytes() {
-  static const auto table = [] {
-    std::array<float, 256> t;
-    for (int i = 0; i < 256; ++i) t[i] = std::exp2((i - 128) / 8.f);
-    return t;
-  }();
-  return table;
-}
-
 // A tensor [batch, heads, tokens, width] whose last axis is dense; or none.
 struct Plane {
   const uint8_t* data = nullptr;
@@ -85,34 +79,6 @@ struct Plane {
   }
   const uint8_t* row(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * token; }
 };
-
-// A row of numbers of the cache's dtype.
-void to_float(const uint8_t* from, at::ScalarType dtype, int64_t count, float* to) {
-  switch (dtype) {
-    case at::kFloat:
-      std::memcpy(to, from, count * sizeof(float));
-      break;
-    case at::kBFloat16: {
-      const auto* half = reinterpret_cast<const uint16_t*>(from);
-      auto* bits = reinterpret_cast<uint32_t*>(to);
-      for (int64_t i = 0; i < count; ++i) bits[i] = static_cast<uint32_t>(half[i]) << 16;
-      break;
-    }
-    default: {
-      const auto* half = reinterpret_cast<const c10::Half*>(from);
-#if defined(SWAN_AVX512)
-      int64_t i = 0;
-      for (; i + LANES <= count; i += LANES)
-        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + i))));
-      for (; i < count; ++i) to[i] = half[i];
-#else
-      for (int64_t i = 0; i < count; ++i) to[i] = half[i];
-#endif
-    }
-  }
-}
-
-constexpr int PARTS[9][2] = {{0, 0}, {1, 0}, {2, 0}, {2, 1}, {4, 0}, {4, 1}, {4, 2}, {0, 0}, {4, 4}};
 
 // Codes of 64 coordinates from up to 64 bytes of a row: a byte, a rotation and a mask for each.
 struct Field {

@@ -1,24 +1,13 @@
-"""Attention over a packed history on a CPU, in C++: built on first use, one operator for eager and compiled code."""
-
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import sys
-import tempfile
-from pathlib import Path
+"""Attention over a packed history on a CPU, in C++: one operator for eager and compiled code."""
 
 import torch
 from torch import Tensor
 
+from swan.kernels.cpu import build, built
 from swan.packed import Graded, Layout, Packed, TopK
 
-__all__ = ["MOST_ROWS", "attend", "build", "built", "reads"]
+__all__ = ["MOST_ROWS", "attend", "reads"]
 
-SOURCES = [Path(__file__).with_name(name) for name in ("attend_cpu.cpp", "attend_cpu_avx512.h")]
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-NAME = "swan_attend_cpu"
 MOST_GROUPS = 16
 MOST_ROWS = 16  # query rows of a KV head up to which each token is unpacked once; more are faster in tiles
 
@@ -72,73 +61,6 @@ def reads(layout: Layout) -> bool:
         case TopK():
             return layout.positions == "bitmap" or layout.keep == layout.d
     return False
-
-
-@torch.compiler.assume_constant_result
-def built() -> bool:
-    """Whether the kernel is there; builds it at the first call, also while torch.compile traces."""
-    return _built_once()
-
-
-@functools.cache
-def _built_once() -> bool:
-    try:
-        build()
-    except (RuntimeError, OSError, ImportError):
-        return False
-    return True
-
-
-def build() -> None:
-    """Compile the kernel with the C++ compiler of the machine, and keep it beside torch's other extensions.
-
-    Raises:
-        RuntimeError: there is no compiler, or it fails.
-    """
-    from torch.utils import cpp_extension
-
-    if hasattr(torch.ops.swan, "attend_cpu"):
-        return
-    about = [
-        *(path.read_text() for path in SOURCES),
-        *FLAGS,
-        torch.__version__,
-        sys.version,
-        platform.machine(),
-        _cpu(),
-    ]
-    digest = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
-    library = Path(cpp_extension.get_default_build_root()) / f"{NAME}-{digest}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # of its own: no lock is left by a killed build
-            try:
-                cpp_extension.load(
-                    NAME, [str(SOURCES[0])], extra_cflags=FLAGS, extra_ldflags=["-fopenmp"], build_directory=folder,
-                    is_python_module=False,
-                )  # fmt: skip
-            except (RuntimeError, OSError) as error:
-                raise RuntimeError(
-                    "swan's CPU kernel needs a C++ compiler and ninja (pip install ninja), or use impl='compiled': "
-                    f"{error}"
-                ) from error
-            shutil.copy(Path(folder) / f"{NAME}.so", f"{folder}/copy")
-            os.replace(f"{folder}/copy", library)
-    else:
-        torch.ops.load_library(str(library))
-
-    @torch.library.register_fake("swan::attend_cpu")
-    def _(q, k, k_layout, v, v_layout, tokens, mask, scale):  # pyright: ignore
-        dv = v_layout[1] if v_layout[0] else sum(v_layout[1::2])
-        return q.new_empty(*q.shape[:3], dv, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def _cpu() -> str:
-    """What the compiler sees of the CPU: a folder may be shared by several machines."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.machine()
-    return next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
 
 
 def _numbers(layout: Layout) -> list[int]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from swan import Graded, TopK, pack, packed_attention
 from swan.functional import reference
-from swan.kernels import attend_cpu
+from swan.kernels import attend_cpu, cpu
 from swan.packed import unpack_mixed
 from tests.strategies import (
     DTYPES,
@@ -28,8 +28,8 @@ from tests.strategies import (
     seeds,
 )
 
-if not attend_cpu.built():  # says why
-    attend_cpu.build()
+if not cpu.built():  # says why
+    cpu.build()
 
 
 def layouts_of(d: int):
@@ -162,8 +162,8 @@ def test_others_refuse():
 def test_without_avx512():
     """The same tests on the code for other CPUs."""
     code = (
-        "from swan.kernels import attend_cpu; import pytest, sys; "
-        "attend_cpu.FLAGS[1] = '-march=x86-64-v3'; "
+        "from swan.kernels import cpu; import pytest, sys; "
+        "cpu.FLAGS[1] = '-march=x86-64-v3'; "
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'every_layout or any_groups', sys.argv[1]]))"
     )
     subprocess.run([sys.executable, "-c", code, __file__], check=True)

@@ -1,0 +1,83 @@
+"""The packing kernel against the tensor code of `Graded.pack`."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swan import Graded, TopK, unpack
+from swan.kernels.pack_cpu import pack
+from swan.packed import PARTS, scale_of, unpack_mixed
+from tests.strategies import dtypes, normal, seeds, unit
+
+
+@st.composite
+def graded(draw, d):
+    cuts = sorted(draw(st.sets(st.integers(1, d - 1), max_size=3)))
+    sizes = [stop - start for start, stop in zip([0, *cuts], [*cuts, d], strict=True)]
+    bits = draw(st.lists(st.sampled_from([0, 16, *PARTS]), min_size=len(sizes), max_size=len(sizes)))
+    return Graded(tuple(zip(sizes, bits, strict=True))) if any(bits) else Graded(((d, 3),))
+
+
+@given(seeds, dtypes, st.integers(1, 300), st.sampled_from([7, 24, 64, 128]).flatmap(graded), st.floats(-12, 12))
+def test_packs_as_tensor_code_does(seed, dtype, tokens, layout, power):
+    """The same but for values within rounding of an edge, where neighbouring steps are as good."""
+    x = (normal(seed, 1, 2, tokens, layout.d) * 2**power).to(dtype)
+    found, expected = pack(x, layout), layout.pack(x)
+    assert [t.shape for t in found.tensors] == [t.shape for t in expected.tensors]
+    assert [t.dtype for t in found.tensors] == [t.dtype for t in expected.tensors]
+    matrix = layout.mix(x.dtype, x.device)
+    mixed = (x if matrix is None else x @ matrix).double()
+    values, scale = unpack_mixed(found).double(), 0
+    for start, stop, bits in layout.stored:
+        here, error = mixed[..., start:stop], (values - mixed)[..., start:stop].abs()
+        if bits == 16:
+            assert torch.equal(unpack(found)[..., start:stop], x[..., start:stop])
+            continue
+        assert found.scales is not None and expected.scales is not None
+        ours, theirs = (packed.scales[..., scale : scale + 1] for packed in (found, expected))
+        assert ((ours.int() - theirs.int()).abs() <= 1).all()
+        step, peak = scale_of(ours).double(), here.abs().amax(-1, keepdim=True)
+        covered = (
+            (ours == 255) | (ours == 0) | ((step >= peak * (1 - 1e-6)) & (step <= peak * 2 ** (1 / 8) * (1 + 1e-6)))
+        )
+        assert covered.all()
+        fits = (ours < 255).expand_as(error)
+        limit = (2.0**-bits * step + unit(dtype) * step + 1e-6 * step).expand_as(error)
+        assert (error <= limit)[fits].all()
+        scale += 1
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 3e4])
+def test_extremes(value):
+    x = torch.full((1, 1, 2, 16), value)
+    for found, expected in zip(pack(x, Graded(((16, 4),))).tensors, Graded(((16, 4),)).pack(x).tensors, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_other_layouts_and_dtypes_take_tensor_code():
+    x = torch.randn(1, 2, 5, 16)
+    for layout in (TopK(16, 5), Graded.leading(16, 4)):
+        assert torch.equal(unpack(pack(x, layout)), unpack(layout.pack(x)))
+    layout = Graded(((16, 4),))
+    wide = x.double()
+    assert pack(wide, layout).dtype == torch.float64
+
+
+def test_gradients_are_left_to_tensor_code():
+    x = torch.randn(1, 2, 5, 16, requires_grad=True)
+    assert pack(x, Graded(((8, 16), (8, 4)))).planes[1].requires_grad
+
+
+def test_others_refuse():
+    with pytest.raises(ValueError, match="expected vectors"):
+        pack(torch.randn(1, 2, 5, 16), Graded(((17, 4),)))
+    with pytest.raises(TypeError, match="floating-point"):
+        pack(torch.ones(1, 2, 5, 16, dtype=torch.int), Graded(((16, 4),)))
+
+
+def test_compiles_whole():
+    x, layout = torch.randn(1, 2, 5, 16), Graded(((8, 16), (8, 4)))
+    compiled = torch.compile(pack, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(x, layout).tensors, pack(x, layout).tensors, strict=True):
+        assert torch.equal(found, expected)
