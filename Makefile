@@ -9,10 +9,10 @@ PIP    := $(BIN)/pip -qq --disable-pip-version-check
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 # A stamp .venv/.has-EXTRAS stands for "swan is installed with these extras".
-RUN  := $(VENV)/.has-hf,cli,plot
-TEST := $(VENV)/.has-hf,cli,plot,test
-DEV  := $(VENV)/.has-hf,cli,plot,test,dev
-DOCS := $(VENV)/.has-hf,cli,plot,docs
+RUN  := $(VENV)/.has-hf,cli,cpp,plot
+TEST := $(VENV)/.has-hf,cli,cpp,plot,test
+DEV  := $(VENV)/.has-hf,cli,cpp,plot,test,dev
+DOCS := $(VENV)/.has-hf,cli,cpp,plot,docs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

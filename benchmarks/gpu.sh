@@ -40,13 +40,11 @@ import itertools
 import json
 import time
 from pathlib import Path
-from typing import get_args
 
 import torch
 
-from swan.evaluation.bench import IMPLS, add_speedups, bench_decode
+from swan.evaluation.bench import IMPLS, Setup, add_speedups, bench_decode
 from swan.evaluation.machine import machine, memory_bandwidth, versions
-from swan.functional.attention import Impl
 
 parser = argparse.ArgumentParser()
 parser.add_argument("file", type=Path)
@@ -59,7 +57,7 @@ lengths, batches = ((300, 1100), (1, 2)) if args.quick else ((8192, 32768, 13107
 shape = {"heads": 8, "kv_heads": 2} if args.quick else {"heads": 32, "kv_heads": 8}
 shape |= {"head_dim": 64 if args.quick else 128, "buffer": 128}
 seconds = 0.2 if args.quick else 1.0
-kernels = [impl for impl in get_args(Impl) if impl == ("triton" if args.device.startswith("cuda") else "cpp")]
+elsewhere = "cpp" if args.device.startswith("cuda") else "triton"
 bandwidth = memory_bandwidth(args.device)
 settings = {"device": args.device, "seconds_per_row": seconds, "bandwidth": bandwidth, "lengths": lengths}
 settings |= {"batches": batches, **shape}
@@ -69,16 +67,17 @@ columns = "{length:>7} {batch:>2} {form:8} {retention:4} {impl:9} {dtype:9}"
 print(f"memory bandwidth {bandwidth / 1e9:.0f} GB/s")
 
 # What compiles slowly comes last: the tiles of a history are unrolled, so its time grows with the length.
-rounds = [[*(impl for impl in IMPLS if impl != "compiled"), *kernels], ["compiled"]]
+rounds = [[impl for impl in IMPLS if impl not in ("compiled", elsewhere)], ["compiled"]]
 for impls, length, batch in itertools.product(rounds, lengths, batches):
     left = deadline - time.monotonic()
     if left < 5:
         print(f"out of time: no {', '.join(impls)} at length {length}, batch {batch}")
         continue
-    rows = bench_decode(
-        [length], batch=batch, impls=impls, device=args.device, seconds=seconds, bandwidth=bandwidth,
-        compile_seconds=min(60, left / 4), progress=False, **shape,
+    setup = Setup(
+        batch=batch, device=torch.device(args.device), seconds=seconds, compile_seconds=min(60, left / 4),
+        progress=False, **shape,
     )
+    rows = bench_decode([length], setup, impls=impls, bandwidth=bandwidth)
     result["rows"] += rows
     add_speedups(result["rows"])
     args.file.write_text(json.dumps(result, indent=2) + "\n")

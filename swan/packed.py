@@ -14,6 +14,7 @@ selects tokens in all of them.
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -21,6 +22,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch._dynamo import mark_static_address
 from torch.utils import _pytree as pytree
 
 __all__ = ["Graded", "Layout", "Packed", "PlanLayer", "TopK", "pack", "unpack"]
@@ -289,7 +291,7 @@ class Graded:
         if not self.mixed:
             return None
         numbers = tuple((len(range(size)), len(range(bits))) for size, bits in self.groups)  # no longer symbols
-        return constant_mix(numbers, dtype, device)
+        return getattr(MIXES, mix_name(numbers, dtype, device))
 
 
 @dataclass(frozen=True)
@@ -435,15 +437,33 @@ def unpack_mixed(packed: Packed) -> Tensor:
     return packed.layout.unpack(packed)
 
 
+class Mixes:
+    """Mixing matrices by `mix_name`. As attributes of an object they are inputs of compiled code, not built in it.
+
+    Tensors that assume_constant_result returns would not do: two of them in a graph have the same name in torch 2.13.
+    """
+
+
+MIXES = Mixes()
+
+
 @torch.compiler.assume_constant_result
-def constant_mix(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`cached_mix`, and in compiled code a constant of the graph."""
-    return cached_mix(groups, dtype, device)
+def mix_name(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> str:
+    """The attribute of `MIXES` with a matrix; built at the first call, also while torch.compile traces."""
+    return _mix_name(groups, dtype, device)
 
 
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)  # it may be used under autograd later
-def cached_mix(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+@functools.cache
+@torch.inference_mode(False)  # the matrix may be used under autograd later
+def _mix_name(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> str:
+    name = re.sub(r"\W+", "_", f"mix {groups} {dtype} {device}")
+    matrix = build_mix(groups, dtype, device)
+    mark_static_address(matrix, guard=False)
+    setattr(MIXES, name, matrix)
+    return name
+
+
+def build_mix(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     blocks = [
         hadamard(size, device) if bits in PARTS else torch.eye(size, dtype=torch.float64, device=device)
         for size, bits in groups

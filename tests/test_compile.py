@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.testing import CompileCounter
 from torch.utils import _pytree as pytree
 
@@ -138,6 +139,29 @@ def test_compiles_whole(name, dynamic):
         assert_equal(compiled(*arguments), function(*arguments))
 
 
+@dynamic_or_not
+def test_mixing_matrices_are_inputs_of_the_graph(dynamic):
+    """Several in one graph, not built in it; and it stays good when others are made elsewhere."""
+    first, second = Graded(((8, 5), (8, 3))), Graded(((16, 4),))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    def function(q, k, v):
+        return swan_attention(q, pack(k, first), pack(v, second), k, v)
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
+    assert_equal(compiled(*inputs(7)), function(*inputs(7)))
+    pack(inputs(7)[1], Graded(((12, 6), (4, 1))))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(*inputs(7))
+    names = [str(node.target).lower() for node in graphs[0].graph.nodes]
+    assert len([name for name in names if "mixes" in name]) == 2
+    assert not [name for name in names if "block_diag" in name or "kron" in name or "eye" in name]
+
+
 # Caches -------------------------------------------------------------------------------------------
 
 
@@ -171,7 +195,8 @@ def test_a_static_cache_compiles(prefill, plan_layer, dynamic):
     step = torch.compile(step_cache, fullgraph=True, backend="eager", dynamic=dynamic)
     for part in (slice(11), slice(11, 12), slice(12, 40)):  # empty, one token, a chunk
         arguments = q[:, :, part], k[:, :, part], v[:, :, part]
-        assert_equal(step(cache, *arguments), step_cache(plain, *arguments))
+        # Not equal: code that is not compiled sees that the cache is empty, and takes a plain causal kernel.
+        assert_within(step(cache, *arguments), step_cache(plain, *arguments), 2 * attention_bound(q, k, v))
 
 
 @slow

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from swan import Calibration, SwanCache, attach, calibrate
 from swan.integrations.transformers import cache_keyword
+from swan.packed import MIXES, _mix_name
 
 VOCABULARY = 97
 
@@ -154,6 +155,12 @@ def live_storages() -> dict[int, int]:
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found
+
+
+def forget_mixes() -> None:
+    """Free the mixing matrices of `Graded` layouts, which are kept for all caches of the process."""
+    _mix_name.cache_clear()
+    vars(MIXES).clear()
 
 
 def snapshot(model: PreTrainedModel) -> dict[str, object]:

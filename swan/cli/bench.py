@@ -1,62 +1,296 @@
 """`swan bench`: timings against the strongest dense attention."""
 
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import torch
 import typer
 
-from swan.cli.common import JsonOption, percent, print_json, print_table, user_errors
-from swan.evaluation.bench import IMPLS, bench_decode
+from swan.cli.common import (
+    CalibrationOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    calibration_of,
+    console,
+    load,
+    print_json,
+    print_table,
+    user_errors,
+)
+from swan.evaluation import bench as benchmarks
+from swan.evaluation.bench import FORMS, IMPLS, SHAPES, Setup
+from swan.evaluation.machine import memory_bandwidth
+from swan.evaluation.sources import evaluation_text, token_windows
 
 bench = typer.Typer(help="Timings against the strongest dense attention.", no_args_is_help=True)
 
+Form = tuple[str, float]
+Row = dict[str, Any]
 
-@bench.callback()
-def _group() -> None:
-    """Keeps `decode` a command of its own."""
+LengthsOption = Annotated[list[int] | None, typer.Option("--lengths", help="Tokens in the cache (repeat it).")]
+ShapeOption = Annotated[
+    str,
+    typer.Option(help=f"{', '.join(SHAPES)}, or query heads/KV heads/head dimension, such as 32/8/128."),
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Sequences.")]
+BufferOption = Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")]
+FormOption = Annotated[list[str] | None, typer.Option(help="graded, topk, leading or fp8 (repeat it).")]
+RetentionOption = Annotated[
+    list[float] | None, typer.Option(help="Retentions of the forms, or of graded if none is given (repeat it).")
+]
 
 
 @bench.command()
 def decode(
-    length: Annotated[list[int] | None, typer.Option("--lengths", help="Tokens in the cache (repeat it).")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
-    kv_heads: Annotated[int, typer.Option(min=1, help="Key and value heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(min=1, help="Head dimension.")] = 128,
-    buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 128,
+    lengths: LengthsOption = None,
+    shape: ShapeOption = "llama",
+    batch: BatchOption = 1,
+    buffer: BufferOption = 128,
+    form: FormOption = None,
+    retention: RetentionOption = None,
     impl: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(IMPLS)} (repeat it); all of them by default.")
+        list[str] | None, typer.Option(help=f"Of {', '.join(IMPLS)} (repeat it); those of the device by default.")
+    ] = None,
+    dtype: Annotated[
+        list[Dtype] | None, typer.Option(help="Dtypes of the cache (repeat it); bfloat16, on a CPU float32 too.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """One decoding step of one layer: attention over the cache, random weights."""
-    shape: dict[str, Any] = {
-        "batch": batch,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "buffer": buffer,
-    }
-    lengths = length or [8192]
+    """Attention of one decoding step of one layer, swan beside dense."""
+    lengths = lengths or [8192]
     with user_errors():
-        rows = bench_decode(lengths, impls=impl or IMPLS, **shape)
+        setup = Setup(batch=batch, buffer=buffer, **_shape(shape))
+        bandwidth = memory_bandwidth(setup.device)
+        dtypes = [each.torch for each in dtype] if dtype else None
+        chosen = _forms(form, retention)
+        rows = benchmarks.bench_decode(lengths, setup, dtypes=dtypes, forms=chosen, impls=impl, bandwidth=bandwidth)
     if json:
-        return print_json({"lengths": lengths, **shape}, rows)
-    print_table(
-        f"attention of one decode step, {heads} query and {kv_heads} KV heads of {head_dim}, batch {batch}",
-        ("form", "impl", "dtype", "retention", "length", "ms", "spread", "speedup", "read MB", "of bandwidth"),
-        [_cells(row) for row in rows],
-    )
+        return print_json(_settings(setup, shape, lengths=lengths, bandwidth=bandwidth), rows)
+    columns: dict[str, Callable[[Row], str]] = {
+        "cache": _label,
+        "impl": lambda row: row["impl"],
+        "dtype": lambda row: row["dtype"],
+        "length": lambda row: str(row["length"]),
+        "ms (spread)": _ms,
+        "speedup": _speedup,
+        "read MB": lambda row: f"{row['bytes'] / 1e6:.1f}",
+        "GB/s": _gigabytes,
+    }
+    _show(f"Attention of one decode step, {_about(setup)}", columns, rows)
+    _say_bandwidth(bandwidth)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    about = [row["form"], row["impl"], row["dtype"], f"{row['retention']:.2f}", str(row["length"])]
-    if row["median_ms"] is None:
-        return [*about, "-", "-", "-", "-", str(row["error"])]
-    return [
-        *about,
-        f"{row['median_ms']:.2f}",
-        percent(row["spread"], 0),
-        "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
-        f"{row['bytes'] / 1e6:.1f}",
-        f"{100 * row['bandwidth_fraction']:.0f} %",
-    ]
+@bench.command()
+def step(
+    lengths: LengthsOption = None,
+    shape: ShapeOption = "llama",
+    batch: BatchOption = 1,
+    buffer: BufferOption = 128,
+    form: FormOption = None,
+    retention: RetentionOption = None,
+    impl: Annotated[list[str] | None, typer.Option(help="Of eager, compiled (repeat it).")] = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    json: JsonOption = False,
+) -> None:
+    """Parts of one decoding step of one layer, and the length from which on swan's is faster."""
+    lengths = lengths or [512, 2048, 8192]
+    options = _given(forms=_forms(form, retention), impls=impl)
+    with user_errors():
+        setup = Setup(batch=batch, buffer=buffer, dtype=dtype.torch, **_shape(shape))
+        rows = benchmarks.bench_step(lengths, setup, **options)
+    if json:
+        return print_json(_settings(setup, shape, lengths=lengths), rows)
+    columns: dict[str, Callable[[Row], str]] = {
+        "cache": _label,
+        "impl": lambda row: row["impl"],
+        "length": lambda row: str(row["length"]),
+        "part": lambda row: row["what"],
+        "ms (spread)": _ms,
+        "share": lambda row: "-" if row["share"] is None else f"{100 * row['share']:.0f} %",
+        "speedup": _speedup,
+    }
+    timed = [row for row in rows if row["what"] != "break-even"]
+    _show(f"One decode step of a layer, {_about(setup)}, {dtype}", columns, timed)
+    console.print("share: of the time of the attention")
+    for row in (row for row in rows if row["what"] == "break-even"):
+        measured = row["error"] if row["length"] is None else f"{row['length']:.0f} tokens"
+        console.print(f"break-even, {_label(row)} {row['impl']}: {measured} (by operations {row['formula']:.0f})")
+
+
+@bench.command()
+def prefill(
+    lengths: LengthsOption = None,
+    shape: ShapeOption = "llama",
+    batch: BatchOption = 1,
+    buffer: BufferOption = 128,
+    form: FormOption = None,
+    retention: RetentionOption = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    json: JsonOption = False,
+) -> None:
+    """Taking in a prompt in one layer: time and peak of memory, swan beside dense."""
+    lengths = lengths or [2048]
+    with user_errors():
+        setup = Setup(batch=batch, buffer=buffer, dtype=dtype.torch, **_shape(shape))
+        rows = benchmarks.bench_prefill(lengths, setup, **_given(forms=_forms(form, retention)))
+    if json:
+        return print_json(_settings(setup, shape, lengths=lengths), rows)
+    columns: dict[str, Callable[[Row], str]] = {
+        "cache": _label,
+        "length": lambda row: str(row["length"]),
+        "ms (spread)": _ms,
+        "speedup": _speedup,
+        "cache MiB": lambda row: f"{row['bytes'] / 2**20:.1f}",
+        "peak MiB": lambda row: f"{row['peak_bytes'] / 2**20:.1f}",
+    }
+    _show(f"A prompt in one layer, {_about(setup)}, {dtype}", columns, rows)
+
+
+@bench.command()
+def capacity(
+    memory: Annotated[str, typer.Option(help="Memory for the cache of one layer, such as 64MiB.")] = "1GiB",
+    lengths: LengthsOption = None,
+    shape: ShapeOption = "llama",
+    buffer: BufferOption = 128,
+    form: FormOption = None,
+    retention: RetentionOption = None,
+    impl: Annotated[
+        str | None, typer.Option(help="Of the swan rows, as of decode; the kernel of the device by default.")
+    ] = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    json: JsonOption = False,
+) -> None:
+    """Tokens per second of one layer at the largest batch that fits a memory."""
+    lengths = lengths or [8192]
+    with user_errors():
+        from swan.integrations.transformers import _bytes
+
+        setup = Setup(buffer=buffer, dtype=dtype.torch, **_shape(shape))
+        size, bandwidth = _bytes(memory), memory_bandwidth(setup.device)
+        chosen = _forms(form, retention)
+        rows = benchmarks.bench_capacity(size, lengths, setup, forms=chosen, impl=impl, bandwidth=bandwidth)
+    if json:
+        settings = _settings(setup, shape, lengths=lengths, memory=size, bandwidth=bandwidth)
+        return print_json(settings, rows)
+    columns: dict[str, Callable[[Row], str]] = {
+        "cache": _label,
+        "impl": lambda row: row["impl"],
+        "length": lambda row: str(row["length"]),
+        "batch": lambda row: str(row["batch"]),
+        "ms (spread)": _ms,
+        "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
+        "speedup": _speedup,
+        "GB/s": _gigabytes,
+    }
+    heads = f"{setup.heads} query and {setup.kv_heads} KV heads of {setup.head_dim}"
+    _show(f"Decode attention of one layer in {memory}, {heads}, {dtype}", columns, rows)
+    _say_bandwidth(bandwidth)
+
+
+@bench.command()
+def model(
+    model: ModelArgument = "smollm2-135m",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, from papers of qasper.")] = 7500,
+    tokens: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 200,
+    batch: BatchOption = 1,
+    buffer: BufferOption = 128,
+    retention: Annotated[
+        list[float] | None, typer.Option(help="Retentions beside 1 (repeat it); 0.5 and 0.26 if none is given.")
+    ] = None,
+    impl: Annotated[list[str] | None, typer.Option(help="Of eager, compiled (repeat it); both by default.")] = None,
+    quantized: Annotated[bool, typer.Option(help="Also transformers' quantized cache, if quanto is there.")] = True,
+    calibration: CalibrationOption = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    json: JsonOption = False,
+) -> None:
+    """Tokens per second of a whole model, swan's caches beside those of transformers."""
+    options = _given(retentions=retention, impls=impl)
+    with user_errors():
+        network, tokenizer = load(model, dtype)
+        ids = token_windows(evaluation_text("qasper"), tokenizer, batch, prompt)
+        found = calibration_of(model, network, tokenizer, path=calibration)
+        options |= {"tokens": tokens, "quantized": quantized, "buffer": buffer}
+        rows = benchmarks.bench_model(network, ids, found, **options)
+    if json:
+        settings = {"model": model, "prompt": prompt, "tokens": tokens, "batch": batch, "buffer": buffer}
+        return print_json(settings | {"dtype": dtype, "threads": torch.get_num_threads()}, rows)
+    columns: dict[str, Callable[[Row], str]] = {
+        "cache": _label,
+        "impl": lambda row: row["impl"],
+        "tok/s": lambda row: f"{row['tokens_per_second']:.1f}",
+        "ms (spread)": _ms,
+        "speed": _speedup,
+        "fill s": lambda row: f"{row['prefill_seconds']:.1f}",
+        "MiB": lambda row: f"{row['bytes'] / 2**20:.1f}",
+        "growth": lambda row: "-" if row["growth"] is None else f"{row['growth'] / 1024:.1f}",
+        "agree": lambda row: f"{100 * row['agreement']:.0f} %",
+    }
+    _show(f"{model}, {tokens} tokens after {batch} x {prompt}, {dtype}", columns, rows)
+    console.print("fill: the prompt; growth: of the process, KiB per token; agree: with the tokens of the first row")
+
+
+def _shape(shape: str) -> dict[str, Any]:
+    if shape in SHAPES:
+        return SHAPES[shape]
+    numbers = shape.split("/")
+    if len(numbers) != 3 or not all(number.isdigit() and int(number) for number in numbers):
+        raise ValueError(f"a shape is {', '.join(SHAPES)}, or such as 32/8/128, got {shape!r}")
+    return dict(zip(("heads", "kv_heads", "head_dim"), map(int, numbers), strict=True))
+
+
+def _forms(form: list[str] | None, retention: list[float] | None) -> list[Form] | None:
+    """Forms as asked for, in the usual retentions where none is given; None if nothing is."""
+    if retention:
+        return list(itertools.product(form or ["graded"], retention))
+    usual = (*FORMS, *((name, 0.5) for name in form or [] if name not in dict(FORMS)))
+    return [pair for pair in usual if pair[0] in form] if form else None
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Options that were given, so that others keep their defaults."""
+    return {name: value for name, value in options.items() if value}
+
+
+def _settings(setup: Setup, shape: str, **more: Any) -> dict[str, Any]:
+    sizes = {name: getattr(setup, name) for name in ("heads", "kv_heads", "head_dim", "buffer")}
+    return {"shape": shape, **sizes, "device": str(setup.device), "threads": torch.get_num_threads(), **more}
+
+
+def _about(setup: Setup) -> str:
+    return f"{setup.heads} query and {setup.kv_heads} KV heads of {setup.head_dim}, batch {setup.batch}"
+
+
+def _show(title: str, columns: dict[str, Callable[[Row], str]], rows: Sequence[Row]) -> None:
+    """A table of what was measured, and below it what was not, and why."""
+    timed = [row for row in rows if row["median_ms"] is not None]
+    print_table(title, list(columns), [[cell(row) for cell in columns.values()] for row in timed])
+    missing: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["median_ms"] is None:
+            missing.setdefault((row["impl"], row["error"]), []).append(f"{_label(row)} at {row['length']}")
+    for (impl, error), cases in missing.items():
+        console.print(f"no {impl} of {', '.join(cases)}: {error}", markup=False, highlight=False)
+
+
+def _say_bandwidth(bandwidth: float) -> None:
+    console.print(f"plain reading or copying: {bandwidth / 1e9:.1f} GB/s (threads: {torch.get_num_threads()})")
+
+
+def _label(row: Row) -> str:
+    return "dense" if row["form"] == "dense" else f"{row['form']} {row['retention']:.2f}"
+
+
+def _ms(row: Row) -> str:
+    median = f"{row['median_ms']:.{3 if abs(row['median_ms']) < 10 else 1}f}"
+    return median if row["spread"] is None else f"{median} ({100 * row['spread']:.0f} %)"
+
+
+def _gigabytes(row: Row) -> str:
+    return f"{row['bytes'] / row['median_ms'] / 1e6:.1f}"
+
+
+def _speedup(row: Row) -> str:
+    return "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"

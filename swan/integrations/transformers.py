@@ -2,8 +2,10 @@
 
 import dataclasses
 import inspect
+import math
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, cast
 
@@ -16,12 +18,19 @@ from swan.calibration.capture import attention_layers, evaluating
 from swan.calibration.moments import output_projection
 from swan.functional.rotation import fold_value_rotation, inverse_rotate, rotate
 from swan.modules import KVCache
-from swan.modules.cache import BLOCK, Prefill
+from swan.modules.cache import BLOCK, Prefill, check_max_length
 from swan.packed import pack, unpack
 
 try:
     from transformers import AttentionInterface, PreTrainedModel
-    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import (
+        Cache,
+        CacheLayerMixin,
+        DynamicCache,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        StaticCache,
+    )
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 except ImportError as error:
@@ -126,9 +135,14 @@ class SwanCache(Cache):
     for the moment in which it grows or is packed anew, so that the bytes held between two layers are within the
     budget too. What the model computes with (activations, and tiles of 1024 tokens) is not counted.
 
+    With ``static=True`` the memory for `max_length` tokens is taken with the first ones, and counters are tensors:
+    ``torch.compile(model, fullgraph=True)`` decodes without graph breaks, and without a recompilation from the first
+    step to the last. The dial of a static cache has the `levels` that were given to it: each compiles once, and moving
+    between them afterwards does not. Compiled code does not check whether the cache is full.
+
     Args:
         model: the model, after `swan.attach`.
-        plan: what each layer stores; or give `retention`, or `budget`.
+        plan: what each layer stores; or give `retention`, or `budget`, or `levels`.
         retention: bytes per history token over the bf16 bytes of the same key and value: the plan is
             `Plan.for_retention` with the calibration that the model was attached with.
         budget: the most bytes that the cache may hold: a number, or text like ``"64MiB"``, ``"1.5GB"``, ``"500kB"``.
@@ -139,11 +153,15 @@ class SwanCache(Cache):
         sinks: first tokens kept dense (likewise).
         prefill: ``"dense"``: tokens given at once see each other dense; ``"windowed"``: the same as token
             by token, whatever the chunks.
+        static: fixed memory, for compiled decoding. `reset` keeps it, and the number of rows.
+        max_length: tokens that a static cache can hold.
+        levels: retentions between which the dial of a static cache moves; it begins at the highest.
 
     Raises:
-        ValueError: the model is not attached, not exactly one of `plan`, `retention` and `budget` is given, the
-            budget is not a positive number of bytes, or `on_full` is not one of the two or has no budget. Later, in
-            a forward or when rows are repeated: the budget is full.
+        ValueError: the model is not attached, not exactly one of `plan`, `retention`, `budget` and `levels` is given,
+            the budget is not a positive number of bytes or given to a static cache, `on_full` is not one of the two or
+            has no budget, or a static cache has no `max_length` or a dynamic one `levels`. Later, in a forward or when
+            rows are repeated: the budget or the static cache is full.
 
     Example:
         ```python
@@ -153,6 +171,12 @@ class SwanCache(Cache):
         cache.retention = 0.25  # the dial: re-packs what is stored
 
         cache = swan.SwanCache(model, budget="64MiB", on_full="evict")  # the dial moves by itself
+
+        cache = swan.SwanCache(model, levels=[0.5, 0.33], static=True, max_length=4096)
+        logits = model(**prompt, past_key_values=cache).logits
+        step = torch.compile(model, fullgraph=True)
+        step(logits[:, -1:].argmax(-1), past_key_values=cache)  # and so on: compiled once
+        cache.retention = 0.33  # compiles once more, and then never again
         ```
 
     Source: arXiv:2511.18936.
@@ -169,15 +193,19 @@ class SwanCache(Cache):
         buffer: int = 128,
         sinks: int = 4,
         prefill: Prefill = "dense",
+        static: bool = False,
+        max_length: int | None = None,
+        levels: Sequence[float] | None = None,
     ) -> None:
         if not is_attached(model):
             raise ValueError("this model is not attached; call swan.attach(model, calibration) first")
-        if [plan, retention, budget].count(None) != 2:
-            raise ValueError("give exactly one of plan, retention and budget")
+        if [plan, retention, budget, levels].count(None) != 3:
+            raise ValueError("give exactly one of plan, retention, budget and levels")
         if on_full not in ("raise", "evict") or (on_full == "evict" and budget is None):
             raise ValueError(
                 f"on_full must be 'raise', or 'evict' with a budget; got {on_full!r} and budget={budget!r}"
             )
+        _check_static(static, max_length, budget, levels)
         attention = attention_layers(model)
         self._shapes = [_shape(attention[index]) for index in sorted(attention)]
         attachment = model._swan_attachment
@@ -185,21 +213,28 @@ class SwanCache(Cache):
         self._calibration = attachment.calibration
         self.budget = None if budget is None else _bytes(budget)
         self.on_full = on_full
-        self._levels: list[Plan] = []  # of a budget
         self._warned = False
-        if retention is not None:
-            plan = Plan.for_retention(retention, self._calibration, buffer=buffer, sinks=sinks)
-        elif plan is None:
+        self.static, self.max_length = static, max_length
+        asked = sorted({*(levels or [])} | {r for r in [retention] if r is not None}, reverse=True)
+        self._levels = [Plan.for_retention(r, self._calibration, buffer=buffer, sinks=sinks) for r in asked]
+        if budget is not None:
             self._levels = Plan.levels(self._calibration, buffer=buffer, sinks=sinks)
-            plan = self._levels[0]
+        elif plan is not None:
+            self._levels = [plan]
+        self._retentions = asked or [level.retention for level in self._levels]
+        plan = self._levels[0]
         if len(plan.layers) != len(attention):
             raise ValueError(f"the plan has {len(plan.layers)} layers, the model {len(attention)}")
         layers: list[Any] = DynamicCache(config=model.config).layers
         _check_layers(layers, len(attention))
+        winnowed = [type(layer) is DynamicLayer for layer in layers]
+        if max_length is not None:
+            layers = StaticCache(config=model.config, max_cache_len=max_length).layers
+        settings: dict[str, Any] = {"prefill": prefill, "static": static, "max_length": max_length}
         for index, entry in zip(sorted(attention), plan.layers, strict=True):
-            if type(layers[index]) is DynamicLayer:
-                kv = KVCache(entry, buffer=plan.buffer, sinks=plan.sinks, prefill=prefill)
-                layers[index] = _SwanLayer(kv)
+            if winnowed[index]:
+                kv = KVCache(entry, buffer=plan.buffer, sinks=plan.sinks, **settings)
+                layers[index] = _StaticSwanLayer(kv) if static else _SwanLayer(kv)
         super().__init__(layers=layers)
         self.plan = plan
 
@@ -213,13 +248,17 @@ class SwanCache(Cache):
         """The dial. Setting it re-packs the history layer by layer and stores new tokens at the new level.
 
         Lowering frees memory at once; raising keeps what old tokens had. Nothing is recalibrated. With a budget the
-        dial goes on to fall as the history grows, and raising it to what does not fit is a ValueError.
+        dial goes on to fall as the history grows, and raising it to what does not fit is a ValueError; so is, in a
+        static cache, what is none of its levels.
         """
         return self.plan.retention
 
     @retention.setter
     def retention(self, retention: float) -> None:
-        plan = Plan.for_retention(retention, self._calibration, buffer=self.plan.buffer, sinks=self.plan.sinks)
+        if self.static:
+            plan = self._level(retention)
+        else:
+            plan = Plan.for_retention(retention, self._calibration, buffer=self.plan.buffer, sinks=self.plan.sinks)
         if any(kv.plan_layer is None for kv in self.winnowed.values()):
             raise ValueError("this cache keeps no history in some layers, so its retention is fixed")
         held = self._held
@@ -271,35 +310,46 @@ class SwanCache(Cache):
         return rows
 
     def __repr__(self) -> str:
-        budget = "" if self.budget is None else f"budget={self.budget}, on_full={self.on_full!r}, "
+        kind = "" if self.budget is None else f"budget={self.budget}, on_full={self.on_full!r}, "
+        if self.static:
+            kind = f"static, max_length={self.max_length}, levels={[round(r, 3) for r in self._retentions]}, "
         return (
-            f"SwanCache({budget}retention={self.retention:.3g}, buffer={self.plan.buffer}, sinks={self.plan.sinks}, "
-            f"tokens={self.get_seq_length()}, nbytes={self.nbytes}, compression={self.compression:.3g})"
+            f"SwanCache({kind}retention={self.retention:.3g}, buffer={self.plan.buffer}, sinks={self.plan.sinks}, "
+            f"tokens={int(self.get_seq_length())}, nbytes={self.nbytes}, compression={self.compression:.3g})"
         )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Take in new tokens of a layer; with a budget, the first layer makes room for those of all layers."""
+        if self.budget is None:
+            if self.static and layer_idx == 0 and not torch.compiler.is_compiling():
+                next(iter(self.winnowed.values())).check_room(key_states.shape[2])
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         rows, _, tokens, _ = key_states.shape
         held = self._held
         fits = held is None or (held.shape[0], held.dtype) == (rows, key_states.dtype)  # else the layers refuse it
-        if self.budget is not None and layer_idx == 0 and fits:
+        if layer_idx == 0 and fits:
             self._make_room(tokens, rows, key_states.element_size())
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer: Any = self.layers[layer_idx]
-        if self.budget is not None and tokens > 1 and not isinstance(layer, _SwanLayer):
+        if tokens > 1 and not isinstance(layer, _SwanLayer):
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # not a window into all tokens
         return states
 
     def reset(self) -> None:
-        """Forget all tokens and free the memory; with a budget, begin at the highest level again."""
+        """Forget all tokens and free the memory; with a budget, begin at the highest level again.
+
+        A static cache keeps its memory and its level: the next tokens are of as many rows, and nothing recompiles.
+        """
         super().reset()
+        if self.static:
+            return
         layers: list[Any] = self.layers
         for layer in layers:
             if not isinstance(layer, _SwanLayer):  # its own reset keeps the old tokens, as zeros
                 layer.keys, layer.values, layer.is_initialized = None, None, False
-        if self._levels:
+        if self.budget is not None:
             self._move_to(self._levels[0])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -365,6 +415,16 @@ class SwanCache(Cache):
             kv.repack(entry)
         self.plan = plan
 
+    def _level(self, retention: float) -> Plan:
+        """The plan of a static cache for a retention, as it was asked for or as the plan has it."""
+        for asked, plan in zip(self._retentions, self._levels, strict=True):
+            if math.isclose(retention, asked) or math.isclose(retention, plan.retention):
+                return plan
+        raise ValueError(
+            f"the dial of this static cache has the levels {', '.join(f'{r:.3g}' for r in self._retentions)}, got "
+            f"{retention:.3g}; a new cache can have others (levels=[...])"
+        )
+
     def _needed(self, plan: Plan, tokens: int, rows: int, itemsize: int, drop: int = 0) -> int:
         """Bytes that a budget needs for so many more tokens: of all parts, and of the largest once more."""
         parts = []
@@ -397,6 +457,20 @@ class SwanCache(Cache):
         held = [t for name in ("keys", "values") if isinstance(t := getattr(layer, name, None), Tensor)]
         size = sum(t.untyped_storage().nbytes() for t in held)
         return size, size
+
+
+def _check_static(static: bool, max_length: int | None, budget: object, levels: Sequence[float] | None) -> None:
+    check_max_length(static, max_length)
+    if static and budget is not None:
+        raise ValueError(
+            "a budget lowers the dial as the history grows, a static cache takes its memory at once; give levels=[...] "
+            "and move the dial, or leave static out"
+        )
+    if levels is not None and not (static and levels):
+        raise ValueError(
+            f"levels are one or more retentions of a static cache, got {levels} and static={static}; the dial of a "
+            "dynamic cache takes every retention"
+        )
 
 
 def _bytes(budget: int | str) -> int:
@@ -466,7 +540,7 @@ class _SwanLayer(CacheLayerMixin):
     def __init__(self, kv: KVCache) -> None:
         super().__init__()
         self.kv = kv
-        self.is_initialized = True
+        self.is_initialized = not kv.buffer.static
 
     def __repr__(self) -> str:
         return f"SwanLayer({self.kv.plan_layer})"
@@ -484,7 +558,7 @@ class _SwanLayer(CacheLayerMixin):
         return self.kv.length
 
     def get_max_length(self) -> int:
-        return -1
+        return self.kv.max_length or -1
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.15
 
@@ -509,6 +583,31 @@ class _SwanLayer(CacheLayerMixin):
         raise NotImplementedError("a SwanCache stays on its device; make it smaller with cache.retention instead")
 
     prefetch = offload
+
+
+class _StaticSwanLayer(_SwanLayer):
+    """One winnowed layer with fixed memory. Its length is a tensor: compiled code does not depend on it."""
+
+    is_compileable = True
+    supports_early_init = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.kv.allocate(key_states, value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_max_length(), 0
+
+    def get_seq_length(self) -> Any:
+        return self.kv.buffer.length
+
+    def reset(self) -> None:
+        self.kv.crop(0)
 
 
 def _swan_attention_forward(
@@ -542,13 +641,12 @@ def _swan_attention_forward(
 
 def _padding(cache: KVCache, mask: Tensor | None, queries: int) -> Tensor | None:
     """Left padding of each row as the mask shows it, until each row has begun; None where there is none."""
-    known = cache.buffer.padding
-    begun = cache.length > 0 if known is None else bool((known < cache.length).all())
-    if mask is None or begun:
+    length, known, static = cache.buffer.length, cache.buffer.padding, cache.buffer.static
+    if mask is None or (not static and (length > 0 if known is None else bool((known < length).all()))):
         return None
-    columns = cache.length + queries
-    visible = mask[:, 0, -1, :columns]
-    padding = torch.where(visible.any(-1), visible.int().argmax(-1), columns)
+    new = mask[:, 0, -1].index_select(-1, torch.arange(queries, device=mask.device) + length)
+    before = torch.where(new.any(-1), new.int().argmax(-1), queries)  # new tokens before the first of a row
+    padding = before if known is None else torch.where(known < length, known, length + before)
     return padding if known is not None or bool(padding.any()) else None
 
 

@@ -58,7 +58,8 @@ def build() -> None:
                 cpp_extension.load(NAME, [str(path) for path in SOURCES], build_directory=folder, **settings)
             except (RuntimeError, OSError) as error:
                 raise RuntimeError(
-                    "swan's CPU kernels need a C++ compiler and ninja (pip install ninja), or use impl='compiled': "
+                    "swan's CPU kernels need a C++ compiler and ninja (pip install 'swan-attention[cpp]'), or use "
+                    "impl='compiled': "
                     f"{error}"
                 ) from error
             shutil.copy(Path(folder) / f"{NAME}.so", f"{folder}/copy")

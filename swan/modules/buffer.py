@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch._dynamo import mark_static_address
 
-__all__ = ["DenseBuffer", "Evicted"]
+__all__ = ["DenseBuffer", "Evicted", "keep_in_place"]
 
 NOWHERE = 2**62  # the column of a slot that holds nothing: later than every query
 
@@ -67,6 +68,17 @@ class DenseBuffer(nn.Module):
         self.padding: Tensor | None = None  # [batch], left padding of each row; None = no padding
         self.sinks_end = self.sinks  # column after which no row has a sink left to write (dynamic)
 
+    def allocate(self, k: Tensor, v: Tensor) -> None:
+        """Take the memory for keys and values like these, of however many tokens."""
+        slots = self.sinks + self.size
+        self.keys = k.new_zeros(*k.shape[:2], slots, k.shape[3])
+        self.values = v.new_zeros(*v.shape[:2], slots, v.shape[3])
+        if self.static:
+            self.length = torch.zeros((), dtype=torch.long, device=k.device)
+            self.first = torch.zeros((), dtype=torch.long, device=k.device)
+            self.padding = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
+            keep_in_place(self.keys, self.values, self.length, self.first, self.padding)
+
     def push(self, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Evicted:
         """Take new tokens in and hand out those that have to leave.
 
@@ -79,7 +91,7 @@ class DenseBuffer(nn.Module):
             The evicted tokens (sinks are never among them where no row is padded).
         """
         if self.keys is None or self.values is None:
-            self._allocate(k, v)
+            self.allocate(k, v)
             assert self.keys is not None and self.values is not None
         if padding is not None:
             self._set_padding(padding)
@@ -131,15 +143,6 @@ class DenseBuffer(nn.Module):
         """Settings shown by `repr`."""
         return f"size={self.size}, sinks={self.sinks}, static={self.static}"
 
-    def _allocate(self, k: Tensor, v: Tensor) -> None:
-        slots = self.sinks + self.size
-        self.keys = k.new_zeros(*k.shape[:2], slots, k.shape[3])
-        self.values = v.new_zeros(*v.shape[:2], slots, v.shape[3])
-        if self.static:
-            self.length = torch.zeros((), dtype=torch.long, device=k.device)
-            self.first = torch.zeros((), dtype=torch.long, device=k.device)
-            self.padding = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
-
     def _set_padding(self, padding: Tensor) -> None:
         if self.static:
             assert self.padding is not None
@@ -176,6 +179,13 @@ class DenseBuffer(nn.Module):
             return Evicted(k, v, torch.where(held, column - self.sinks, -1))
         skip = min(max(max(int(self.first), self.sinks) - (length - self.size), 0), k.shape[2])
         return Evicted(k[:, :, skip:], v[:, :, skip:], None)
+
+
+def keep_in_place(*tensors: Tensor) -> None:
+    """Tell the compiler that these stay where they are: CUDA graphs then need no copies of them."""
+    if not torch.compiler.is_compiling():
+        for t in tensors:
+            mark_static_address(t, guard=False)
 
 
 def _write_sinks(stored: Tensor, new: Tensor, source: tuple[Tensor, Tensor]) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from swan.functional.attention import Impl, dense_attention, swan_attention
-from swan.modules.buffer import DenseBuffer
-from swan.packed import Layout, Packed, PlanLayer, pack, unpack
+from swan.kernels.pack_cpu import pack
+from swan.modules.buffer import DenseBuffer, keep_in_place
+from swan.packed import Layout, Packed, PlanLayer, unpack
 
 __all__ = ["KVCache", "Prefill"]
 
@@ -77,10 +78,7 @@ class KVCache(nn.Module):
         super().__init__()
         if prefill not in ("dense", "windowed"):
             raise ValueError(f"prefill must be 'dense' or 'windowed', got {prefill!r}")
-        if static and (max_length is None or max_length < 1):
-            raise ValueError(f"a static cache needs max_length, the tokens it can hold; got {max_length}")
-        if max_length is not None and not static:
-            raise ValueError("max_length is for static caches; a dynamic one grows as it needs")
+        check_max_length(static, max_length)
         self.plan_layer, self.prefill, self.max_length = plan_layer, prefill, max_length
         self.buffer = DenseBuffer(buffer, sinks, static=static)
         self.reset()
@@ -126,6 +124,14 @@ class KVCache(nn.Module):
             for t in (self.buffer.keys, self.buffer.values)
         )
 
+    def check_room(self, tokens: int) -> None:
+        """Raise a ValueError if a static cache cannot hold so many more tokens."""
+        if self.max_length is not None and self.length + tokens > self.max_length:
+            raise ValueError(
+                f"the static cache holds {self.length} of {self.max_length} tokens, {tokens} more do not fit; "
+                "build it with a larger max_length"
+            )
+
     def history_after(self, tokens: int, drop: int = 0) -> int:
         """Tokens in the history after so many more, if `drop` of them are dropped."""
         if self.plan_layer is None:
@@ -168,6 +174,27 @@ class KVCache(nn.Module):
         return [*history, *buffer, COLUMN_BYTES * rows * (slots + 1)]
 
     @torch.no_grad()
+    def allocate(self, k: Tensor, v: Tensor) -> None:
+        """Take the memory of a static cache; its first `update` does, if nothing else did.
+
+        Args:
+            k: rotated keys ``[batch, kv_heads, tokens, d]`` like those to come; their numbers do not matter.
+            v: rotated values ``[batch, kv_heads, tokens, dv]``, likewise.
+
+        Raises:
+            ValueError: the cache is dynamic, or has its memory already.
+        """
+        if not self.buffer.static or self.buffer.keys is not None:
+            raise ValueError("only an empty static cache takes its memory at once")
+        self.buffer.allocate(k, v)
+        if self.plan_layer is not None:
+            self.k_history, self.v_history = (
+                _resized(pack(x.new_zeros(*x.shape[:2], 1, layout.d), layout), self._room + 1, 0)
+                for x, layout in ((k, self.plan_layer.keys), (v, self.plan_layer.values))
+            )
+        keep_in_place(*self.tensors)
+
+    @torch.no_grad()
     def update(self, k: Tensor, v: Tensor, *, padding: Tensor | None = None) -> None:
         """Take in the keys and values of new tokens.
 
@@ -184,10 +211,12 @@ class KVCache(nn.Module):
         if not torch.compiler.is_compiling():
             self._check(k, v, padding)
         buffer, tokens = self.buffer, k.shape[2]
+        if buffer.static and buffer.keys is None:
+            self.allocate(k, v)
         length, first = buffer.length, buffer.first
         if isinstance(length, Tensor) and isinstance(first, Tensor):
             length, first = length.clone(), first.clone()
-        whole = tokens > 1 and not buffer.static and length == 0 and (self.prefill == "dense" or tokens <= buffer.size)
+        whole = tokens > 1 and self._is_empty() and (self.prefill == "dense" or tokens <= buffer.size)
         if tokens == 1:
             dense = None
         elif whole and padding is None:
@@ -244,8 +273,8 @@ class KVCache(nn.Module):
             scale=scale,
             impl=impl,
         )
-        if recent.queries > 1:
-            self._recent = None
+        if recent.queries > 1 or self.buffer.static:
+            self._recent = None  # nor has compiled code to hand it out
         return out
 
     @torch.no_grad()
@@ -253,7 +282,8 @@ class KVCache(nn.Module):
         r"""Move the history to other layouts; new tokens are stored in them from now on.
 
         Lowering frees memory at once. Raising keeps what old tokens had. While it runs, the keys or the values of
-        the history exist twice, and 1024 tokens of them dense.
+        the history exist twice, and 1024 tokens of them dense. A static cache keeps its capacity: each pair of layouts
+        has tensors of the same shapes whenever it comes back, so compiled code that has seen it serves again.
 
         What a vector $x$ loses on its way through layouts $A$ and then $B$ is at most what each loses:
 
@@ -275,11 +305,10 @@ class KVCache(nn.Module):
             plan_layer: the new layouts.
 
         Raises:
-            ValueError: the cache is static or has no history, or the layouts are of another dimension.
+            ValueError: the cache has no history, or the layouts are of another dimension.
         """
-        if self.plan_layer is None or self.buffer.static:
-            kind = "a static cache has its layouts fixed" if self.buffer.static else "a cache without history has none"
-            raise ValueError(f"cannot change layouts: {kind}; build a new cache")
+        if self.plan_layer is None:
+            raise ValueError("cannot change layouts: a cache without history has none; build a new cache")
         old, new = ((layer.keys.d, layer.values.d) for layer in (self.plan_layer, plan_layer))
         if new != old:
             raise ValueError(f"the cache stores keys and values of {old} coordinates, the new layouts are for {new}")
@@ -288,6 +317,8 @@ class KVCache(nn.Module):
             self.k_history = _repacked(self.k_history, plan_layer.keys, stored)
             self.v_history = _repacked(self.v_history, plan_layer.values, stored)
         self.plan_layer = plan_layer
+        if self.buffer.static:
+            keep_in_place(*self.tensors)
 
     @torch.no_grad()
     def drop(self, tokens: int) -> None:
@@ -352,17 +383,34 @@ class KVCache(nn.Module):
         buffer = self.buffer
         if buffer.keys is None or buffer.values is None:
             return
-        buffer.keys = fn(buffer.keys)  # one after the other: only one of them exists twice
-        buffer.values = fn(buffer.values)
-        buffer.padding = None if buffer.padding is None else fn(buffer.padding)
-        self.k_history = None if self.k_history is None else self.k_history.map(fn)
-        self.v_history = None if self.v_history is None else self.v_history.map(fn)
+
+        def mapped(t: Tensor) -> Tensor:
+            new = fn(t)
+            return t.copy_(new) if buffer.static and new.shape == t.shape else new
+
+        buffer.keys = mapped(buffer.keys)  # one after the other: only one of them exists twice
+        buffer.values = mapped(buffer.values)
+        buffer.padding = None if buffer.padding is None else mapped(buffer.padding)
+        self.k_history = None if self.k_history is None else self.k_history.map(mapped)
+        self.v_history = None if self.v_history is None else self.v_history.map(mapped)
         self._recent = None
+        if buffer.static:
+            keep_in_place(*self.tensors)
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""
         limit = "" if self.max_length is None else f", max_length={self.max_length}"
         return f"{self.plan_layer}, prefill={self.prefill!r}{limit}"
+
+    @property
+    def _room(self) -> int:
+        """Tokens that the history of a static cache holds; one slot more takes what is no token."""
+        assert self.max_length is not None
+        return max(self.max_length - self.buffer.size - self.buffer.sinks, 0)
+
+    def _is_empty(self) -> bool:
+        """Whether there are surely no tokens: compiled code does not read the counter of a static cache."""
+        return not (self.buffer.static and torch.compiler.is_compiling()) and self.length == 0
 
     def _with_new(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Dense tokens before the update and the new ones, with their columns."""
@@ -392,10 +440,8 @@ class KVCache(nn.Module):
         if k.shape[2] == 0:
             return
         if index is not None:
-            assert self.max_length is not None
-            room = max(self.max_length - self.buffer.size - self.buffer.sinks, 0)
-            index = torch.where(index < 0, room, index)  # one slot more takes what is no token
-            self._write(pack(k, plan_layer.keys), pack(v, plan_layer.values), index, room + 1)
+            index = torch.where(index < 0, self._room, index)
+            self._write(pack(k, plan_layer.keys), pack(v, plan_layer.values), index, self._capacity)
             return
         stop, tokens = self.history_length, k.shape[2]  # push has counted the evicted tokens in
         capacity = self._capacity if self._capacity >= stop else _grown(stop)
@@ -514,11 +560,7 @@ class KVCache(nn.Module):
                 )
         if padding is not None and tuple(padding.shape) != (k.shape[0],):
             raise ValueError(f"padding counts each row's left padding, [{k.shape[0]}], got {list(padding.shape)}")
-        if self.max_length is not None and self.length + k.shape[2] > self.max_length:
-            raise ValueError(
-                f"the static cache holds {self.length} of {self.max_length} tokens, {k.shape[2]} more do not fit; "
-                "build it with a larger max_length"
-            )
+        self.check_room(k.shape[2])
 
     def _check_mask(self, mask: Tensor, q: Tensor) -> None:
         if mask.dtype != torch.bool:
@@ -530,6 +572,13 @@ class KVCache(nn.Module):
                 f"expected a mask [{batch} or 1, {heads} or 1, {queries}, {self.length} or more columns] over the "
                 f"whole sequence, got {list(mask.shape)}"
             )
+
+
+def check_max_length(static: bool, max_length: int | None) -> None:
+    if static and (max_length is None or max_length < 1):
+        raise ValueError(f"a static cache needs max_length, the tokens it can hold; got {max_length}")
+    if max_length is not None and not static:
+        raise ValueError("max_length is for static caches; a dynamic one grows as it needs")
 
 
 def _columns_of(mask: Tensor, columns: Tensor) -> Tensor:

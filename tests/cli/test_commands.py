@@ -76,10 +76,39 @@ def test_frontier(tmp_path):
     assert (tmp_path / "f.png").is_file()
 
 
+LAYER = ("--shape", "4/2/32", "--buffer", "32", "--form", "topk")
+
+
 def test_bench_decode():
-    arguments = ("bench", "decode", "--lengths", "96", "--heads", "4", "--kv-heads", "2", "--head-dim", "32")
-    rows = run_json(*arguments, "--buffer", "32", "--impl", "sdpa", "--impl", "eager")["rows"]
-    assert {row["what"] for row in rows} == {"decode"}
+    arguments = ("bench", "decode", "--lengths", "96", *LAYER, "--impl", "sdpa", "--impl", "tiles")
+    result = run_json(*arguments, "--retention", "0.5", "--dtype", "bfloat16")
+    assert [(row["what"], row["form"], row["retention"]) for row in result["rows"]] == [
+        ("decode", "dense", 1.0),
+        ("decode", "topk", 0.5),
+    ]
+    assert result["settings"]["kv_heads"] == 2 and result["settings"]["bandwidth"] > 0
+    shown = run(*arguments, "--impl", "abacus").stdout
+    assert "GB/s (threads" in shown and "no abacus of topk 0.50 at 96" in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "shown"),
+    [
+        ("step", ("--impl", "eager"), "break-even, topk 0.50 eager"),
+        ("prefill", (), "peak MiB"),
+        ("capacity", ("--memory", "64KiB", "--impl", "tiles"), "tokens/s"),
+    ],
+)
+def test_bench_a_layer(command, options, shown):
+    arguments = ("bench", command, "--lengths", "96", *LAYER, *options)
+    assert {row["form"] for row in run_json(*arguments)["rows"]} == {"dense", "topk"}
+    assert shown in run(*arguments).stdout
+
+
+def test_bench_model():
+    arguments = ("bench", "model", MODEL, "--prompt", "200", "--tokens", "2", "--impl", "eager", "--no-quantized")
+    rows = run_json(*arguments, "--retention", "0.5")["rows"]
+    assert [(row["form"], row["retention"]) for row in rows] == [("dense", 1.0), ("graded", 1.0), ("graded", 0.5)]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +118,8 @@ def test_bench_decode():
         (("generate", MODEL, "x", "--retention", "1.5"), "above 0 and at most 1"),
         (("evaluate", MODEL, "--text", "nowhere.txt"), "nowhere.txt"),
         (("generate", MODEL, "x", "--calibration", "nowhere.safetensors"), "nowhere.safetensors"),
+        (("bench", "decode", "--shape", "8x8"), "such as 32/8/128, got '8x8'"),
+        (("bench", "capacity", "--memory", "much"), "'64MiB'"),
     ],
 )
 def test_errors_are_sentences(arguments, message):

@@ -1,32 +1,48 @@
+import dataclasses
+import dataclasses
 import json
 import time
 
 import pytest
 import torch
 
-from swan.evaluation import bench
-from swan.evaluation.bench import add_speedups, bench_decode, break_even
+from swan import calibrate
+from swan.evaluation.bench import (
+    FORMS,
+    Setup,
+    add_speedups,
+    bench_capacity,
+    bench_decode,
+    bench_model,
+    bench_prefill,
+    bench_step,
+    break_even,
+    common,
+)
+from swan.evaluation.bench import decode as decode_module
 from swan.evaluation.machine import TooLong, at_most, last_level_cache, machine, peak_bytes, time_calls, versions
+from tests.tiny import tiny, tokens
 
 COLUMNS = [
     "what", "impl", "form", "retention", "length", "batch", "dtype", "median_ms", "spread", "bytes",
     "bandwidth_fraction", "error", "speedup", "peak_bytes",
 ]  # fmt: skip
-TINY = {"heads": 4, "kv_heads": 2, "head_dim": 32, "buffer": 16, "device": "cpu", "repeats": 3, "bandwidth": 1e10}
 CPU = torch.device("cpu")
+TINY = Setup(heads=4, kv_heads=2, head_dim=32, buffer=16, device=CPU, repeats=3, progress=False)
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    return bench_decode([40, 100], batch=2, impls=["sdpa", "sdpa-gqa", "eager"], **TINY)
+    setup = dataclasses.replace(TINY, batch=2)
+    return bench_decode([40, 100], setup, impls=["sdpa", "sdpa-gqa", "cpp", "tiles"], bandwidth=1e10)
 
 
 def test_rows_follow_the_schema(rows):
-    assert len(rows) == 2 * 2 * (2 + len(bench.FORMS))  # lengths, dtypes, dense impls and forms
+    assert len(rows) == 2 * 2 * (2 + 2 * len(FORMS))  # lengths, dtypes, dense impls and forms
     for row in rows:
         assert list(row) == COLUMNS
         assert row["what"] == "decode"
-        assert (row["form"] == "dense") == (row["impl"] in bench.DENSE)
+        assert (row["form"] == "dense") == (row["impl"] in decode_module.DENSE)
         assert row["median_ms"] > 0 and row["spread"] >= 0 and row["bandwidth_fraction"] > 0 and row["peak_bytes"] > 0
     json.dumps(rows, allow_nan=False)
 
@@ -52,20 +68,22 @@ def test_speedup_is_over_the_fastest_dense_row_of_its_length(rows):
 
 def test_speedups_across_calls_keep_batches_apart():
     def row(form, batch, median_ms):
-        return {"form": form, "length": 8, "batch": batch, "median_ms": median_ms, "speedup": None}
+        return {"what": "decode", "form": form, "length": 8, "batch": batch, "median_ms": median_ms, "speedup": None}
 
     rows = [row("dense", 1, 4.0), row("dense", 1, 2.0), row("topk", 1, 1.0), row("topk", 1, None), row("topk", 8, 1.0)]
     add_speedups(rows)
     assert [r["speedup"] for r in rows] == [0.5, 1.0, 2.0, None, None]
 
 
+def timed(**options) -> list[dict]:
+    return bench_decode([40], TINY, bandwidth=BANDWIDTH, **options)
+
+
 def test_what_cannot_run_gives_a_row_with_the_reason():
-    impossible, other = bench_decode(
-        [40], impls=["eager", "abacus"], forms=[("graded", 0.01)], dtypes=[torch.float32], **TINY
-    )
+    impossible, other = timed(impls=["tiles", "abacus"], forms=[("graded", 0.01)])
     assert impossible["error"].startswith("ValueError: no plan fits") and impossible["median_ms"] is None
     assert other["error"] == impossible["error"]
-    (unknown,) = bench_decode([40], impls=["abacus"], forms=[("topk", 0.5)], dtypes=[torch.float32], **TINY)
+    (unknown,) = timed(impls=["abacus"], forms=[("topk", 0.5)])
     assert "abacus" in unknown["error"] and unknown["median_ms"] is None and unknown["speedup"] is None
     assert list(unknown) == COLUMNS
 
@@ -74,32 +92,49 @@ def test_wrong_results_and_lack_of_memory_are_reasons_too(monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("out of memory\nand more lines")
 
-    monkeypatch.setitem(bench.DENSE, "sdpa", no_memory)
-    monkeypatch.setitem(bench.DENSE, "sdpa-gqa", lambda q, k, v: 2 * q)
-    first, second = bench_decode([40], impls=["sdpa", "sdpa-gqa"], dtypes=[torch.float32], forms=[], **TINY)
+    def no_compiler(*_):
+        raise RuntimeError("the compiler raised:\nthe reason\nand more lines")
+
+    monkeypatch.setitem(decode.DENSE, "sdpa", no_memory)
+    monkeypatch.setitem(decode.DENSE, "sdpa-gqa", lambda q, k, v: 2 * q)
+    monkeypatch.setitem(decode.DENSE, "flex", no_compiler)
+    first, second, third = timed(impls=["sdpa", "sdpa-gqa", "flex"], forms=[])
     assert first["error"] == "OutOfMemoryError: out of memory"
     assert second["error"].startswith("ArithmeticError: wrong result") and second["median_ms"] is None
+    assert third["error"] == "RuntimeError: the compiler raised: the reason"
 
 
 def test_settings_are_checked():
     with pytest.raises(ValueError, match=r"above the buffer \(16\), got \[100, 16\]"):
-        bench_decode([100, 16], **TINY)
+        bench_decode([100, 16], TINY)
     with pytest.raises(ValueError, match="forms are"):
-        bench_decode([100], forms=[("ternary", 0.5)], **TINY)
+        timed(forms=[("ternary", 0.5)])
+
+
+def test_what_is_timed_if_nothing_is_asked_for():
+    rows = [
+        (row["form"], row["impl"])
+        for row in bench_decode([40, 8193], dataclasses.replace(TINY, compile_seconds=0.001), forms=[("fp8", 0.5)])
+    ]
+    dense = [("dense", impl) for impl in ("sdpa", "sdpa-gqa", "flex")]
+    assert rows == [*dense, ("fp8", "tiles"), ("fp8", "compiled"), *dense, ("fp8", "tiles")]
+    assert decode.kernel_on(CPU) == "cpp" and decode.kernel_on(torch.device("cuda")) == "triton"
+    assert common.forms_on(CPU) == FORMS and common.forms_on(torch.device("cuda"))[-1][0] == "fp8"
+    assert all(set(shape) == {"heads", "kv_heads", "head_dim"} for shape in SHAPES.values())
+
+
+def test_the_kernel_and_fp8():
+    rows = timed(impls=["cpp", "tiles"], forms=[("graded", 0.27), ("fp8", 0.5)])
+    assert [(row["form"], row["impl"]) for row in rows] == [("graded", "cpp"), ("graded", "tiles"), ("fp8", "tiles")]
+    assert all(row["error"] < 1e-5 for row in rows)
 
 
 def test_copies_together_do_not_fit_the_cache(monkeypatch):
-    monkeypatch.setattr(bench, "last_level_cache", lambda device: 2**20)
-    step = bench._random_step(1, 4, 2, 1000, 32, 16, torch.float32, CPU, None)
+    monkeypatch.setattr(common, "last_level_cache", lambda device: 2**20)
+    step = decode.random_step(TINY, 1000, None)
     each = 2 * 2 * 1000 * 32 * 4
     assert 2 * 2**20 < len(step.copies) * each <= 2 * 2**20 + each
     assert len({k.data_ptr() for k, _ in step.copies}) == len(step.copies)
-
-
-def test_break_even_is_the_papers():
-    assert break_even(128, 64, 128) == 128**2 / 64 + 128
-    with pytest.raises(ValueError, match="between 1 and d - 1 = 127, got 128"):
-        break_even(128, 128, 0)
 
 
 def test_machine_and_versions():
@@ -139,6 +174,6 @@ def test_at_most_interrupts_and_cleans_up():
 
 @pytest.mark.slow
 def test_compiled_rows():
-    rows = bench_decode([40], impls=["flex", "compiled"], dtypes=[torch.float32], **TINY)
-    assert [row["impl"] for row in rows] == ["flex"] + ["compiled"] * len(bench.FORMS)
+    rows = timed(impls=["flex", "compiled"])
+    assert [row["impl"] for row in rows] == ["flex"] + ["compiled"] * len(FORMS)
     assert all(row["median_ms"] is not None and row["error"] < 1e-5 for row in rows)

@@ -233,7 +233,7 @@ def test_cache_of_a_model_that_is_not_attached():
 
 @pytest.mark.parametrize("settings", [{}, {"plan": Plan.for_retention(0.5, dims=[(16, 16)] * 2), "retention": 0.5}])
 def test_cache_takes_a_plan_or_a_retention(settings):
-    with pytest.raises(ValueError, match="give exactly one of plan, retention and budget"):
+    with pytest.raises(ValueError, match="give exactly one of plan, retention, budget and levels"):
         SwanCache(attached(), **settings)
 
 

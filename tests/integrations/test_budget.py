@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 import swan.modules.cache
 from swan import Plan, SwanCache
 from swan.integrations.transformers import cache_keyword
-from swan.packed import cached_mix
 from tests.strategies import splits
 from tests.tiny import (
     attached,
     float32_bound,
+    forget_mixes,
     generated,
     left_padded,
     live_storages,
@@ -133,14 +133,14 @@ def widened(mask, length):
 
 def test_what_is_alive_is_within_the_budget(model):
     """By every storage in the process (tests/integrations/test_memory.py asks the allocator, step by step)."""
-    cached_mix.cache_clear()  # small matrices, one for each layout, kept for all caches of the process
+    forget_mixes()  # small matrices, one for each layout, kept for all caches of the process
     cache = budgeted(model, on_full="evict")
     before, levels = live_storages(), set()
     with pytest.warns(UserWarning, match="the oldest tokens"):
         for start in range(0, 500, 100):
             step(model, cache, TEXT["input_ids"][:, start : start + 99])
             step(model, cache, TEXT["input_ids"][:, start + 99 : start + 100])
-            cached_mix.cache_clear()
+            forget_mixes()
             alive = sum(size for place, size in live_storages().items() if place not in before)
             assert alive == cache.nbytes <= BUDGET
             levels.add(cache.retention)
@@ -477,8 +477,8 @@ def test_a_budget_of_nothing(model, text):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "give exactly one of plan, retention and budget"),
-        ({"retention": 0.5, "budget": 1000}, "give exactly one of plan, retention and budget"),
+        ({}, "give exactly one of plan, retention, budget and levels"),
+        ({"retention": 0.5, "budget": 1000}, "give exactly one of plan, retention, budget and levels"),
         ({"plan": Plan.for_retention(0.5, dims=DIMS), "budget": 1000}, "give exactly one of"),
         ({"budget": 1000, "on_full": "drop"}, "'raise', or 'evict' with a budget; got 'drop' and budget=1000"),
         ({"retention": 0.5, "on_full": "evict"}, "'raise', or 'evict' with a budget; got 'evict' and budget=None"),

@@ -6,8 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from swan import SwanCache
 from swan.integrations.transformers import cache_keyword
-from swan.packed import cached_mix
-from tests.tiny import attached, live_storages, tokens
+from tests.tiny import attached, forget_mixes, live_storages, tokens
 
 PREFILL, STEPS = 4096, 200
 
@@ -37,7 +36,7 @@ def test_what_is_alive_is_what_the_cache_counts(model):
     before = live_storages()
 
     def alive():
-        cached_mix.cache_clear()  # small matrices, one for each layout, kept for all caches of the process
+        forget_mixes()  # small matrices, one for each layout, kept for all caches of the process
         return sum(size for place, size in live_storages().items() if place not in before)
 
     cache = SwanCache(model, retention=0.5)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from swan import Graded, KVCache, PlanLayer, TopK, unpack
 from swan.functional import reference
-from swan.packed import cached_mix
+from swan.packed import build_mix
 from tests.strategies import (
     DTYPES,
     U32,
@@ -226,7 +226,7 @@ def largest_loss(y: Tensor, layout) -> Tensor:
         peak = y.abs().amax(-1)
         each = {4: (peak * step).clamp(min=least) / 16, 8: peak / 127 * (1 + 2**-8) / 2, 16: 0 * peak}[layout.bits]
         return ((y - kept).square().sum(-1) + layout.keep * each**2).sqrt()
-    mixed = y @ cached_mix(layout, torch.float64, y.device)
+    mixed = y @ build_mix(layout.groups, torch.float64, y.device)
     total, start = torch.zeros(y.shape[:-1], dtype=torch.float64), 0
     for size, bits in layout.groups:
         group = mixed[..., start : start + size]
@@ -504,17 +504,37 @@ def test_crop_refuses(length):
     assert_same(cache, before)
 
 
-@pytest.mark.parametrize(
-    ("cache", "message"),
-    [
-        (cache_of(static=True), "a static cache has its layouts fixed; build a new cache"),
-        (cache_of(None), "a cache without history has none"),
-    ],
-    ids=["static", "window"],
-)
-def test_repack_refuses(cache, message):
-    with pytest.raises(ValueError, match=message):
-        cache.repack(LOWER)
+def test_a_static_cache_moves_as_a_dynamic_one_and_keeps_its_capacity():
+    _, k, v = sequence(60)
+    static, dynamic = cache_of(static=True), cache_of()
+    shapes = {}
+    for part, plan_layer in enumerate([LOWER, HIGHER, PLAN, LOWER, PLAN]):
+        tokens = slice(12 * part, 12 * part + 12)
+        for cache in (static, dynamic):
+            cache.update(k[:, :, tokens], v[:, :, tokens])
+            cache.repack(plan_layer)
+        assert all(torch.equal(a, b) for a, b in zip(history(static), history(dynamic), strict=True))
+        now = [t.shape for t in (*static.k_history.tensors, *static.v_history.tensors)]
+        assert shapes.setdefault(plan_layer, now) == now
+        assert all(shape[2] == 60 - 8 - 2 + 1 for shape in now)
+
+
+def test_a_static_cache_takes_its_memory_before_its_tokens():
+    q, k, v = sequence(30)
+    cache, other = cache_of(static=True), cache_of(static=True)
+    cache.allocate(k[:, :, :0], v[:, :, :0])
+    size = cache.nbytes
+    assert torch.equal(decode(cache, q, k, v, [30]), decode(other, q, k, v, [30]))
+    assert cache.nbytes == other.nbytes == size
+    for full in (cache, cache_of()):
+        with pytest.raises(ValueError, match="only an empty static cache takes its memory at once"):
+            full.allocate(k, v)
+
+
+@static_or_not
+def test_repack_needs_a_history(static):
+    with pytest.raises(ValueError, match="a cache without history has none; build a new cache"):
+        cache_of(None, static=static).repack(LOWER)
 
 
 @pytest.mark.parametrize(
