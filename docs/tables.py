@@ -110,6 +110,34 @@ def needles(path: str) -> str:
     return table(columns, rows, "l" + "r" * (len(columns) - 1))
 
 
+def decode(path: str) -> str:
+    """Attention of one decode step."""
+    result = json.loads(Path(path).read_text())
+    settings, rows = result["settings"], result["rows"]
+    cells = [
+        [
+            "dense" if row["form"] == "dense" else f"{row['form']}, {row['retention']:.2f}",
+            row["impl"],
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['median_ms']:.2f}",
+            f"{100 * row['spread']:.0f}&nbsp;%",
+            f"{row['speedup']:.2f}",
+            f"{row['bandwidth_fraction']:.2f}",
+            f"{row['error']:.0e}",
+        ]
+        for row in rows
+        if row["median_ms"] is not None
+    ]
+    columns = ("cache, retention", "impl", "MB read", "ms", "spread", "speed-up", "of bandwidth", "error")
+    note = (
+        f"{settings['heads']} query and {settings['kv_heads']} KV heads of {settings['head_dim']}, "
+        f"{settings['lengths'][0]} tokens, {rows[0]['dtype']}, {result['machine']['cpu']}, {settings['threads']} threads, "
+        f"{settings['bandwidth'] / 1e9:.0f} GB/s. Speed-up: over the fastest dense row. "
+        f"Made by `{result['command']}`."
+    )
+    return table(columns, cells, "llrrrrrr") + "\n\n" + note
+
+
 def after_prompt(*paths: str) -> str:
     """Token eviction and swan, of a prompt that is compressed once."""
     rows = []
