@@ -215,14 +215,15 @@ class SwanCache(Cache):
         self.on_full = on_full
         self._warned = False
         self.static, self.max_length = static, max_length
-        asked = sorted({*(levels or [])} | {r for r in [retention] if r is not None}, reverse=True)
-        self._levels = [Plan.for_retention(r, self._calibration, buffer=buffer, sinks=sinks) for r in asked]
-        if budget is not None:
-            self._levels = Plan.levels(self._calibration, buffer=buffer, sinks=sinks)
-        elif plan is not None:
+        asked = [retention] if retention is not None else sorted(set(levels or []), reverse=True)
+        if plan is not None:
             self._levels = [plan]
-        self._retentions = asked or [level.retention for level in self._levels]
+        elif budget is not None:
+            self._levels = Plan.levels(self._calibration, buffer=buffer, sinks=sinks)
+        else:
+            self._levels = [Plan.for_retention(r, self._calibration, buffer=buffer, sinks=sinks) for r in asked]
         plan = self._levels[0]
+        self._retentions = asked or [plan.retention]  # by which the levels of a static cache are called
         if len(plan.layers) != len(attention):
             raise ValueError(f"the plan has {len(plan.layers)} layers, the model {len(attention)}")
         layers: list[Any] = DynamicCache(config=model.config).layers
