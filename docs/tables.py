@@ -131,8 +131,8 @@ def decode(path: str) -> str:
     columns = ("cache, retention", "impl", "MB read", "ms", "spread", "speed-up", "of bandwidth", "error")
     note = (
         f"{settings['heads']} query and {settings['kv_heads']} KV heads of {settings['head_dim']}, "
-        f"{settings['lengths'][0]} tokens, {rows[0]['dtype']}, {result['machine']['cpu']}, {settings['threads']} threads, "
-        f"{settings['bandwidth'] / 1e9:.0f} GB/s. Speed-up: over the fastest dense row. "
+        f"{settings['lengths'][0]} tokens, {rows[0]['dtype']}, {result['machine']['cpu']}, "
+        f"{settings['threads']} threads, {settings['bandwidth'] / 1e9:.0f} GB/s. Speed-up: over the fastest dense row. "
         f"Made by `{result['command']}`."
     )
     return table(columns, cells, "llrrrrrr") + "\n\n" + note

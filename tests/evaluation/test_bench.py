@@ -1,48 +1,35 @@
 import dataclasses
-import dataclasses
 import json
 import time
 
 import pytest
 import torch
 
-from swan import calibrate
-from swan.evaluation.bench import (
-    FORMS,
-    Setup,
-    add_speedups,
-    bench_capacity,
-    bench_decode,
-    bench_model,
-    bench_prefill,
-    bench_step,
-    break_even,
-    common,
-)
-from swan.evaluation.bench import decode as decode_module
+from swan.evaluation.bench import FORMS, SHAPES, Setup, add_speedups, bench_decode, common, decode
 from swan.evaluation.machine import TooLong, at_most, last_level_cache, machine, peak_bytes, time_calls, versions
-from tests.tiny import tiny, tokens
 
 COLUMNS = [
     "what", "impl", "form", "retention", "length", "batch", "dtype", "median_ms", "spread", "bytes",
     "bandwidth_fraction", "error", "speedup", "peak_bytes",
 ]  # fmt: skip
 CPU = torch.device("cpu")
-TINY = Setup(heads=4, kv_heads=2, head_dim=32, buffer=16, device=CPU, repeats=3, progress=False)
+TINY = Setup(heads=4, kv_heads=2, head_dim=32, buffer=16, dtype=torch.float32, device=CPU, repeats=3)
+BANDWIDTH = 1e10
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    setup = dataclasses.replace(TINY, batch=2)
-    return bench_decode([40, 100], setup, impls=["sdpa", "sdpa-gqa", "cpp", "tiles"], bandwidth=1e10)
+    setup, impls = dataclasses.replace(TINY, batch=2), ["sdpa", "sdpa-gqa", "tiles"]
+    dtypes = [torch.float32, torch.bfloat16]
+    return bench_decode([40, 100], setup, dtypes=dtypes, impls=impls, bandwidth=BANDWIDTH)
 
 
 def test_rows_follow_the_schema(rows):
-    assert len(rows) == 2 * 2 * (2 + 2 * len(FORMS))  # lengths, dtypes, dense impls and forms
+    assert len(rows) == 2 * 2 * (2 + len(FORMS))  # lengths, dtypes, dense impls and forms
     for row in rows:
         assert list(row) == COLUMNS
         assert row["what"] == "decode"
-        assert (row["form"] == "dense") == (row["impl"] in decode_module.DENSE)
+        assert (row["form"] == "dense") == (row["impl"] in decode.DENSE)
         assert row["median_ms"] > 0 and row["spread"] >= 0 and row["bandwidth_fraction"] > 0 and row["peak_bytes"] > 0
     json.dumps(rows, allow_nan=False)
 

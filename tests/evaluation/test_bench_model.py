@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from tiny import calibration_of, tiny
 from transformers import DynamicCache
 
 from swan.evaluation.bench import bench_model, model
 from swan.evaluation.bench.common import COLUMNS
 from swan.integrations.transformers import is_attached
+from tests.tiny import calibration_of, tiny
 
 
 def rows_of(network, **options) -> list[dict]:
@@ -64,7 +64,7 @@ def test_settings_are_checked():
     network = tiny()
     with pytest.raises(ValueError, match=r"a prompt \[batch, tokens\]"):
         bench_model(network, torch.arange(4), calibration_of(network))
-    with pytest.raises(ValueError, match="impls of eager, compiled, got .*'sdpa'"):
+    with pytest.raises(ValueError, match=r"impls of eager, compiled, got .*'sdpa'"):
         bench_model(network, torch.ones(1, 4, dtype=torch.long), calibration_of(network), impls=["sdpa"])
 
 
