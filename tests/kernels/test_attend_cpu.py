@@ -76,7 +76,7 @@ def check(seed, dtype, head_counts, queries, tokens, keys, values, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("tokens", [1, 17, 330])
-@pytest.mark.parametrize("d", [16, 40, 64, 128, 256])
+@pytest.mark.parametrize("d", [16, 40, 64, 128, pytest.param(256, marks=pytest.mark.slow)])
 def test_every_layout(d, tokens, dtype):
     layouts = layouts_of(d)
     for i, keys in enumerate(layouts):
