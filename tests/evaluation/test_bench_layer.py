@@ -113,7 +113,9 @@ def test_the_batch_fills_the_memory():
 @pytest.mark.slow
 def test_a_compiled_step():
     torch.use_deterministic_algorithms(False)  # inductor's code does not know NaN filling (tests/conftest.py)
-    rows = bench_step([40], SETUP, forms=FORM, impls=["compiled"])
+    # Not topk: fused, its codes are of the scale before it is rounded to bfloat16.
+    rows = bench_step([40], SETUP, forms=[("leading", 0.5), ("graded", 0.27)], impls=["compiled"])
     check(rows, "share", "formula")
-    assert [row["what"] for row in rows] == ["step", "rotate+update", "attend", "step", "break-even"]
-    assert rows[3]["error"] < 1e-5
+    parts = ["rotate+update", "attend", "step"]
+    assert [row["what"] for row in rows] == ["step", *parts, *parts, *["break-even"] * 2]
+    assert max(rows[3]["error"], rows[6]["error"]) < 1e-5
