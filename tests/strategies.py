@@ -10,6 +10,7 @@ from torch import Tensor
 
 from swan import Graded, PlanLayer, TopK, pack, random_rotation, unpack
 from swan.functional import reference
+from swan.packed import PARTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(3, 3), (4, 2), (6, 2), (5, 1)]  # query and KV heads: MHA, GQA, MQA
@@ -71,6 +72,15 @@ def graded_layouts(draw, d):
     sizes = [stop - start for start, stop in zip([0, *cuts], [*cuts, d], strict=True)]
     groups = [(size, 16 if (i % 2 == 0) == kept else 0) for i, size in enumerate(sizes)]
     return Graded(tuple(groups)) if any(bits for _, bits in groups) else Graded(((d, 16),))
+
+
+@st.composite
+def coded_layouts(draw, d):
+    """`Graded` with up to four groups of any size and bits."""
+    cuts = sorted(draw(st.sets(st.integers(1, d - 1), max_size=3)))
+    sizes = [stop - start for start, stop in zip([0, *cuts], [*cuts, d], strict=True)]
+    bits = draw(st.lists(st.sampled_from([0, *PARTS, 16]), min_size=len(sizes), max_size=len(sizes)))
+    return Graded(tuple(zip(sizes, bits, strict=True))) if any(bits) else Graded(((d, 3),))
 
 
 def layouts(d, bits=(8, 16)):

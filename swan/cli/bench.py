@@ -166,10 +166,10 @@ def capacity(
     """Tokens per second of one layer at the largest batch that fits a memory."""
     lengths = lengths or [8192]
     with user_errors():
-        from swan.integrations.transformers import _bytes
+        from swan.integrations.transformers import byte_count
 
         setup = Setup(buffer=buffer, dtype=dtype.torch, **_shape(shape))
-        size, bandwidth = _bytes(memory), memory_bandwidth(setup.device)
+        size, bandwidth = byte_count(memory), memory_bandwidth(setup.device)
         chosen = _forms(form, retention)
         rows = benchmarks.bench_capacity(size, lengths, setup, forms=chosen, impl=impl, bandwidth=bandwidth)
     if json:

@@ -211,7 +211,7 @@ class SwanCache(Cache):
         attachment = model._swan_attachment
         assert isinstance(attachment, _Attachment)
         self._calibration = attachment.calibration
-        self.budget = None if budget is None else _bytes(budget)
+        self.budget = None if budget is None else byte_count(budget)
         self.on_full = on_full
         self._warned = False
         self.static, self.max_length = static, max_length
@@ -474,7 +474,7 @@ def _check_static(static: bool, max_length: int | None, budget: object, levels: 
         )
 
 
-def _bytes(budget: int | str) -> int:
+def byte_count(budget: int | str) -> int:
     """A budget as a number of bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", budget) if isinstance(budget, str) else None
     if match and match[2] in UNITS:

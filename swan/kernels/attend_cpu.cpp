@@ -14,6 +14,7 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "cpu_common.h"
@@ -68,14 +69,14 @@ inline float exponential(float x) {
 // A tensor [batch, heads, tokens, width] whose last axis is dense; or none.
 struct Plane {
   const uint8_t* data = nullptr;
-  int64_t batch = 0, head = 0, token = 0, width = 0;  // strides in bytes; numbers in a row
+  int64_t batch = 0, head = 0, token = 0;  // strides in bytes
 
   Plane() = default;
   explicit Plane(const at::Tensor& t) {
     TORCH_CHECK(t.dim() == 4 && (t.stride(3) == 1 || t.size(3) == 1), "expected [batch, heads, tokens, width]");
     const int64_t size = t.element_size();
     data = static_cast<const uint8_t*>(t.const_data_ptr());
-    batch = t.stride(0) * size, head = t.stride(1) * size, token = t.stride(2) * size, width = t.size(3);
+    batch = t.stride(0) * size, head = t.stride(1) * size, token = t.stride(2) * size;
   }
   const uint8_t* row(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * token; }
 };
@@ -121,7 +122,7 @@ struct Source {
       } else if (b) {
         TORCH_CHECK(static_cast<int64_t>(coded.size()) < MAX_GROUPS, "at most ", MAX_GROUPS, " coded groups");
         coded.push_back({d, size, b, byte});
-        for (const int part : PARTS[b]) byte += (size * part + 7) / 8;
+        byte += swan::code_bytes(size, b);
       }
       d += size;
       if (b) used = d;
@@ -299,20 +300,24 @@ struct Source {
   }
 };
 
+#if defined(SWAN_AVX512)
+// Sums of neighbouring lanes, then of pairs of them, then of quarters, of two registers each time.
+inline __m512 twos(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+inline __m512 fours(__m512 a, __m512 b) {
+  const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+}
+inline __m512 quarters(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+#endif
+
 // The sums of as many vectors as one has lanes.
 inline Vector sums(const Vector (&x)[LANES]) {
 #if defined(SWAN_AVX512)
-  const auto pairs = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
-  const auto fours = [](__m512 a, __m512 b) {
-    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
-    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
-  };
-  const auto lanes = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
-  };
   __m512 y[4];
-  for (int i = 0; i < 4; ++i) y[i] = fours(pairs(x[4 * i], x[4 * i + 1]), pairs(x[4 * i + 2], x[4 * i + 3]));
-  return lanes(lanes(y[0], y[1]), lanes(y[2], y[3]));
+  for (int i = 0; i < 4; ++i) y[i] = fours(twos(x[4 * i], x[4 * i + 1]), twos(x[4 * i + 2], x[4 * i + 3]));
+  return quarters(quarters(y[0], y[1]), quarters(y[2], y[3]));
 #else
   Vector found{};
   for (int i = 0; i < LANES; ++i) {
@@ -378,12 +383,14 @@ struct Mask {
 
 #if defined(SWAN_AVX512)
 #include "attend_cpu_avx512.h"
+#else
+class Coded {};  // codes are read through tiles
 #endif
 
 // Attention of `rows` rows of one KV head over tokens begin to end; out not yet divided by total.
 struct Part {
   const Source &k, &v;
-  bool exact;
+  const Coded* coded;  // reads them, or null
   const Mask& mask;
   const float* q;  // [rows, k width], times the scale
   int64_t b, h, rows, groups, queries;
@@ -395,15 +402,14 @@ struct Part {
   }
 
   void run(int64_t begin, int64_t end) const {
+#if defined(SWAN_AVX512)
+    if (coded) return run_coded(begin, end);
+#endif
     const int64_t k_width = rounded_up(k.used, CHUNK), v_width = rounded_up(v.used, CHUNK);
-    std::vector<float> tile(TILE * std::max(k_width, v_width)), scores(rows * TILE), factor(rows);
-    std::vector<float> v_tile(TILE * v_width);
+    std::vector<float> tile(TILE * k_width), v_tile(TILE * v_width), scores(rows * TILE), factor(rows);
     std::fill_n(out, rows * v_width, 0.f);
     std::fill_n(peak, rows, NOTHING);
     std::fill_n(total, rows, 0.f);
-#if defined(SWAN_AVX512)
-    if (rows <= MOST_ROWS && Coded::reads(k, v)) return run_coded(begin, end);
-#endif
     for (int64_t start = begin; start < end; start += TILE) {
       const int64_t count = std::min(TILE, end - start);
       if (mask.data && !any(start, count)) continue;
@@ -421,12 +427,11 @@ struct Part {
 
 #if defined(SWAN_AVX512)
   void run_coded(int64_t begin, int64_t end) const {
-    const Coded coded(k, v, exact);
     for (int64_t r = 0; r < rows; r += Coded::ROWS) {
       const int64_t count = std::min(rows - r, Coded::ROWS), width = rounded_up(v.used, CHUNK);
-      coded.attend(q + r * rounded_up(k.used, CHUNK), count, b, h, begin, end,
-                   [&](int64_t row, int64_t token) { return !mask.data || visible(r + row, token); },
-                   mask.data != nullptr, out + r * width, peak + r, total + r);
+      coded->attend(q + r * rounded_up(k.used, CHUNK), count, b, h, begin, end,
+                    [&](int64_t row, int64_t token) { return !mask.data || visible(r + row, token); },
+                    mask.data != nullptr, out + r * width, peak + r, total + r);
     }
   }
 #endif
@@ -489,6 +494,10 @@ std::tuple<at::Tensor, at::Tensor> attend(
     for (int64_t c = 0; c < k.used; ++c) scaled[row * k_width + c] = from[c] * static_cast<float>(scale);
   }
 
+  std::optional<Coded> coded;
+#if defined(SWAN_AVX512)
+  if (rows <= MOST_ROWS && Coded::reads(k, v)) coded.emplace(k, v, q.scalar_type() == at::kFloat);
+#endif
   const int64_t workers = batch * kv_heads;
   const int64_t wanted = (4 * at::get_num_threads() + workers - 1) / std::max<int64_t>(workers, 1);
   const int64_t splits = std::max<int64_t>(1, std::min(wanted, tokens / LEAST));
@@ -497,9 +506,9 @@ std::tuple<at::Tensor, at::Tensor> attend(
   at::parallel_for(0, workers * splits, 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const int64_t worker = i / splits, begin = std::min(i % splits * stretch, tokens);
-      const Part part{k, v, q.scalar_type() == at::kFloat, seen, scaled.data() + worker * rows * k_width, worker / kv_heads, worker % kv_heads,
-                      rows, groups, queries, outs.data() + i * rows * v_width, peaks.data() + i * rows,
-                      totals.data() + i * rows};
+      const Part part{k, v, coded ? &*coded : nullptr, seen, scaled.data() + worker * rows * k_width,
+                      worker / kv_heads, worker % kv_heads, rows, groups, queries, outs.data() + i * rows * v_width,
+                      peaks.data() + i * rows, totals.data() + i * rows};
       part.run(begin, std::min(begin + stretch, tokens));
     }
   });

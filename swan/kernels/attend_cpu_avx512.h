@@ -117,14 +117,6 @@ class Coded {
     Span() { std::fill_n(peak, LANES, NOTHING); }
   };
 
-  static __m512 fours(__m512 a, __m512 b) {
-    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
-    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
-  }
-  static __m512 twos(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
-  static __m512 quarters(__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
-  }
   static __m512 each_quarter(__m512 (*op)(__m512, __m512), __m512 x) {  // of the four quarters of a register
     x = op(x, _mm512_shuffle_f32x4(x, x, 0x4E));
     return op(x, _mm512_shuffle_f32x4(x, x, 0xB1));

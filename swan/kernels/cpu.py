@@ -37,7 +37,7 @@ def _built_once() -> bool:
 
 
 def build() -> None:
-    """Compile the kernels with the C++ compiler of the machine, and keep it beside torch's other extensions.
+    """Compile the kernels with the C++ compiler of the machine, and keep them beside torch's other extensions.
 
     Raises:
         RuntimeError: there is no compiler, or it fails.
@@ -59,8 +59,7 @@ def build() -> None:
             except (RuntimeError, OSError) as error:
                 raise RuntimeError(
                     "swan's CPU kernels need a C++ compiler and ninja (pip install 'swan-attention[cpp]'), or use "
-                    "impl='compiled': "
-                    f"{error}"
+                    f"impl='compiled': {error}"
                 ) from error
             shutil.copy(Path(folder) / f"{NAME}.so", f"{folder}/copy")
             os.replace(f"{folder}/copy", library)

@@ -17,6 +17,13 @@ namespace swan {
 // Of a code, high bits first.
 constexpr int PARTS[9][2] = {{0, 0}, {1, 0}, {2, 0}, {2, 1}, {4, 0}, {4, 1}, {4, 2}, {0, 0}, {4, 4}};
 
+// Bytes of so many codes, each part rounded up.
+inline int64_t code_bytes(int64_t size, int64_t bits) {
+  int64_t bytes = 0;
+  for (const int part : PARTS[bits]) bytes += (size * part + 7) / 8;
+  return bytes;
+}
+
 // 2 ** ((byte - 128) / 8) for each byte.
 inline const std::array<float, 256>& scales_of_bytes() {
   static const auto table = [] {

@@ -48,7 +48,7 @@ std::tuple<at::Tensor, at::Tensor> pack(const at::Tensor& x, at::IntArrayRef gro
   int64_t bytes = 0, scales = 0;
   for (size_t i = 0; i < groups.size(); i += 2) {
     if (groups[i + 1] < 1 || groups[i + 1] > 8) continue;
-    for (const int part : swan::PARTS[groups[i + 1]]) bytes += (groups[i] * part + 7) / 8;
+    bytes += swan::code_bytes(groups[i], groups[i + 1]);
     ++scales;
   }
   const at::Tensor dense = x.contiguous();

@@ -19,6 +19,7 @@ from tests.strategies import (
     assert_lse_within,
     assert_within,
     attention_bound,
+    coded_layouts,
     dtypes,
     ids,
     largest_score,
@@ -85,23 +86,14 @@ def test_every_layout(d, tokens, dtype):
         check(i, dtype, (2, 2), 3, tokens, keys, values, "by head")
 
 
-@st.composite
-def graded(draw, d):
-    """Up to four groups of any size and bits."""
-    cuts = sorted(draw(st.sets(st.integers(1, d - 1), max_size=3)))
-    sizes = [stop - start for start, stop in zip([0, *cuts], [*cuts, d], strict=True)]
-    bits = draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 6, 8, 16]), min_size=len(sizes), max_size=len(sizes)))
-    return Graded(tuple(zip(sizes, bits, strict=True))) if any(bits) else Graded(((d, 3),))
-
-
 @given(
     seeds,
     dtypes,
     st.sampled_from([(1, 1), (4, 1), (9, 3), (40, 2)]),
     st.integers(1, 4),
     st.integers(1, 200),
-    st.sampled_from([24, 64, 96]).flatmap(graded),
-    st.sampled_from([20, 64, 128]).flatmap(graded),
+    st.sampled_from([24, 64, 96]).flatmap(coded_layouts),
+    st.sampled_from([20, 64, 128]).flatmap(coded_layouts),
     st.sampled_from(["none", "by head", "same for all heads"]),
 )
 def test_any_groups(seed, dtype, head_counts, queries, tokens, keys, values, kind):

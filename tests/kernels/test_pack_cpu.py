@@ -7,19 +7,11 @@ from hypothesis import strategies as st
 
 from swan import Graded, TopK, unpack
 from swan.kernels.pack_cpu import pack
-from swan.packed import PARTS, scale_of, unpack_mixed
-from tests.strategies import dtypes, normal, seeds, unit
+from swan.packed import scale_of, unpack_mixed
+from tests.strategies import coded_layouts, dtypes, normal, seeds, unit
 
 
-@st.composite
-def graded(draw, d):
-    cuts = sorted(draw(st.sets(st.integers(1, d - 1), max_size=3)))
-    sizes = [stop - start for start, stop in zip([0, *cuts], [*cuts, d], strict=True)]
-    bits = draw(st.lists(st.sampled_from([0, 16, *PARTS]), min_size=len(sizes), max_size=len(sizes)))
-    return Graded(tuple(zip(sizes, bits, strict=True))) if any(bits) else Graded(((d, 3),))
-
-
-@given(seeds, dtypes, st.integers(1, 300), st.sampled_from([7, 24, 64, 128]).flatmap(graded), st.floats(-12, 12))
+@given(seeds, dtypes, st.integers(1, 300), st.sampled_from([7, 24, 64, 128]).flatmap(coded_layouts), st.floats(-12, 12))
 def test_packs_as_tensor_code_does(seed, dtype, tokens, layout, power):
     """The same but for values within rounding of an edge, where neighbouring steps are as good."""
     x = (normal(seed, 1, 2, tokens, layout.d) * 2**power).to(dtype)

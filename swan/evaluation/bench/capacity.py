@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from swan.calibration.progress import track
-from swan.evaluation.bench.common import Form, Setup, check_forms, forms_on, reason_in
+from swan.evaluation.bench.common import Form, Setup, check_forms, check_lengths, forms_on, reason_in
 from swan.evaluation.bench.decode import kernel_on, measure, random_step
 from swan.evaluation.machine import memory_bandwidth
 
@@ -56,8 +56,7 @@ def bench_capacity(
     setup = setup or Setup()
     forms = forms_on(setup.device) if forms is None else forms
     check_forms(forms)
-    if any(length <= setup.buffer for length in lengths):
-        raise ValueError(f"every length must be above the buffer ({setup.buffer}), got {list(lengths)}")
+    check_lengths(lengths, setup)
     bandwidth = bandwidth or memory_bandwidth(setup.device)
     rows: list[dict[str, Any]] = []
     cases = [*itertools.product(lengths, [("dense", 1.0), *forms])]

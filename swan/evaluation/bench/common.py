@@ -124,6 +124,12 @@ def check_forms(forms: Sequence[Form]) -> None:
         raise ValueError(f"forms are ({' or '.join(map(repr, FORM_NAMES))}, retention), got {list(forms)}")
 
 
+def check_lengths(lengths: Sequence[int], setup: Setup) -> None:
+    """Raise a ValueError if a length leaves nothing to pack."""
+    if any(length <= setup.buffer for length in lengths):
+        raise ValueError(f"every length must be above the buffer ({setup.buffer}), got {list(lengths)}")
+
+
 def summary(times: Sequence[float]) -> dict[str, Any]:
     """Median in ms and spread of times in seconds: 90th less 10th percentile, over the median."""
     median, tenths = statistics.median(times), statistics.quantiles(times, n=10, method="inclusive")

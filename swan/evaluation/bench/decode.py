@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from swan.calibration.progress import track
-from swan.evaluation.bench.common import Form, Setup, add_speedups, check_forms, forms_on, reason_in, relative_error
+from swan.evaluation.bench.common import (
+    Form,
+    Setup,
+    add_speedups,
+    check_forms,
+    check_lengths,
+    forms_on,
+    reason_in,
+    relative_error,
+)
 from swan.evaluation.machine import memory_bandwidth, peak_bytes
 from swan.functional.attention import dense_attention, swan_attention
 from swan.packed import Packed, PlanLayer, pack, unpack
@@ -82,8 +91,7 @@ def bench_decode(
     setup = setup or Setup()
     forms = forms_on(setup.device) if forms is None else forms
     check_forms(forms)
-    if any(length <= setup.buffer for length in lengths):
-        raise ValueError(f"every length must be above the buffer ({setup.buffer}), got {list(lengths)}")
+    check_lengths(lengths, setup)
     dtypes = dtypes or ([setup.dtype] if setup.device.type == "cuda" else [torch.float32, setup.dtype])
     bandwidth = bandwidth or memory_bandwidth(setup.device)
     cases = [

@@ -10,9 +10,9 @@ from torch import Tensor
 from swan.calibration.progress import track
 from swan.evaluation.bench.common import Form, Setup, add_speedups, check_forms, reason_in, relative_error
 from swan.evaluation.bench.decode import float64_attention
+from swan.evaluation.bench.step import Layer
 from swan.evaluation.machine import peak_bytes
 from swan.functional.attention import dense_attention
-from swan.functional.rotation import inverse_rotate, random_rotation, rotate
 from swan.modules import KVCache
 from swan.packed import PlanLayer
 
@@ -79,14 +79,10 @@ def _dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, int]:
 
 
 def _swan(setup: Setup, layer: PlanLayer) -> Run:
-    options: dict[str, Any] = {"dtype": setup.dtype, "device": setup.device}
-    bases = (random_rotation(setup.kv_heads, setup.head_dim, seed=seed, **options) for seed in (0, 1))
-    key_basis, value_basis = bases
+    functions = Layer(setup)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, int]:
         cache = KVCache(layer, buffer=setup.buffer)
-        cache.update(rotate(k, key_basis), rotate(v, value_basis))
-        out = inverse_rotate(cache.attend(rotate(q, key_basis)), value_basis)
-        return out, cache.nbytes
+        return functions.step(cache, (q, k, v)), cache.nbytes
 
     return run

@@ -22,7 +22,7 @@ from swan.functional.rotation import inverse_rotate, random_rotation, rotate
 from swan.modules import KVCache
 from swan.packed import PlanLayer
 
-__all__ = ["bench_step", "break_even"]
+__all__ = ["Layer", "bench_step", "break_even"]
 
 STEP_FORMS: tuple[Form, ...] = (("graded", 0.27), ("topk", 0.5), ("leading", 0.5))
 STEP_IMPLS = ("eager", "compiled")
@@ -121,7 +121,7 @@ def break_even(d: int, keep: int, buffer: int) -> float:
     return d**2 / (d - keep) + buffer
 
 
-class _Layer:
+class Layer:
     """The functions of a step; compiled ones must not hold more than they use."""
 
     def __init__(self, setup: Setup) -> None:
@@ -130,15 +130,18 @@ class _Layer:
         self.key_basis, self.value_basis = bases
 
     def rotate(self, token: Token) -> Token:
+        """Queries, keys and values in the bases."""
         q, k, v = token
         return rotate(q, self.key_basis), rotate(k, self.key_basis), rotate(v, self.value_basis)
 
     def take_in(self, cache: KVCache, token: Token) -> Tensor:
+        """Store the rotated keys and values; returns the rotated queries."""
         q, k, v = self.rotate(token)
         cache.update(k, v)
         return q
 
     def step(self, cache: KVCache, token: Token) -> Tensor:
+        """All of it, from queries, keys and values to the output."""
         return inverse_rotate(cache.attend(self.take_in(cache, token)), self.value_basis)
 
 
@@ -152,7 +155,7 @@ def _dense(setup: Setup, length: int) -> Found:
 
 
 def _eager(setup: Setup, layer: PlanLayer, length: int) -> Found:
-    functions, token = _Layer(setup), _token(setup)
+    functions, token = Layer(setup), _token(setup)
     caches = _filled(setup, layer, length)
     error = _checked(functions, caches[0], token, functions.step)
     q, k, v = functions.rotate(token)
@@ -171,7 +174,7 @@ def _eager(setup: Setup, layer: PlanLayer, length: int) -> Found:
 
 
 def _compiled(setup: Setup, layer: PlanLayer, length: int) -> Found:
-    functions, token = _Layer(setup), _token(setup)
+    functions, token = Layer(setup), _token(setup)
     caches = _filled(setup, layer, length, static=True)
     torch.compiler.reset()
     step, take_in = (torch.compile(f, fullgraph=True, dynamic=False) for f in (functions.step, functions.take_in))
@@ -206,7 +209,7 @@ def _filled(setup: Setup, layer: PlanLayer, length: int, static: bool = False) -
     return [cache, *(copy.deepcopy(cache) for _ in range(copies - 1))]
 
 
-def _checked(functions: _Layer, cache: KVCache, token: Token, step: Any) -> float:
+def _checked(functions: Layer, cache: KVCache, token: Token, step: Any) -> float:
     """Error of a step over the reference on a copy of the cache."""
     twin = copy.deepcopy(cache)
     out = step(cache, token)
