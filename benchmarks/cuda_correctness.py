@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -32,11 +32,10 @@ from swan import Graded, KVCache, Packed, PlanLayer, SwanAttention, TopK, pack, 
 from swan import functional as F
 from swan.evaluation.machine import TooLong, at_most, machine, versions
 from swan.functional import reference
-from swan.functional.attention import Impl
+from swan.kernels import attend_cpu
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 BATCH, HEADS, KV_HEADS, D, TOKENS, HISTORY = 2, 8, 2, 64, 293, 1500  # odd lengths; a history of two tiles
-KERNELS = [impl for impl in get_args(Impl) if impl in ("triton", "cpp")]
 LAYOUTS = {
     "topk int8 bitmap": TopK(D, 40),
     "topk 16 bitmap": TopK(D, 24, bits=16),
@@ -181,7 +180,7 @@ def cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     yield from pruning(distinct)
     yield from dense_attentions(q, one, k, v, generator, device)
     history = randn(BATCH, KV_HEADS, HISTORY, D), randn(BATCH, KV_HEADS, HISTORY, D)
-    yield from packed_attentions(one, k, v, history, generator)
+    yield from packed_attentions(one, k, v, history, generator, device)
     yield from modules(basis, q, k, v, distinct, dtype)
 
 
@@ -282,15 +281,21 @@ def with_mask(attention: Callable[..., Any], **settings: Any) -> Callable[..., A
 
 
 def packed_attentions(
-    one: Tensor, k: Tensor, v: Tensor, history: tuple[Tensor, Tensor], generator: torch.Generator
+    one: Tensor,
+    k: Tensor,
+    v: Tensor,
+    history: tuple[Tensor, Tensor],
+    generator: torch.Generator,
+    device: torch.device,
 ) -> Iterator[Case]:
+    kernel = "triton" if device.type == "cuda" else "cpp"  # both read the same layouts
     parts = tuple(reference.dense_attention(one, *(t[:, :, i] for t in (k, v))) for i in (slice(7), slice(7, None)))
     yield Case("merge_attention", (list(parts),), lambda c, x: c(F.merge_attention)(x), reference.merge_attention)
     seen = torch.rand(BATCH, 1, 1, HISTORY, generator=generator) < 0.7
     recent = torch.rand(BATCH, 1, 1, TOKENS, generator=generator) < 0.7
     for name, layout in LAYOUTS.items():
         packed = tuple(pack(t, layout) for t in history)
-        for impl in ("auto", *KERNELS):
+        for impl in ("auto", kernel) if attend_cpu.reads(layout) else ("auto",):
             settings = {"impl": impl, "return_lse": True}
             yield Case(
                 f"packed_attention: {name} {impl}",

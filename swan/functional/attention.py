@@ -147,14 +147,17 @@ def packed_attention(
         v: packed rotated values.
         mask: True where a query sees a token.
         scale: factor of the scores, ``d ** -0.5`` by default.
-        impl: as in `dense_attention`, for each tile; FlexAttention cannot read packed tensors.
+        impl: ``"cpp"`` (a kernel for CPUs), ``"triton"`` (one for GPUs), or as in `dense_attention`, for each tile;
+            FlexAttention cannot read packed tensors. ``"auto"`` takes cpp on a CPU where it reads the layouts and is
+            built, for up to 16 query rows of each KV head, else tiles.
         return_lse: also return the log-sum-exp.
 
     Returns:
         As `dense_attention`.
 
     Raises:
-        ValueError: shapes do not fit, or ``impl="flex"``.
+        ValueError: shapes do not fit, ``impl="flex"``, or a kernel that does not read the layouts or run on the device.
+        RuntimeError: ``impl="cpp"`` and the kernel cannot be built.
 
     Example:
         >>> from swan import TopK, pack
