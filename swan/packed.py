@@ -536,10 +536,18 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
     Within 0.8 % of the dtype's maximum the bound is `scale`, so that 127 steps stay finite.
     """
     peak = values.abs().amax(dim=-1, keepdim=True).float()
-    scales = (peak / 127).clamp(max=torch.finfo(values.dtype).max / 128).to(SCALE_DTYPE)
-    steps = scales.float()
-    multiples = torch.where(steps > 0, values.float() / steps, 0)
-    return multiples.round().clamp(-127, 127).to(torch.int8), scales
+    scales = as_bfloat16((peak / 127).clamp(max=torch.finfo(values.dtype).max / 128))
+    multiples = torch.where(scales > 0, values.float() / scales, 0)
+    return multiples.round().clamp(-127, 127).to(torch.int8), scales.to(SCALE_DTYPE)
+
+
+def as_bfloat16(x: Tensor) -> Tensor:
+    """Numbers of float32, not negative, rounded to those of bfloat16.
+
+    As integers: torch.compile drops a cast to bfloat16 and back.
+    """
+    bits = x.view(torch.int32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
 
 
 def pack_positions(index: Tensor, layout: TopK) -> Tensor:

@@ -242,6 +242,18 @@ def test_inductor_packs_and_attends(uninitialized_as_it_is):
     assert_within(torch.compile(function, fullgraph=True)(q, k, v), function(q, k, v), 2 * bound)
 
 
+def test_inductor_packs_what_eager_code_packs(uninitialized_as_it_is):
+    """To the bit: a scale that is not rounded before it divides would move codes by a step."""
+    caches = [KVCache(PlanLayer(TopK(64, 26), TopK(64, 26)), buffer=8, static=True, max_length=64) for _ in range(2)]
+    q, k, v = qkv(0, 1, (2, 2), 50, 50, 64, 64, torch.float32)
+    compiled_step = torch.compile(step_cache, fullgraph=True)
+    for part in (slice(20), *(slice(t, t + 1) for t in range(20, 50))):
+        for cache, step in zip(caches, (step_cache, compiled_step), strict=True):
+            (step if part.start else step_cache)(cache, q[:, :, part], k[:, :, part], v[:, :, part])
+    for plain, compiled in zip(*(cache.tensors for cache in caches), strict=True):
+        assert_equal(compiled, plain)
+
+
 @slow
 def test_inductor_decodes_on_a_static_cache(uninitialized_as_it_is):
     plan_layer = PlanLayer(TopK(D, 6, bits=16), GRADED)  # a rounding may not move a value to another step of int8

@@ -49,7 +49,7 @@ def frontier(
     calibration: CalibrationOption = None,
     dtype: DtypeOption = Dtype.float32,
     plot: Annotated[Path | None, typer.Option(help="Image file to draw.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write, also after each part of the work.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, after each window too.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Compare default plans with dense, fp8, 2 to 4 bit, top-k and low-rank caches at their bytes."""
@@ -71,11 +71,15 @@ def frontier(
             compared_methods = [m for m in compared_methods if m.basis is not None]  # those of transformers are slow
         settings = {"texts": texts, "windows": windows, "length": length, "buffer": buffer, "sinks": sinks}
         settings |= {"dtype": dtype, "calibration": repr(found), "layers": _layers(network)}
-        rows = evaluate(network, tokens, compared_methods, found)
-        rows = [{"model": model, "text": "+".join(texts), **row} for row in rows]
-        mark_frontier(rows)
-        result = envelope(settings, rows) | {"needles": []}
-        _write(out, result)
+
+        def keep(scored: list[dict[str, Any]]) -> dict[str, Any]:
+            rows = [{"model": model, "text": "+".join(texts), **row} for row in scored]
+            mark_frontier(rows)
+            result = envelope(settings, rows) | {"needles": []}
+            _write(out, result)
+            return result
+
+        result = keep(evaluate(network, tokens, compared_methods, found, after_window=keep))
         plans = [Plan.for_retention(r, found, buffer=buffer, sinks=sinks) for r in needle_retention or [0.26]]
         asked = [Setting(), *(Setting(plan, name=DEFAULT) for plan in plans)] if cases else []
         for method in asked:
@@ -84,7 +88,7 @@ def frontier(
             row = {"form": method.form, "retention": method.retention}
             result["needles"].append(row | summarize_needles(answers))
             _write(out, result)
-    shown = average_seeds(rows)
+    shown = average_seeds(result["rows"])
     mark_frontier(shown)
     if plot is not None:
         plot_frontier(shown, plot, f"{model}, {len(tokens)} windows of {length} tokens")

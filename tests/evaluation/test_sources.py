@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -199,8 +200,11 @@ def test_failed_download_says_what(cache, index):
     assert os.listdir(cache) == []
 
 
-def test_without_pip(cache, monkeypatch):
-    hide(monkeypatch, "pip")
+def test_without_pip(cache, monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # without site-packages
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(ImportError, match="ensurepip"):
         evaluation_text("squad")
 
