@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch._dynamo import mark_static_address
 from torch.utils import _pytree as pytree
+
+from swan.axes import rearrange
 
 __all__ = ["Graded", "Layout", "Packed", "PlanLayer", "TopK", "pack", "unpack"]
 

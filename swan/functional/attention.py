@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from einops import einsum, rearrange, repeat
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from swan.axes import einsum, rearrange, repeat
 from swan.functional import reference
 from swan.kernels import attend_cpu, cpu
 from swan.packed import Packed, mixing, unpack_mixed
