@@ -220,18 +220,40 @@ def pruning(distinct: Callable[[int], Tensor]) -> Iterator[Case]:
     prune = functools.partial(F.graded_prune, groups=groups)
     yield Case("graded_prune", (x,), lambda c, x: c(prune)(x), lambda x: reference.graded_prune(x, groups), exact=True)
     for name, layout in LAYOUTS.items():
-        int8 = isinstance(layout, TopK) and layout.bits == 8
-        peak, size = D / 32, reference.prune(x, layout).double().square().mean().sqrt().item()
-        slack = 1.01 * peak / 127 / 2 / size if int8 else 0.0  # half a step of the scale, which bfloat16 rounds
+        slack = half_step(x, layout)
         for what, run in (("pack, unpack", packed_twice), ("StructuredPruner", pruned_by_module)):
             yield Case(
                 f"{what}: {name}",
                 (x,),
-                functools.partial(run, layout=layout),
-                functools.partial(reference.prune, layout=layout),
-                exact=not int8,
+                lambda c, x, run=run, layout=layout: mixed(run(c, x, layout).double(), layout),
+                functools.partial(kept, layout=layout),
+                exact=not slack,
                 slack=slack,
             )
+
+
+def mixed(x: Tensor, layout: Any) -> Tensor:
+    """The coordinates that a layout codes, in which its error is at most half a step of each."""
+    matrix = layout.mix(x.dtype, x.device)
+    return x if matrix is None else x @ matrix
+
+
+def kept(x: Tensor, layout: Any) -> Tensor:
+    """What a layout keeps, in its coordinates and before it is coded."""
+    if isinstance(layout, TopK):
+        return reference.prune(x, layout)
+    return mixed(reference.graded_prune(x, tuple((size, 16 if bits else 0) for size, bits in layout.groups)), layout)
+
+
+def half_step(x: Tensor, layout: Any) -> float:
+    """Half the largest step of the codes of a layout, over the root mean square of what it keeps."""
+    exact = kept(x.double(), layout)
+    if isinstance(layout, TopK):
+        step = exact.abs().max() / 127 * 1.01 if layout.bits == 8 else exact.new_zeros(())  # bfloat16 rounds the scale
+    else:
+        steps = [2 ** (9 / 8 - bits) * exact[..., i:j].abs().max() for i, j, bits in layout.stored if bits < 16]
+        step = torch.stack([exact.new_zeros(()), *steps]).max()  # a scale is a power of 2 ** (1 / 8), rounded up
+    return (step / 2 / exact.square().mean().sqrt()).item()
 
 
 def packed_twice(c: Compile, x: Tensor, layout: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -15,10 +16,12 @@ from swan.cli.common import (
     ModelArgument,
     calibration_of,
     console,
+    envelope,
     load,
     print_json,
     print_table,
     user_errors,
+    write_json,
 )
 from swan.evaluation import bench as benchmarks
 from swan.evaluation.bench import FORMS, IMPLS, SHAPES, Setup
@@ -204,6 +207,7 @@ def model(
     quantized: Annotated[bool, typer.Option(help="Also transformers' quantized cache, if quanto is there.")] = True,
     calibration: CalibrationOption = None,
     dtype: DtypeOption = Dtype.bfloat16,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, after each row too.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Tokens per second of a whole model, swan's caches beside those of transformers."""
@@ -213,10 +217,15 @@ def model(
         ids = token_windows(evaluation_text("qasper"), tokenizer, batch, prompt)
         found = calibration_of(model, network, tokenizer, path=calibration)
         options |= {"tokens": tokens, "quantized": quantized, "buffer": buffer}
-        rows = benchmarks.bench_model(network, ids, found, **options)
-    if json:
         settings = {"model": model, "prompt": prompt, "tokens": tokens, "batch": batch, "buffer": buffer}
-        return print_json(settings | {"dtype": dtype, "threads": torch.get_num_threads()}, rows)
+        settings |= {"dtype": dtype, "threads": torch.get_num_threads()}
+
+        def keep(rows: list[Row]) -> None:
+            write_json(out, envelope(settings, rows))
+
+        rows = benchmarks.bench_model(network, ids, found, after_row=keep, **options)
+    if json:
+        return print_json(settings, rows)
     columns: dict[str, Callable[[Row], str]] = {
         "cache": _label,
         "impl": lambda row: row["impl"],
@@ -226,10 +235,12 @@ def model(
         "fill s": lambda row: f"{row['prefill_seconds']:.1f}",
         "MiB": lambda row: f"{row['bytes'] / 2**20:.1f}",
         "growth": lambda row: "-" if row["growth"] is None else f"{row['growth'] / 1024:.1f}",
+        "counted": lambda row: f"{row['growth_counted'] / 1024:.1f}",
         "agree": lambda row: f"{100 * row['agreement']:.0f} %",
     }
     _show(f"{model}, {tokens} tokens after {batch} x {prompt}, {dtype}", columns, rows)
-    console.print("fill: the prompt; growth: of the process, KiB per token; agree: with the tokens of the first row")
+    console.print("fill: of the prompt; growth of the process, counted of the cache, KiB per token")
+    console.print("agree: with the tokens of the first row")
 
 
 def _shape(shape: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swan.calibration import Basis, Calibration, calibrate
+from swan.calibration.files import replacing
 from swan.evaluation.machine import machine, versions
 from swan.evaluation.sources import MODELS, cache_folder, calibration_text, load_model, token_windows
 
@@ -116,6 +117,13 @@ def envelope(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[s
 def print_json(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Print the JSON object of a command."""
     print(json.dumps(envelope(settings, rows), indent=2))
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a JSON object to a file, whole or not at all; do nothing without a path."""
+    if path is not None:
+        with replacing(path) as temporary:
+            Path(temporary).write_text(json.dumps(result, indent=2) + "\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

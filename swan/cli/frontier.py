@@ -9,7 +9,6 @@ import torch
 import typer
 
 from swan.calibration import Plan
-from swan.calibration.files import replacing
 from swan.cli.common import (
     CalibrationOption,
     Dtype,
@@ -22,6 +21,7 @@ from swan.cli.common import (
     load,
     print_table,
     user_errors,
+    write_json,
 )
 from swan.evaluation.frontier import DEFAULT, RETENTIONS, average_seeds, compared, label, mark_frontier, methods
 from swan.evaluation.frontier import plot as plot_frontier
@@ -76,7 +76,7 @@ def frontier(
             rows = [{"model": model, "text": "+".join(texts), **row} for row in scored]
             mark_frontier(rows)
             result = envelope(settings, rows) | {"needles": []}
-            _write(out, result)
+            write_json(out, result)
             return result
 
         result = keep(evaluate(network, tokens, compared_methods, found, after_window=keep))
@@ -87,7 +87,7 @@ def frontier(
                 answers = evaluate_needles(network, cases, functools.partial(method.cache, network))
             row = {"form": method.form, "retention": method.retention}
             result["needles"].append(row | summarize_needles(answers))
-            _write(out, result)
+            write_json(out, result)
     shown = average_seeds(result["rows"])
     mark_frontier(shown)
     if plot is not None:
@@ -114,14 +114,6 @@ def _layers(network: Any) -> str:
     kinds = getattr(network.config.get_text_config(decoder=True), "layer_types", None) or []
     full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
     return "all" if len(full) == len(kinds) else ", ".join(map(str, full))
-
-
-def _write(path: Path | None, result: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
-    if path is None:
-        return
-    with replacing(path) as temporary:
-        Path(temporary).write_text(json_module.dumps(result, indent=2) + "\n")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

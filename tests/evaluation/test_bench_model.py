@@ -16,7 +16,7 @@ def rows_of(network, **options) -> list[dict]:
     prompt = torch.arange(2, 82).view(2, 40)
     rows = bench_model(network, prompt, calibration_of(network), buffer=16, tokens=3, retentions=[0.5], **options)
     for row in rows:
-        assert list(row) == [*COLUMNS, "prefill_seconds", "tokens_per_second", "agreement", "growth"]
+        assert list(row) == [*COLUMNS, "prefill_seconds", "tokens_per_second", "agreement", "growth", "growth_counted"]
         assert (row["what"], row["length"], row["batch"], row["dtype"]) == ("model", 40, 2, "float32")
     json.dumps(rows, allow_nan=False)
     assert not is_attached(network)

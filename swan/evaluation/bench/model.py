@@ -1,5 +1,7 @@
 """Tokens per second of generation with a whole model: swan's caches beside those of transformers."""
 
+import contextlib
+import ctypes
 import inspect
 import itertools
 import os
@@ -28,7 +30,7 @@ __all__ = ["MODEL_IMPLS", "bench_model"]
 RETENTIONS = (0.5, 0.26)
 MODEL_IMPLS = ("eager", "compiled")
 WARM_UP = 4  # steps; the first one compiles
-EXTRA = ("prefill_seconds", "tokens_per_second", "agreement", "growth")
+EXTRA = ("prefill_seconds", "tokens_per_second", "agreement", "growth", "growth_counted")
 STATM = Path("/proc/self/statm")
 
 
@@ -44,6 +46,7 @@ def bench_model(
     quantized: bool = True,
     buffer: int = 128,
     compile_seconds: float = 600.0,
+    after_row: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Time greedy decoding after a prompt, a token at a time, on each kind of cache.
@@ -63,6 +66,7 @@ def bench_model(
         quantized: also transformers' quantized cache (quanto, 4 bits), where quanto is installed.
         buffer: recent tokens that swan keeps dense.
         compile_seconds: time for the first step of a row, which compiles.
+        after_row: called with the rows so far after each one; a row takes minutes.
         progress: show a bar on a terminal.
 
     Returns:
@@ -70,8 +74,9 @@ def bench_model(
         of the prompt, ``median_ms`` and ``spread`` are of a step, ``bytes`` what the cache holds at the end,
         ``error`` that of the last logits over those of the first row; a dense cache, or one of retention 1, whose
         logits differ is a failure. And ``prefill_seconds``, ``tokens_per_second`` (of all steps together),
-        ``agreement`` (share of steps with the token of the first row) and ``growth`` (of the memory of the process,
-        on CUDA of what is allocated there, in bytes per step and sequence; None where the system does not tell).
+        ``agreement`` (share of steps with the token of the first row), ``growth`` (of the memory of the process,
+        on CUDA of what is allocated there, in bytes per step and sequence; None where the system does not tell) and
+        ``growth_counted`` (the same of ``bytes``).
 
     Raises:
         ValueError: an unknown impl, or the prompt is not ``[batch, tokens]``.
@@ -102,7 +107,8 @@ def bench_model(
             row["error"] = _error(logits, reference[1], exact=rival.retention == 1)
             row |= measured
         rows.append(row)
-    add_speedups(rows)
+        add_speedups(rows)
+        after_row(rows)
     return rows
 
 
@@ -189,12 +195,14 @@ class _Generation:
             step(0)
         for i in range(1, WARM_UP):
             step(i)
-        held = _memory(model.device)
+        held, counted = _memory(model.device), cache_nbytes(cache)
         with torch._dynamo.config.patch(error_on_recompile=True):
             times = [step(i) for i in range(WARM_UP, steps)]
-        grown = None if held is None else ((_memory(model.device) or held) - held) / self.tokens / len(self.prompt)
+        count = len(self.prompt) * self.tokens
         measured = summary(times) | {"bytes": cache_nbytes(cache), "prefill_seconds": prefill_seconds}
-        measured |= {"tokens_per_second": len(self.prompt) * self.tokens / sum(times), "growth": grown}
+        measured |= {"tokens_per_second": count / sum(times), "growth_counted": (cache_nbytes(cache) - counted) / count}
+        if held is not None:
+            measured["growth"] = ((_memory(model.device) or held) - held) / count
         return measured, torch.stack(chosen, dim=1), logits
 
 
@@ -234,4 +242,8 @@ def _memory(device: torch.device) -> int | None:
     """Bytes that this process holds, or has allocated on a CUDA device."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if STATM.is_file() else None
+    if not STATM.is_file():
+        return None
+    with contextlib.suppress(OSError, AttributeError):  # of other libraries than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed, of the prompt say, would hide what is added
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
