@@ -376,9 +376,9 @@ void by_rows(int64_t rows, Function function) {
   for (; r < rows; ++r) function(std::integral_constant<int, 1>(), r);
 }
 
-struct Mask {
+struct Mask {  // tokens lie side by side
   const bool* data = nullptr;
-  int64_t batch = 0, head = 0, query = 0, token = 0;
+  int64_t batch = 0, head = 0, query = 0;
 };
 
 #if defined(SWAN_AVX512)
@@ -396,9 +396,10 @@ struct Part {
   int64_t b, h, rows, groups, queries;
   float *out, *peak, *total;  // [rows, v width], [rows], [rows]
 
-  bool visible(int64_t row, int64_t token) const {
+  // Whether a row sees each token of the history; null: it sees all.
+  const bool* seen_by(int64_t row) const {
     const int64_t head = h * groups + row / queries, query = row % queries;
-    return mask.data[b * mask.batch + head * mask.head + query * mask.query + token * mask.token];
+    return mask.data ? mask.data + b * mask.batch + head * mask.head + query * mask.query : nullptr;
   }
 
   void run(int64_t begin, int64_t end) const {
@@ -429,25 +430,25 @@ struct Part {
   void run_coded(int64_t begin, int64_t end) const {
     for (int64_t r = 0; r < rows; r += Coded::ROWS) {
       const int64_t count = std::min(rows - r, Coded::ROWS), width = rounded_up(v.used, CHUNK);
-      coded->attend(q + r * rounded_up(k.used, CHUNK), count, b, h, begin, end,
-                    [&](int64_t row, int64_t token) { return !mask.data || visible(r + row, token); },
-                    mask.data != nullptr, out + r * width, peak + r, total + r);
+      const bool* seen[Coded::ROWS] = {};
+      for (int64_t i = 0; i < count; ++i) seen[i] = seen_by(r + i);
+      coded->attend(q + r * rounded_up(k.used, CHUNK), count, b, h, begin, end, seen, out + r * width, peak + r,
+                    total + r);
     }
   }
 #endif
 
   bool any(int64_t start, int64_t count) const {
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t t = 0; t < count; ++t)
-        if (visible(r, start + t)) return true;
+      if (std::memchr(seen_by(r) + start, true, count)) return true;
     return false;
   }
 
   // Scores become weights; returns the factor of what was there before.
   float weigh(int64_t r, int64_t start, int64_t count, float* score) const {
-    if (mask.data)
+    if (const bool* seen = seen_by(r))
       for (int64_t t = 0; t < count; ++t)
-        if (!visible(r, start + t)) score[t] = NOTHING;
+        if (!seen[start + t]) score[t] = NOTHING;
     for (int64_t t = count; t < TILE; ++t) score[t] = NOTHING;
     Vector high = load(score);
     for (int64_t t = LANES; t < TILE; t += LANES) {
@@ -483,9 +484,11 @@ std::tuple<at::Tensor, at::Tensor> attend(
   const int64_t k_width = rounded_up(k.used, CHUNK), v_width = rounded_up(v.used, CHUNK);
 
   Mask seen;
+  at::Tensor side_by_side;
   if (mask) {
-    const auto stride = [&](int axis) { return mask->size(axis) == 1 ? 0 : mask->stride(axis); };
-    seen = {mask->const_data_ptr<bool>(), stride(0), stride(1), stride(2), mask->stride(3)};
+    side_by_side = mask->stride(3) == 1 ? *mask : mask->contiguous();
+    const auto stride = [&](int axis) { return side_by_side.size(axis) == 1 ? 0 : side_by_side.stride(axis); };
+    seen = {side_by_side.const_data_ptr<bool>(), stride(0), stride(1), stride(2)};
   }
   const at::Tensor wide = q.to(at::kFloat).contiguous();
   std::vector<float> scaled(batch * heads * queries * k_width, 0.f);

@@ -32,23 +32,27 @@ class Coded {
   }
 
   // Out [rows, width of v], not divided by total; peak and total [rows].
-  template <typename Visible>
-  void attend(const float* q, int64_t rows, int64_t b, int64_t h, int64_t begin, int64_t end, const Visible& visible,
-              bool masked, float* out, float* peak, float* total) const {
+  void attend(const float* q, int64_t rows, int64_t b, int64_t h, int64_t begin, int64_t end,
+              const bool* const (&seen)[ROWS], float* out, float* peak, float* total) const {
     const Query query(*this, q, rows);
     const int64_t width = v_fields_.size() * CHUNK;
     Span span;
     alignas(64) float sums[ROWS * MAX_DIM] = {};
     for (int64_t t = begin; t < end; t += SPAN) {
       const int64_t count = std::min(SPAN, end - t);
-      bool seen = !masked;
-      for (int64_t i = 0; masked && !seen && i < count; ++i)
-        for (int64_t r = 0; r < rows; ++r) seen |= visible(r, t + i);
-      if (!seen) continue;
+      const __mmask64 there = ~0ull >> (SPAN - count);
+      __mmask64 visible[ROWS], any = 0, all = ~0ull;
+      for (int64_t r = 0; r < ROWS; ++r) {
+        const auto found = [&] { return _mm512_maskz_loadu_epi8(there, seen[r] + t); };
+        visible[r] = seen[r] ? _mm512_test_epi8_mask(found(), found()) : there;
+        if (r < rows) any |= visible[r];
+        all &= visible[r];
+      }
+      if (!any) continue;
       exact_ ? scores<true>(query, b, h, t, count, span) : scores<false>(query, b, h, t, count, span);
-      for (int64_t i = 0; i < SPAN; ++i)
+      for (int64_t i = 0; ~all && i < SPAN; ++i)
         for (int64_t r = 0; r < ROWS; ++r)
-          if (i >= count || (masked && r < rows && !visible(r, t + i))) span.weight[i * ROWS + r] = NOTHING;
+          if (!(visible[r] >> i & 1)) span.weight[i * ROWS + r] = NOTHING;
       softmax(span);
       exact_ ? weights<true>(b, h, t, count, span) : weights<false>(b, h, t, count, span);
       for (size_t chunk = 0; chunk < v_fields_.size(); ++chunk) {
