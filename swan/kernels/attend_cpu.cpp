@@ -47,7 +47,7 @@ typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector x) { *reinterpret_cast<Vector*>(to) = x; }
 
-int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+constexpr int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // e^x to 2 units in the last place, for x <= 0; what is below the smallest normal number is 0.
 inline float exponential(float x) {
@@ -143,21 +143,22 @@ struct Source {
     }
     std::array<int64_t, CHUNK> place;
     std::iota(place.begin(), place.end(), 0);
-    fields = fields_in(place);
+    fields = fields_in(coded, used, place);
   }
 
   float step(size_t group, uint8_t scale) const { return scales_of_bytes()[scale] * halvings[group]; }
 
-  // The fields of each chunk, coordinate c in lane place[c].
-  std::vector<std::vector<Field>> fields_in(const std::array<int64_t, CHUNK>& place) const {
+  // The fields of each chunk of groups that begin where they say, coordinate c in lane place[c].
+  static std::vector<std::vector<Field>> fields_in(const std::vector<Group>& groups, int64_t width,
+                                                   const std::array<int64_t, CHUNK>& place) {
     struct Bit {  // `part` bits from bit `shift` of `byte`, worth 2 ** `worth` in the code of a lane
       int64_t lane, byte;
       int part, shift, worth;
     };
     std::vector<std::vector<Field>> found;
-    for (int64_t chunk = 0; chunk < used; chunk += CHUNK) {
+    for (int64_t chunk = 0; chunk < width; chunk += CHUNK) {
       std::vector<Bit> left;
-      for (const auto& group : coded) {
+      for (const auto& group : groups) {
         int64_t byte = group.byte;
         int worth = static_cast<int>(group.bits);
         for (const int part : PARTS[group.bits]) {

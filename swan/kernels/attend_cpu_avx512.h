@@ -1,30 +1,35 @@
 // Part of attend_cpu.cpp: graded keys and values of few bits, without a tile of floats.
 //
 // Codes go from bytes into the lanes of a register in four instructions for 64 coordinates. Scores are dot products of
-// codes with queries of 15 bits (30 where the cache is float32); outputs are sums of codes times weights of 15 bits
-// (floats where the cache is float32), for four query rows at a time. A scale is applied once to four coordinates of a
-// key, and is part of the weight of a value.
+// codes with queries in two bytes (four where the cache is float32); outputs are sums of codes times weights of 15 bits
+// (floats where the cache is float32), for four query rows at a time. A scale is applied once to the sums of a group of
+// a key, and is part of the weight of a value.
 class Coded {
  public:
   static constexpr int64_t ROWS = 4, SPAN = 64, QUADS = SPAN / 4, GROUPS = 4;
+  static constexpr int64_t PIECE = 16;  // coordinates of a key that four rows meet in one register
+  static constexpr int64_t MAX_PIECES = MAX_DIM / PIECE + GROUPS;
 
-  // Four coordinates of a key that share a lane must share a scale; weights are kept for four groups.
   static bool reads(const Source& k, const Source& v) {
     for (const Source* x : {&k, &v})
       if (x->topk || x->coded.empty() || !x->dense.empty() || x->coded.size() > GROUPS) return false;
-    for (const auto& group : k.coded)
-      if (group.start % 4 || group.size % 4) return false;
     return true;
   }
 
   Coded(const Source& k, const Source& v, bool exact) : k_(k), v_(v), exact_(exact) {
-    std::array<int64_t, CHUNK> fours, pairs;
+    std::array<int64_t, CHUNK> same, pairs;
     for (int64_t c = 0; c < CHUNK; ++c) {
-      fours[c] = four(c);
+      same[c] = c;
       pairs[c] = c / 32 * 32 + c % 16 / 4 * 8 + c % 32 / 16 * 4 + c % 4;  // in order once tokens are interleaved
     }
-    k_fields_ = k.fields_in(fours);
-    v_fields_ = exact ? v.fields : v.fields_in(pairs);
+    int64_t width = 0;
+    for (auto group : k.coded) {  // each begins a piece
+      group.start = width;
+      k_groups_.push_back(group);
+      width += rounded_up(group.size, PIECE);
+    }
+    k_fields_ = Source::fields_in(k_groups_, width, same);
+    v_fields_ = exact ? v.fields : Source::fields_in(v.coded, v.used, pairs);
     for (size_t i = 0; i < v_fields_.size() * 4; ++i) {
       const int32_t* slot = v.slot + i * LANES;
       alike_.push_back(std::all_of(slot, slot + LANES, [&](int32_t s) { return s == slot[0]; }));
@@ -72,37 +77,44 @@ class Coded {
  private:
   const Source &k_, &v_;
   const bool exact_;
+  std::vector<Source::Group> k_groups_;
   std::vector<std::vector<Field>> k_fields_, v_fields_;
   std::vector<char> alike_;  // whether 16 coordinates of values share a scale
 
-  // Where coordinate c of 64 goes, so that a lane of two registers of 16-bit numbers has four in a row.
-  static int64_t four(int64_t c) { return c % 4 / 2 * 32 + c / 4 * 2 + c % 2; }
-
-  // Four query rows: row = unit * (high + low / 32768), with minus the middles of the steps as where sums start.
+  // Four query rows as numbers of four bytes, most significant first, of which the first two may be enough:
+  // row = unit * number / 65536. Sums start at minus the middles of the steps.
   struct Query {
-    alignas(64) int16_t high[MAX_DIM / CHUNK][ROWS][CHUNK] = {}, low[MAX_DIM / CHUNK][ROWS][CHUNK] = {};
-    alignas(64) int32_t start[MAX_DIM / CHUNK][ROWS][LANES], start_low[MAX_DIM / CHUNK][ROWS][LANES];
+    alignas(64) int8_t bytes[4][MAX_PIECES][ROWS][PIECE] = {};
+    alignas(64) int32_t start[2][GROUPS][ROWS][4] = {};  // of the first and of the last two bytes
     alignas(64) float unit[LANES];
 
     Query(const Coded& coded, const float* q, int64_t rows) {
-      const int64_t chunks = coded.k_fields_.size(), width = chunks * CHUNK;
+      const int64_t width = rounded_up(coded.k_.used, CHUNK);
       for (int64_t r = 0; r < ROWS; ++r) {
         float most = 0;
         for (int64_t c = 0; r < rows && c < width; ++c) most = std::max(most, std::abs(q[r * width + c]));
-        for (int i = 0; i < 4; ++i) unit[4 * i + r] = most / 32767;
-        const double steps = most > 0 ? 32767 / static_cast<double>(most) : 0;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          double sum[LANES] = {}, sum_low[LANES] = {};
-          for (int64_t c = 0; most > 0 && c < CHUNK; ++c) {
-            const double exact = q[r * width + chunk * CHUNK + c] * steps, whole = std::nearbyint(exact);
-            const double part = std::nearbyint((exact - whole) * 32768), middle = coded.k_.middle[chunk * CHUNK + c];
-            high[chunk][r][four(c)] = static_cast<int16_t>(whole);
-            low[chunk][r][four(c)] = static_cast<int16_t>(std::min(part, 32767.));
-            sum[c / 4] -= middle * whole, sum_low[c / 4] -= middle * part;
+        const double largest = coded.exact_ ? 0x7F7F7F7F : 0x7F7F0000, steps = most > 0 ? largest / most : 0;
+        for (int i = 0; i < 4; ++i) unit[4 * i + r] = static_cast<float>(most / largest * 65536);
+        for (size_t g = 0; most > 0 && g < coded.k_groups_.size(); ++g) {
+          const auto& group = coded.k_groups_[g];
+          double sum[4] = {}, sum_low[4] = {};
+          for (int64_t c = 0; c < group.size; ++c) {
+            const int64_t place = group.start + c;
+            const double exact = q[r * width + coded.k_.coded[g].start + c] * steps;
+            int64_t left = coded.exact_ ? std::llrint(exact) : std::llrint(exact / 65536) * 65536;
+            int64_t digit[4];
+            for (int i = 3; i >= 0; --i) {
+              digit[i] = static_cast<int8_t>(left & 0xFF);
+              bytes[i][place / PIECE][r][place % PIECE] = static_cast<int8_t>(digit[i]);
+              left = (left - digit[i]) / 256;
+            }
+            const double middle = ((1 << group.bits) - 1) / 2.;
+            sum[c % PIECE / 4] -= middle * (256 * digit[0] + digit[1]);
+            sum_low[c % PIECE / 4] -= middle * (256 * digit[2] + digit[3]);
           }
-          for (int64_t i = 0; i < LANES; ++i) {
-            start[chunk][r][i] = static_cast<int32_t>(std::floor(sum[i]));
-            start_low[chunk][r][i] = static_cast<int32_t>((sum[i] - std::floor(sum[i])) * 32768 + sum_low[i]);
+          for (int64_t i = 0; i < 4; ++i) {
+            start[0][g][r][i] = static_cast<int32_t>(std::floor(sum[i]));
+            start[1][g][r][i] = static_cast<int32_t>((sum[i] - std::floor(sum[i])) * 65536 + sum_low[i]);
           }
         }
       }
@@ -112,6 +124,7 @@ class Coded {
   // What is known of up to 64 tokens and four rows.
   struct Span {
     alignas(64) float weight[SPAN * ROWS];           // scores, then weights before scales: [token, row]
+    alignas(64) uint8_t code[SPAN][rounded_up(MAX_PIECES * PIECE, CHUNK)] = {};  // of the keys
     alignas(64) float k_step[SPAN][GROUPS] = {};
     alignas(64) float v_step[GROUPS][SPAN] = {};
     alignas(64) int32_t pair[SPAN / 2][GROUPS][ROWS] = {};  // weights of two tokens in 16 bits each
@@ -132,61 +145,50 @@ class Coded {
 
   template <bool EXACT>
   void scores(const Query& q, int64_t b, int64_t h, int64_t t, int64_t count, Span& span) const {
+    constexpr int BYTES = EXACT ? 4 : 2;
     for (int64_t i = 0; i < count; ++i) {
       const uint8_t* scale = k_.scales.row(b, h, t + i);
       for (size_t g = 0; g < k_.coded.size(); ++g) span.k_step[i][g] = k_.step(g, scale[g]);
     }
     const uint8_t* row = k_.codes.row(b, h, t);
-    size_t chunk = 0;
-    for (; chunk + 1 < k_fields_.size(); chunk += 2)
-      by_fields(k_fields_[chunk], [&](const auto& one) {
-        by_fields(k_fields_[chunk + 1], [&](const auto& two) { scores_of<EXACT>(q, chunk, row, count, span, one, two); });
+    for (size_t chunk = 0; chunk < k_fields_.size(); ++chunk)
+      by_fields(k_fields_[chunk], [&](const auto& codes) {
+        for (int64_t i = 0; i < count; ++i)
+          _mm512_store_si512(span.code[i] + chunk * CHUNK, codes(row + i * k_.codes.token));
       });
-    if (chunk < k_fields_.size())
-      by_fields(k_fields_[chunk], [&](const auto& one) { scores_of<EXACT>(q, chunk, row, count, span, one); });
-  }
-
-  // The part of the scores that comes from as many chunks as there are readers of codes.
-  template <bool EXACT, typename... Codes>
-  void scores_of(const Query& q, size_t first, const uint8_t* row, int64_t count, Span& span, const Codes&... codes) const {
-    __m512i slot[sizeof...(Codes)];
-    for (size_t i = 0; i < sizeof...(Codes); ++i) {
-      alignas(64) int32_t slots[LANES];
-      for (int64_t j = 0; j < LANES; ++j) slots[j] = k_.slot[(first + i) * CHUNK + 4 * j];
-      slot[i] = _mm512_load_si512(slots);
-    }
     const __m512 unit = _mm512_load_ps(q.unit);
+    const __m512i turned = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     for (int64_t i = 0; i < count; i += 4) {
-      __m512 found[4];
-      for (int64_t j = 0; j < 4; ++j) {
-        const int64_t token = std::min(i + j, count - 1);
-        const __m512 steps = _mm512_broadcast_f32x4(_mm_load_ps(span.k_step[token]));
-        __m512 x[ROWS] = {};
-        size_t chunk = 0;
-        const auto add = [&](const auto& codes_of_chunk) {
-          const __m512i code = codes_of_chunk(row + token * k_.codes.token);
-          const __m512i one = low_half(code), two = high_half(code);
-          const __m512 step = _mm512_permutexvar_ps(slot[chunk], steps);
-          const auto dot = [&](const int32_t* start, const int16_t* numbers) {
-            const __m512i sum = _mm512_dpwssd_epi32(_mm512_load_si512(start), one, _mm512_load_si512(numbers));
-            return _mm512_cvtepi32_ps(_mm512_dpwssd_epi32(sum, two, _mm512_load_si512(numbers + 32)));
-          };
-          for (int64_t r = 0; r < ROWS; ++r) {
-            __m512 sum = dot(q.start[first + chunk][r], q.high[first + chunk][r]);
-            if constexpr (EXACT) {
-              const __m512 rest = dot(q.start_low[first + chunk][r], q.low[first + chunk][r]);
-              sum = _mm512_fmadd_ps(rest, _mm512_set1_ps(1 / 32768.f), sum);
-            }
-            x[r] = _mm512_fmadd_ps(sum, step, x[r]);
-          }
-          ++chunk;
-        };
-        (add(codes), ...);
-        found[j] = fours(twos(x[0], x[1]), twos(x[2], x[3]));
+      for (int64_t j = i; j < i + 4; ++j) {  // of the next span: a few at a time, for many at once are waited for
+        __builtin_prefetch(k_.codes.row(b, h, t + SPAN + j));
+        __builtin_prefetch(v_.codes.row(b, h, t + SPAN + j));
       }
-      float* to = span.weight + i * ROWS;
-      const __m512 x = quarters(quarters(found[0], found[1]), quarters(found[2], found[3]));
-      _mm512_store_ps(to, _mm512_fmadd_ps(x, unit, first ? _mm512_load_ps(to) : _mm512_setzero_ps()));
+      __m512 x[4] = {};  // of four tokens: a quarter for each row
+      for (size_t g = 0; g < k_groups_.size(); ++g) {
+        __m512i sum[4][BYTES];
+        for (auto& of_token : sum)
+          for (int n = 0; n < BYTES; ++n) of_token[n] = n % 2 ? _mm512_load_si512(q.start[n / 2][g]) : _mm512_setzero_si512();
+        const int64_t first = k_groups_[g].start / PIECE, pieces = (k_groups_[g].size + PIECE - 1) / PIECE;
+        for (int64_t piece = first; piece < first + pieces; ++piece) {
+          __m512i byte[BYTES];
+          for (int n = 0; n < BYTES; ++n) byte[n] = _mm512_load_si512(q.bytes[n][piece]);
+          for (int64_t j = 0; j < 4; ++j) {
+            const auto* codes = reinterpret_cast<const __m128i*>(span.code[i + j] + piece * PIECE);
+            const __m512i code = _mm512_broadcast_i32x4(_mm_load_si128(codes));
+            for (int n = 0; n < BYTES; ++n) sum[j][n] = _mm512_dpbusd_epi32(sum[j][n], code, byte[n]);
+          }
+        }
+        for (int64_t j = 0; j < 4; ++j) {
+          const auto two_bytes = [&](int n) {
+            return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[j][n], 8), sum[j][n + 1]));
+          };
+          __m512 found = two_bytes(0);
+          if constexpr (EXACT) found = _mm512_fmadd_ps(two_bytes(2), _mm512_set1_ps(1 / 65536.f), found);
+          x[j] = _mm512_fmadd_ps(found, _mm512_set1_ps(span.k_step[i + j][g]), x[j]);
+        }
+      }
+      const __m512 found = _mm512_permutexvar_ps(turned, fours(twos(x[0], x[1]), twos(x[2], x[3])));
+      _mm512_store_ps(span.weight + i * ROWS, _mm512_mul_ps(found, unit));
     }
   }
 
