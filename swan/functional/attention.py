@@ -196,6 +196,12 @@ def _kernel_serves(q: Tensor, k: Packed, v: Packed) -> bool:
     return attend_cpu.reads(k.layout) and attend_cpu.reads(v.layout) and cpu.built()
 
 
+def _kernel_takes_all(q: Tensor, k: Packed, v: Packed, k_buffer: Tensor, v_buffer: Tensor, impl: Impl) -> bool:
+    """Whether one call of the CPU kernel serves history and buffer together."""
+    same = q.dtype == k_buffer.dtype == v_buffer.dtype
+    return same and (impl == "cpp" or (impl == "auto" and _kernel_serves(q, k, v)))
+
+
 def _kernel(impl: Impl) -> Callable[..., tuple[Tensor, Tensor]]:
     if impl == "cpp":
         return attend_cpu.attend
@@ -305,6 +311,13 @@ def swan_attention(
     if k_history is None or v_history is None:
         impl = "auto" if impl in KERNELS else impl
         return dense_attention(q, k_buffer, v_buffer, mask=buffer_mask, scale=scale, impl=impl)
+    if _kernel_takes_all(q, k_history, v_history, k_buffer, v_buffer, impl):
+        if not torch.compiler.is_compiling():
+            _check(q, k_history, v_history, history_mask)
+            _check(q, k_buffer, v_buffer, buffer_mask)
+        recent = attend_cpu.Recent(k_buffer, v_buffer, buffer_mask)
+        factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
+        return attend_cpu.attend(q, k_history, v_history, history_mask, factor, recent)[0].to(q.dtype)
     history = packed_attention(q, k_history, v_history, mask=history_mask, scale=scale, impl=impl, return_lse=True)
     dense: Impl = "auto" if impl in KERNELS else impl
     buffer = dense_attention(q, k_buffer, v_buffer, mask=buffer_mask, scale=scale, impl=dense, return_lse=True)

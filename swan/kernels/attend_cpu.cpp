@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
@@ -380,6 +381,12 @@ void by_rows(int64_t rows, Function function) {
 struct Mask {  // tokens lie side by side
   const bool* data = nullptr;
   int64_t batch = 0, head = 0, query = 0;
+
+  explicit Mask(const std::optional<at::Tensor>& mask) {
+    if (!mask) return;
+    const auto stride = [&](int axis) { return mask->size(axis) == 1 ? 0 : mask->stride(axis); };
+    data = mask->const_data_ptr<bool>(), batch = stride(0), head = stride(1), query = stride(2);
+  }
 };
 
 #if defined(SWAN_AVX512)
@@ -474,65 +481,128 @@ struct Part {
   }
 };
 
+// The history, or the tokens beside it that are not packed: what its parts found, each [rows, width of v] and [rows].
+struct Side {
+  const Source &k, &v;
+  const Mask mask;
+  const int64_t tokens, splits;
+  const int64_t k_width = rounded_up(k.used, CHUNK), v_width = rounded_up(v.used, CHUNK);
+  std::vector<float> q, outs, peaks, totals;
+
+  // `rows` query rows of each of `workers` KV heads of all sequences; q [workers * rows, d of k], to be scaled.
+  Side(const Source& k, const Source& v, Mask mask, int64_t tokens, int64_t splits, const std::vector<float>& queries,
+       float scale, int64_t workers, int64_t rows)
+      : k(k), v(v), mask(mask), tokens(tokens), splits(splits), q(workers * rows * k_width),
+        outs(workers * splits * rows * v_width), peaks(workers * splits * rows), totals(peaks.size()) {
+    for (int64_t row = 0; row < workers * rows; ++row)
+      for (int64_t c = 0; c < k.used; ++c) q[row * k_width + c] = queries[row * k.d + c] * scale;
+  }
+};
+
+// x [rows, d] times a matrix [d, d], or its transpose.
+std::vector<float> times(const std::vector<float>& x, const at::Tensor& matrix, bool transposed) {
+  constexpr int64_t BLOCK = 4 * LANES;
+  const int64_t d = matrix.size(0), width = rounded_up(d, BLOCK), rows = static_cast<int64_t>(x.size()) / d;
+  std::vector<float> m(d * width), row_of_matrix(d), out(x.size());
+  for (int64_t i = 0; i < d; ++i) {
+    to_float(static_cast<const uint8_t*>(matrix.const_data_ptr()) + i * d * matrix.element_size(), matrix.scalar_type(), d,
+             row_of_matrix.data());
+    for (int64_t j = 0; j < d; ++j) m[transposed ? j * width + i : i * width + j] = row_of_matrix[j];
+  }
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t start = 0; start < d; start += BLOCK) {
+      Vector sum[4] = {};
+      for (int64_t c = 0; c < d; ++c)
+        for (int i = 0; i < 4; ++i) sum[i] += x[row * d + c] * load(&m[c * width + start + i * LANES]);
+      float found[BLOCK];
+      for (int i = 0; i < 4; ++i) store(found + i * LANES, sum[i]);
+      std::copy_n(found, std::min(BLOCK, d - start), &out[row * d + start]);
+    }
+  return out;
+}
+
+// `mixes`: of keys and values, each a matrix or an empty tensor; `recent`: keys and values as they are, or nothing.
 std::tuple<at::Tensor, at::Tensor> attend(
     const at::Tensor& q, at::TensorList k_planes, at::IntArrayRef k_layout, at::TensorList v_planes,
-    at::IntArrayRef v_layout, int64_t tokens, const std::optional<at::Tensor>& mask, double scale) {
+    at::IntArrayRef v_layout, int64_t tokens, const std::optional<at::Tensor>& mask, double scale, at::TensorList mixes,
+    at::TensorList recent, const std::optional<at::Tensor>& recent_mask) {
   const Source k(k_planes, k_layout), v(v_planes, v_layout);
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2);
   const auto& stored = k_planes[k_planes[0].numel() ? 0 : 1];
   const int64_t kv_heads = stored.dim() == 4 ? stored.size(1) : heads;
-  const int64_t groups = heads / kv_heads, rows = groups * queries;
-  const int64_t k_width = rounded_up(k.used, CHUNK), v_width = rounded_up(v.used, CHUNK);
+  const int64_t groups = heads / kv_heads, rows = groups * queries, workers = batch * kv_heads;
+  const int64_t wanted = (4 * at::get_num_threads() + workers - 1) / std::max<int64_t>(workers, 1);
+  const int64_t splits = std::max<int64_t>(1, std::min(wanted, tokens / LEAST));
+  const int64_t stretch = rounded_up((tokens + splits - 1) / splits, TILE);
 
-  Mask seen;
-  at::Tensor side_by_side;
-  if (mask) {
-    side_by_side = mask->stride(3) == 1 ? *mask : mask->contiguous();
-    const auto stride = [&](int axis) { return side_by_side.size(axis) == 1 ? 0 : side_by_side.stride(axis); };
-    seen = {side_by_side.const_data_ptr<bool>(), stride(0), stride(1), stride(2)};
-  }
   const at::Tensor wide = q.to(at::kFloat).contiguous();
-  std::vector<float> scaled(batch * heads * queries * k_width, 0.f);
-  for (int64_t row = 0; row < batch * heads * queries; ++row) {
-    const float* from = wide.const_data_ptr<float>() + row * k.d;
-    for (int64_t c = 0; c < k.used; ++c) scaled[row * k_width + c] = from[c] * static_cast<float>(scale);
+  const std::vector<float> plain(wide.const_data_ptr<float>(), wide.const_data_ptr<float>() + wide.numel());
+  const auto mix = [&](size_t i) { return i < mixes.size() && mixes[i].numel() ? mixes[i].contiguous() : at::Tensor(); };
+  const std::vector<float> mixed = mix(0).defined() ? times(plain, mix(0), false) : plain;
+  const auto side_by_side = [](const std::optional<at::Tensor>& m) {
+    return m && m->stride(3) != 1 ? std::optional(m->contiguous()) : m;
+  };
+  const auto seen = side_by_side(mask), recent_seen = side_by_side(recent_mask);
+  const float factor = static_cast<float>(scale);
+  Side history(k, v, Mask(seen), tokens, splits, mixed, factor, workers, rows);
+  std::vector<at::Tensor> dense;
+  for (const at::Tensor& t : recent) dense.push_back(t.stride(3) == 1 ? t : t.contiguous());
+  std::optional<Source> recent_k, recent_v;
+  std::optional<Side> beside;
+  if (!dense.empty()) {
+    const at::Tensor none = at::empty({0}, q.options());
+    recent_k.emplace(at::TensorList({none, dense[0], none, none}), at::IntArrayRef({0, k.d, 16}));
+    recent_v.emplace(at::TensorList({none, dense[1], none, none}), at::IntArrayRef({0, v.d, 16}));
+    beside.emplace(*recent_k, *recent_v, Mask(recent_seen), dense[0].size(2), 1, plain, factor, workers, rows);
   }
 
   std::optional<Coded> coded;
 #if defined(SWAN_AVX512)
   if (rows <= MOST_ROWS && Coded::reads(k, v)) coded.emplace(k, v, q.scalar_type() == at::kFloat);
 #endif
-  const int64_t workers = batch * kv_heads;
-  const int64_t wanted = (4 * at::get_num_threads() + workers - 1) / std::max<int64_t>(workers, 1);
-  const int64_t splits = std::max<int64_t>(1, std::min(wanted, tokens / LEAST));
-  const int64_t stretch = rounded_up((tokens + splits - 1) / splits, TILE);
-  std::vector<float> outs(workers * splits * rows * v_width), peaks(workers * splits * rows), totals(peaks.size());
+  const auto part = [&](Side& side, const Coded* reader, int64_t i, int64_t begin, int64_t end) {
+    const int64_t worker = i / side.splits;
+    Part{side.k, side.v, reader, side.mask, side.q.data() + worker * rows * side.k_width, worker / kv_heads,
+         worker % kv_heads, rows, groups, queries, side.outs.data() + i * rows * side.v_width,
+         side.peaks.data() + i * rows, side.totals.data() + i * rows}
+        .run(begin, end);
+  };
   at::parallel_for(0, workers * splits, 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
-      const int64_t worker = i / splits, begin = std::min(i % splits * stretch, tokens);
-      const Part part{k, v, coded ? &*coded : nullptr, seen, scaled.data() + worker * rows * k_width,
-                      worker / kv_heads, worker % kv_heads, rows, groups, queries, outs.data() + i * rows * v_width,
-                      peaks.data() + i * rows, totals.data() + i * rows};
-      part.run(begin, std::min(begin + stretch, tokens));
+      const int64_t begin = std::min(i % splits * stretch, tokens);
+      part(history, coded ? &*coded : nullptr, i, begin, std::min(begin + stretch, tokens));
+      if (beside && i % splits == 0) part(*beside, nullptr, i / splits, 0, beside->tokens);
     }
   });
 
+  // Merge by log-sum-exp: the history's parts in its own coordinates first.
   at::Tensor out = at::zeros({batch, heads, queries, v.d}, q.options().dtype(at::kFloat));
   at::Tensor lse = at::full({batch, heads, queries}, NOTHING, q.options().dtype(at::kFloat));
+  std::vector<float> sums(workers * rows * v.d), most(workers * rows, NOTHING), total(workers * rows);
+  const auto add = [&](const Side& side, float* to) {
+    for (int64_t row = 0; row < workers * rows; ++row)
+      for (int64_t s = 0; s < side.splits; ++s) {
+        const int64_t i = (row / rows * side.splits + s) * rows + row % rows;
+        const float part = exponential(side.peaks[i] - most[row]);
+        total[row] += part * side.totals[i];
+        for (int64_t c = 0; c < side.v.used; ++c) to[row * v.d + c] += part * side.outs[i * side.v_width + c];
+      }
+  };
+  const auto raise = [&](const Side& side) {
+    for (int64_t row = 0; row < workers * rows; ++row)
+      for (int64_t s = 0; s < side.splits; ++s)
+        most[row] = std::max(most[row], side.peaks[(row / rows * side.splits + s) * rows + row % rows]);
+  };
+  raise(history);
+  if (beside) raise(*beside);
+  for (float& x : most) x = x == NOTHING ? 0 : x;  // a row that sees nothing: sums of nothing
+  add(history, sums.data());
+  if (mix(1).defined()) sums = times(sums, mix(1), true);
+  if (beside) add(*beside, sums.data());
   for (int64_t row = 0; row < workers * rows; ++row) {
-    const int64_t first = row / rows * splits * rows + row % rows;  // its first part; the next is `rows` further
-    float most = NOTHING, total = 0;
-    for (int64_t s = 0; s < splits; ++s) most = std::max(most, peaks[first + s * rows]);
-    if (most == NOTHING) continue;
-    float* to = out.mutable_data_ptr<float>() + row * v.d;
-    for (int64_t s = 0; s < splits; ++s) {
-      const int64_t part = first + s * rows;
-      const float factor = exponential(peaks[part] - most);
-      total += factor * totals[part];
-      for (int64_t c = 0; c < v.used; ++c) to[c] += factor * outs[part * v_width + c];
-    }
-    for (int64_t c = 0; c < v.used; ++c) to[c] /= total;
-    lse.mutable_data_ptr<float>()[row] = most + std::log(total);
+    if (total[row] == 0) continue;
+    for (int64_t c = 0; c < v.d; ++c) out.mutable_data_ptr<float>()[row * v.d + c] = sums[row * v.d + c] / total[row];
+    lse.mutable_data_ptr<float>()[row] = most[row] + std::log(total[row]);
   }
   return {out, lse};
 }
@@ -542,7 +612,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
 TORCH_LIBRARY_FRAGMENT(swan, m) {
   m.def(
       "attend_cpu(Tensor q, Tensor[] k, int[] k_layout, Tensor[] v, int[] v_layout, SymInt tokens, Tensor? mask, "
-      "float scale) -> (Tensor, Tensor)");
+      "float scale, Tensor[] mixes, Tensor[] recent, Tensor? recent_mask) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(swan, CPU, m) {

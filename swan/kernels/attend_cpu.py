@@ -1,19 +1,33 @@
 """Attention over a packed history on a CPU, in C++: one operator for eager and compiled code."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from swan.kernels.cpu import build, built
-from swan.packed import Graded, Layout, Packed, TopK
+from swan.packed import Graded, Layout, Packed, TopK, mixing
 
-__all__ = ["MOST_ROWS", "attend", "reads"]
+__all__ = ["MOST_ROWS", "Recent", "attend", "reads"]
 
 MOST_GROUPS = 16
 MOST_ROWS = 16  # query rows of a KV head up to which each token is unpacked once; more are faster in tiles
 
 
-def attend(q: Tensor, k: Packed, v: Packed, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+class Recent(NamedTuple):
+    """Tokens that are not packed: keys and values ``[batch, kv_heads, tokens, d]``, and which a query sees or None."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+
+def attend(
+    q: Tensor, k: Packed, v: Packed, mask: Tensor | None, scale: float, recent: Recent | None = None
+) -> tuple[Tensor, Tensor]:
     r"""Attention in the coordinates in which keys and values are stored: `packed_attention` without the mixes.
+
+    With `recent`, all of `swan_attention`: queries and outputs are mixed here, and one softmax goes over both.
 
     Threads take KV heads and stretches of the history. Each token is read and unpacked once for four query rows
     (for all rows where there are more than 16). On a CPU with AVX-512, scores of `Graded` keys are products of
@@ -27,6 +41,7 @@ def attend(q: Tensor, k: Packed, v: Packed, mask: Tensor | None, scale: float) -
         mask: boolean ``[batch or 1, heads or 1, queries, tokens]``, True where a query sees a token. Stretches that
             no query sees are not read.
         scale: factor of the scores.
+        recent: tokens beside the history.
 
     Returns:
         Output ``[batch, heads, queries, dv]`` and natural log-sum-exp ``[batch, heads, queries]``, both float32.
@@ -50,7 +65,11 @@ def attend(q: Tensor, k: Packed, v: Packed, mask: Tensor | None, scale: float) -
     if not built():
         build()  # raises, and says why it cannot be
     keys, values = _numbers(k.layout), _numbers(v.layout)
-    return torch.ops.swan.attend_cpu(q, _planes(k), keys, _planes(v), values, k.shape[2], mask, scale)
+    arguments = q, _planes(k), keys, _planes(v), values, k.shape[2], mask, scale
+    if recent is None:
+        return torch.ops.swan.attend_cpu(*arguments, [], [], None)
+    mixes = [q.new_empty(0) if matrix is None else matrix for matrix in (mixing(k), mixing(v))]
+    return torch.ops.swan.attend_cpu(*arguments, mixes, [recent.keys, recent.values], recent.mask)
 
 
 def reads(layout: Layout) -> bool:

@@ -69,7 +69,7 @@ def build() -> None:
         torch.ops.load_library(str(library))
 
     @torch.library.register_fake("swan::attend_cpu")
-    def _(q, k, k_layout, v, v_layout, tokens, mask, scale):  # pyright: ignore
+    def _(q, k, k_layout, v, v_layout, tokens, mask, scale, mixes, recent, recent_mask):  # pyright: ignore
         dv = v_layout[1] if v_layout[0] else sum(v_layout[1::2])
         return q.new_empty(*q.shape[:3], dv, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from swan import Graded, TopK, pack, packed_attention
 from swan.functional import reference
 from swan.kernels import attend_cpu, cpu
-from swan.packed import unpack_mixed
+from swan.packed import mixing, unpack_mixed
 from tests.strategies import (
     DTYPES,
     assert_lse_within,
@@ -98,6 +98,47 @@ def test_every_layout(d, tokens, dtype):
 )
 def test_any_groups(seed, dtype, head_counts, queries, tokens, keys, values, kind):
     check(seed, dtype, head_counts, queries, tokens, keys, values, kind)
+
+
+@given(
+    seeds,
+    dtypes,
+    st.sampled_from([(1, 1), (4, 1), (9, 3), (40, 2)]),
+    st.integers(1, 3),
+    st.integers(0, 200),
+    st.integers(1, 70),
+    st.sampled_from([24, 64, 96]).flatmap(coded_layouts),
+    st.sampled_from([20, 64, 128]).flatmap(coded_layouts),
+    st.booleans(),
+)
+def test_history_and_recent_tokens_together(seed, dtype, head_counts, queries, tokens, recent, keys, values, masked):
+    """One softmax over both, in plain coordinates. An orthonormal mix makes an error at most sqrt(d) times as large."""
+    q, k, k_recent = qkv(seed, 2, head_counts, queries, tokens + recent, keys.d, keys.d, dtype)
+    v, v_recent = normal(seed + 9, 2, 2 * head_counts[1], tokens + recent, values.d).to(dtype).chunk(2, dim=1)
+    k, v = pack(k[:, :, :tokens], keys), pack(v[:, :, :tokens], values)
+    k_recent, v_recent = k_recent[:, :, tokens:], v_recent[:, :, tokens:]
+    generator = torch.Generator().manual_seed(seed)
+    mask, recent_mask = (torch.rand(2, 1, queries, n, generator=generator) > 0.5 for n in (tokens, recent))
+    recent_mask[0] = False
+    mask, recent_mask = (mask, recent_mask) if masked else (None, None)
+
+    key_mix, value_mix = (torch.eye(x.layout.d) if mixing(x) is None else mixing(x) for x in (k, v))
+    mixed = q.double() @ key_mix.double()
+    parts = [
+        reference.dense_attention(mixed, wide(k), wide(v) @ value_mix.double().mT, mask=mask),
+        reference.dense_attention(q.double(), k_recent.double(), v_recent.double(), mask=recent_mask),
+    ]
+    lses = torch.stack([lse for _, lse in parts])
+    share = torch.softmax(lses, dim=0).nan_to_num(0)[..., None]  # nothing where a row sees nothing at all
+    expected = share[0] * parts[0][0] + share[1] * parts[1][0]
+
+    out, lse = attend_cpu.attend(q, k, v, mask, keys.d**-0.5, attend_cpu.Recent(k_recent, v_recent, recent_mask))
+    limit, lse_limit = bounds(mixed.to(dtype), k, v) if tokens else (0.0, 0.0)
+    lse_limit += lse_bound(q, k_recent)
+    largest = max(float(v_recent.abs().max()), values.d**0.5 * float(wide(v).abs().max()) if tokens else 0.0)
+    limit = values.d**0.5 * limit + attention_bound(q, k_recent, v_recent) + 2 * lse_limit * largest
+    assert_within(out, expected, limit)
+    assert_lse_within(lse, torch.logsumexp(lses, dim=0), lse_limit)
 
 
 def test_no_tokens():
