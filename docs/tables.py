@@ -111,31 +111,35 @@ def needles(path: str) -> str:
 
 
 def decode(path: str) -> str:
-    """Attention of one decode step."""
+    """Attention of one decode step, by kernels and dense rivals."""
     result = json.loads(Path(path).read_text())
     settings, rows = result["settings"], result["rows"]
     cells = [
         [
             "dense" if row["form"] == "dense" else f"{row['form']}, {row['retention']:.2f}",
             row["impl"],
+            row["dtype"],
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['median_ms']:.2f}",
             f"{100 * row['spread']:.0f}&nbsp;%",
             f"{row['speedup']:.2f}",
             f"{row['bandwidth_fraction']:.2f}",
             f"{row['error']:.0e}",
+            f"{row['peak_bytes'] / 1e6:.2f}",
         ]
-        for row in rows
-        if row["median_ms"] is not None
+        for row in sorted(rows, key=lambda row: row["dtype"])
+        if row["median_ms"] is not None and row["impl"] != "tiles"
     ]
-    columns = ("cache, retention", "impl", "MB read", "ms", "spread", "speed-up", "of bandwidth", "error")
+    columns = ("cache, retention", "impl", "dtype", "MB read", "ms", "spread", "speed-up", "of bandwidth", "error")
+    columns += ("peak MB",)
     note = (
         f"{settings['heads']} query and {settings['kv_heads']} KV heads of {settings['head_dim']}, "
-        f"{settings['lengths'][0]} tokens, {rows[0]['dtype']}, {result['machine']['cpu']}, "
+        f"{settings['lengths'][0]} tokens, {result['machine']['cpu']}, "
         f"{settings['threads']} threads, {settings['bandwidth'] / 1e9:.0f} GB/s. Speed-up: over the fastest dense row. "
+        "Peak: what a call takes beside the cache. "
         f"Made by `{result['command']}`."
     )
-    return table(columns, cells, "llrrrrrr") + "\n\n" + note
+    return table(columns, cells, "lll" + "r" * 7) + "\n\n" + note
 
 
 def after_prompt(*paths: str) -> str:

@@ -60,6 +60,7 @@ def decode(
     dtype: Annotated[
         list[Dtype] | None, typer.Option(help="Dtypes of the cache (repeat it); bfloat16, on a CPU float32 too.")
     ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Image file to draw.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Attention of one decoding step of one layer, swan beside dense."""
@@ -70,6 +71,8 @@ def decode(
         dtypes = [each.torch for each in dtype] if dtype else None
         chosen = _forms(form, retention)
         rows = benchmarks.bench_decode(lengths, setup, dtypes=dtypes, forms=chosen, impls=impl, bandwidth=bandwidth)
+    if plot is not None:
+        benchmarks.plot_decode(rows, plot, _about(setup))
     if json:
         return print_json(_settings(setup, shape, lengths=lengths, bandwidth=bandwidth), rows)
     columns: dict[str, Callable[[Row], str]] = {

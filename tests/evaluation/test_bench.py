@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from swan.evaluation.bench import FORMS, SHAPES, Setup, add_speedups, bench_decode, common, decode
+from swan.evaluation.bench import FORMS, SHAPES, Setup, add_speedups, bench_decode, common, decode, plot_decode
 from swan.evaluation.machine import TooLong, at_most, last_level_cache, machine, peak_bytes, time_calls, versions
 
 COLUMNS = [
@@ -32,6 +32,10 @@ def test_rows_follow_the_schema(rows):
         assert (row["form"] == "dense") == (row["impl"] in decode.DENSE)
         assert row["median_ms"] > 0 and row["spread"] >= 0 and row["bandwidth_fraction"] > 0 and row["peak_bytes"] > 0
     json.dumps(rows, allow_nan=False)
+
+
+def test_plots(rows, tmp_path):
+    assert plot_decode(rows, tmp_path / "new" / "decode.png", "tiny").stat().st_size > 10_000
 
 
 def test_results_are_right_and_their_error_is_that_of_the_dtype(rows):
