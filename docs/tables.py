@@ -142,6 +142,36 @@ def decode(path: str) -> str:
     return table(columns, cells, "lll" + "r" * 7) + "\n\n" + note
 
 
+def model(path: str) -> str:
+    """Tokens per second of a whole model."""
+    result = json.loads(Path(path).read_text())
+    settings = result["settings"]
+    names = {"dense": "transformers, dense", "quanto": "transformers, quantized"}
+    cells = [
+        [
+            names.get(row["form"], f"swan, {row['retention']:.2f}"),
+            row["impl"],
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['median_ms']:.1f}",
+            f"{100 * row['spread']:.0f}&nbsp;%",
+            f"{row['prefill_seconds']:.0f}",
+            f"{row['bytes'] / 2**20:.1f}",
+            f"{row['growth'] / 1024:.1f}",
+            f"{row['growth_counted'] / 1024:.1f}",
+            f"{100 * row['agreement']:.1f}&nbsp;%",
+        ]
+        for row in result["rows"]
+    ]
+    columns = ("cache", "impl", "tokens/s", "ms", "spread", "prompt, s", "MiB", "growth", "counted", "same token")
+    note = (
+        f"{settings['model']}, {settings['tokens']} tokens after {settings['prompt']}, {settings['dtype']}, "
+        f"{settings['threads']} threads. Growth: of the memory of the process, in KiB per token, beside "
+        "what the bytes of the cache grew by; swan's caches had room. Same token: as the first row would choose. "
+        f"Compiled rows of transformers have its static cache. Made by `{result['command']}`."
+    )
+    return table(columns, cells, "ll" + "r" * 8) + "\n\n" + note
+
+
 def after_prompt(*paths: str) -> str:
     """Token eviction and swan, of a prompt that is compressed once."""
     rows = []

@@ -15,6 +15,7 @@ from swan.cli.common import (
     JsonOption,
     ModelArgument,
     calibration_of,
+    check_plot,
     console,
     envelope,
     load,
@@ -66,13 +67,14 @@ def decode(
     """Attention of one decoding step of one layer, swan beside dense."""
     lengths = lengths or [8192]
     with user_errors():
+        check_plot(plot)
         setup = Setup(batch=batch, buffer=buffer, **_shape(shape))
         bandwidth = memory_bandwidth(setup.device)
         dtypes = [each.torch for each in dtype] if dtype else None
         chosen = _forms(form, retention)
         rows = benchmarks.bench_decode(lengths, setup, dtypes=dtypes, forms=chosen, impls=impl, bandwidth=bandwidth)
-    if plot is not None:
-        benchmarks.plot_decode(rows, plot, _about(setup))
+        if plot is not None:
+            benchmarks.plot_decode(rows, plot, _about(setup))
     if json:
         return print_json(_settings(setup, shape, lengths=lengths, bandwidth=bandwidth), rows)
     columns: dict[str, Callable[[Row], str]] = {

@@ -1,6 +1,7 @@
 """What the commands share: loading, calibrating, errors, JSON and tables."""
 
 import contextlib
+import importlib.util
 import json
 import shlex
 import sys
@@ -117,6 +118,12 @@ def envelope(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[s
 def print_json(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Print the JSON object of a command."""
     print(json.dumps(envelope(settings, rows), indent=2))
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise an ImportError before anything is measured if a plot is asked for and could not be drawn."""
+    if path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install 'swan-attention[plot]'")
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from swan.cli.common import (
     JsonOption,
     ModelArgument,
     calibration_of,
+    check_plot,
     console,
     envelope,
     load,
@@ -58,6 +59,7 @@ def frontier(
         windows, length, needles, seeds = 1, 1024, min(needles, 10), 1
         retentions = retention or [0.5, 0.26, 0.15]
     with user_errors():
+        check_plot(plot)
         network, tokenizer = load(model, dtype)
         tokens = torch.cat([token_windows(evaluation_text(name), tokenizer, windows, length) for name in texts])
         cases = []

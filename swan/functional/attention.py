@@ -198,8 +198,14 @@ def _kernel_serves(q: Tensor, k: Packed, v: Packed) -> bool:
 
 def _kernel_takes_all(q: Tensor, k: Packed, v: Packed, k_buffer: Tensor, v_buffer: Tensor, impl: Impl) -> bool:
     """Whether one call of the CPU kernel serves history and buffer together."""
-    same = q.dtype == k_buffer.dtype == v_buffer.dtype
-    return same and (impl == "cpp" or (impl == "auto" and _kernel_serves(q, k, v)))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_buffer, v_buffer)):
+        return False
+    fits = all(
+        buffer.ndim == 4
+        and (buffer.shape[1], buffer.shape[3], buffer.dtype) == (packed.shape[1], packed.shape[3], packed.dtype)
+        for buffer, packed in ((k_buffer, k), (v_buffer, v))
+    )
+    return fits and k.shape[2] == v.shape[2] and (impl == "cpp" or (impl == "auto" and _kernel_serves(q, k, v)))
 
 
 def _kernel(impl: Impl) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -1,5 +1,6 @@
-// Attention of few queries over a packed history, on a CPU: each token is unpacked once, into a tile in the L1 cache,
-// for all query rows of its KV head. Threads take KV heads and stretches of the history; parts merge by log-sum-exp.
+// Attention of few queries over a packed history, and over dense tokens beside it, on a CPU. Threads take KV heads and
+// stretches of tokens; parts merge by log-sum-exp. Tokens are unpacked into a tile in the L1 cache, once for all query rows
+// of their KV head; codes, with AVX-512, are multiplied as they are (attend_cpu_avx512.h).
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -41,6 +42,7 @@ constexpr int64_t MAX_DIM = 256;
 constexpr int64_t MAX_GROUPS = 16;
 constexpr int64_t MOST_ROWS = 16;  // query rows up to which codes are read anew for each four
 constexpr int64_t LEAST = 256;  // tokens worth a thread of their own
+constexpr int64_t GRAIN = 16;  // query rows worth a thread
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
@@ -481,44 +483,104 @@ struct Part {
   }
 };
 
-// The history, or the tokens beside it that are not packed: what its parts found, each [rows, width of v] and [rows].
+// The history, or the tokens beside it that are not packed: queries times the scale, and what each part found, in rows.
 struct Side {
   const Source &k, &v;
   const Mask mask;
-  const int64_t tokens, splits;
+  const int64_t tokens, splits, stretch;
   const int64_t k_width = rounded_up(k.used, CHUNK), v_width = rounded_up(v.used, CHUNK);
   std::vector<float> q, outs, peaks, totals;
 
-  // `rows` query rows of each of `workers` KV heads of all sequences; q [workers * rows, d of k], to be scaled.
-  Side(const Source& k, const Source& v, Mask mask, int64_t tokens, int64_t splits, const std::vector<float>& queries,
-       float scale, int64_t workers, int64_t rows)
-      : k(k), v(v), mask(mask), tokens(tokens), splits(splits), q(workers * rows * k_width),
-        outs(workers * splits * rows * v_width), peaks(workers * splits * rows), totals(peaks.size()) {
-    for (int64_t row = 0; row < workers * rows; ++row)
-      for (int64_t c = 0; c < k.used; ++c) q[row * k_width + c] = queries[row * k.d + c] * scale;
+  // `rows` query rows of each of `workers` KV heads of all sequences.
+  Side(const Source& k, const Source& v, const Mask& mask, int64_t tokens, int64_t workers, int64_t rows)
+      : k(k), v(v), mask(mask), tokens(tokens), splits(splits_of(tokens, workers)),
+        stretch(rounded_up((tokens + splits - 1) / splits, TILE)), q(workers * rows * k_width),
+        outs(workers * splits * rows * v_width), peaks(workers * splits * rows), totals(peaks.size()), rows_(rows) {}
+
+  static int64_t splits_of(int64_t tokens, int64_t workers) {
+    const int64_t wanted = (4 * at::get_num_threads() + workers - 1) / std::max<int64_t>(workers, 1);
+    return std::max<int64_t>(1, std::min(wanted, tokens / LEAST));
   }
+
+  void query(int64_t row, const float* x, float scale) {
+    for (int64_t c = 0; c < k.used; ++c) q[row * k_width + c] = x[c] * scale;
+  }
+
+  float peak(int64_t row) const {
+    float most = NOTHING;
+    for (int64_t s = 0; s < splits; ++s) most = std::max(most, peaks[part(row, s)]);
+    return most;
+  }
+
+  // Adds what a row found to sums [d of v]; returns the sum of its weights.
+  float add(int64_t row, float most, float* sums) const {
+    float total = 0;
+    for (int64_t s = 0; s < splits; ++s) {
+      const int64_t i = part(row, s);
+      const float factor = exponential(peaks[i] - most);
+      total += factor * totals[i];
+      for (int64_t c = 0; c < v.used; ++c) sums[c] += factor * outs[i * v_width + c];
+    }
+    return total;
+  }
+
+ private:
+  const int64_t rows_;
+  int64_t part(int64_t row, int64_t split) const { return (row / rows_ * splits + split) * rows_ + row % rows_; }
 };
 
-// x [rows, d] times a matrix [d, d], or its transpose.
-std::vector<float> times(const std::vector<float>& x, const at::Tensor& matrix, bool transposed) {
-  constexpr int64_t BLOCK = 4 * LANES;
-  const int64_t d = matrix.size(0), width = rounded_up(d, BLOCK), rows = static_cast<int64_t>(x.size()) / d;
-  std::vector<float> m(d * width), row_of_matrix(d), out(x.size());
-  for (int64_t i = 0; i < d; ++i) {
-    to_float(static_cast<const uint8_t*>(matrix.const_data_ptr()) + i * d * matrix.element_size(), matrix.scalar_type(), d,
-             row_of_matrix.data());
-    for (int64_t j = 0; j < d; ++j) m[transposed ? j * width + i : i * width + j] = row_of_matrix[j];
+// A matrix [d, d] or its transpose, for rows.
+struct Matrix {
+  static constexpr int64_t BLOCK = 4 * LANES;
+  int64_t d, width;
+  std::vector<float> rows;
+
+  Matrix(const at::Tensor& matrix, bool transposed)
+      : d(matrix.size(0)), width(rounded_up(d, BLOCK)), rows(d * width) {
+    const at::Tensor m = matrix.contiguous();
+    std::vector<float> row(d);
+    for (int64_t i = 0; i < d; ++i) {
+      to_float(static_cast<const uint8_t*>(m.const_data_ptr()) + i * d * m.element_size(), m.scalar_type(), d, row.data());
+      for (int64_t j = 0; j < d; ++j) rows[transposed ? j * width + i : i * width + j] = row[j];
+    }
   }
-  for (int64_t row = 0; row < rows; ++row)
+
+  std::vector<float> times(const float* x) const {
+    std::vector<float> out(width);
     for (int64_t start = 0; start < d; start += BLOCK) {
       Vector sum[4] = {};
       for (int64_t c = 0; c < d; ++c)
-        for (int i = 0; i < 4; ++i) sum[i] += x[row * d + c] * load(&m[c * width + start + i * LANES]);
-      float found[BLOCK];
-      for (int i = 0; i < 4; ++i) store(found + i * LANES, sum[i]);
-      std::copy_n(found, std::min(BLOCK, d - start), &out[row * d + start]);
+        for (int i = 0; i < 4; ++i) sum[i] += x[c] * load(&rows[c * width + start + i * LANES]);
+      for (int i = 0; i < 4; ++i) store(&out[start + i * LANES], sum[i]);
     }
-  return out;
+    return out;
+  }
+};
+
+const at::Tensor& stored(at::TensorList planes) {
+  return *std::find_if(planes.begin(), planes.end(), [](const at::Tensor& t) { return t.dim() == 4; });
+}
+
+void check(const at::Tensor& q, const Source& k, const Source& v, at::TensorList k_planes, at::TensorList v_planes,
+           int64_t tokens, const std::optional<at::Tensor>& mask, at::TensorList recent,
+           const std::optional<at::Tensor>& recent_mask) {
+  const auto &keys = stored(k_planes), &values = stored(v_planes);
+  const int64_t batch = q.size(0), kv_heads = keys.size(1);
+  TORCH_CHECK(q.dim() == 4 && q.size(3) == k.d && keys.size(0) == batch && q.size(1) % kv_heads == 0 &&
+                  keys.size(2) >= tokens && values.sizes().slice(0, 3).equals(keys.sizes().slice(0, 3)),
+              "keys and values do not fit the queries or each other");
+  const auto fits = [&](const std::optional<at::Tensor>& m, int64_t count) {
+    return !m || (m->scalar_type() == at::kBool && m->dim() == 4 && (m->size(0) == 1 || m->size(0) == batch) &&
+                  (m->size(1) == 1 || m->size(1) == q.size(1)) && m->size(2) == q.size(2) && m->size(3) == count);
+  };
+  TORCH_CHECK(fits(mask, tokens), "the mask does not fit");
+  if (recent.empty()) return;
+  for (int i = 0; i < 2; ++i)
+    TORCH_CHECK(recent[i].dim() == 4 && recent[i].size(0) == batch && recent[i].size(1) == kv_heads &&
+                    recent[i].size(2) == recent[0].size(2) && recent[i].size(3) == (i ? v.d : k.d) &&
+                    recent[i].scalar_type() == q.scalar_type(),
+                "recent keys and values do not fit the history");
+  TORCH_CHECK(fits(recent_mask, recent[0].size(2)), "the mask of the recent tokens does not fit");
 }
 
 // `mixes`: of keys and values, each a matrix or an empty tensor; `recent`: keys and values as they are, or nothing.
@@ -527,24 +589,15 @@ std::tuple<at::Tensor, at::Tensor> attend(
     at::IntArrayRef v_layout, int64_t tokens, const std::optional<at::Tensor>& mask, double scale, at::TensorList mixes,
     at::TensorList recent, const std::optional<at::Tensor>& recent_mask) {
   const Source k(k_planes, k_layout), v(v_planes, v_layout);
-  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2);
-  const auto& stored = k_planes[k_planes[0].numel() ? 0 : 1];
-  const int64_t kv_heads = stored.dim() == 4 ? stored.size(1) : heads;
+  check(q, k, v, k_planes, v_planes, tokens, mask, recent, recent_mask);
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), kv_heads = stored(k_planes).size(1);
   const int64_t groups = heads / kv_heads, rows = groups * queries, workers = batch * kv_heads;
-  const int64_t wanted = (4 * at::get_num_threads() + workers - 1) / std::max<int64_t>(workers, 1);
-  const int64_t splits = std::max<int64_t>(1, std::min(wanted, tokens / LEAST));
-  const int64_t stretch = rounded_up((tokens + splits - 1) / splits, TILE);
 
-  const at::Tensor wide = q.to(at::kFloat).contiguous();
-  const std::vector<float> plain(wide.const_data_ptr<float>(), wide.const_data_ptr<float>() + wide.numel());
-  const auto mix = [&](size_t i) { return i < mixes.size() && mixes[i].numel() ? mixes[i].contiguous() : at::Tensor(); };
-  const std::vector<float> mixed = mix(0).defined() ? times(plain, mix(0), false) : plain;
   const auto side_by_side = [](const std::optional<at::Tensor>& m) {
     return m && m->stride(3) != 1 ? std::optional(m->contiguous()) : m;
   };
   const auto seen = side_by_side(mask), recent_seen = side_by_side(recent_mask);
-  const float factor = static_cast<float>(scale);
-  Side history(k, v, Mask(seen), tokens, splits, mixed, factor, workers, rows);
+  Side history(k, v, Mask(seen), tokens, workers, rows);
   std::vector<at::Tensor> dense;
   for (const at::Tensor& t : recent) dense.push_back(t.stride(3) == 1 ? t : t.contiguous());
   std::optional<Source> recent_k, recent_v;
@@ -553,57 +606,61 @@ std::tuple<at::Tensor, at::Tensor> attend(
     const at::Tensor none = at::empty({0}, q.options());
     recent_k.emplace(at::TensorList({none, dense[0], none, none}), at::IntArrayRef({0, k.d, 16}));
     recent_v.emplace(at::TensorList({none, dense[1], none, none}), at::IntArrayRef({0, v.d, 16}));
-    beside.emplace(*recent_k, *recent_v, Mask(recent_seen), dense[0].size(2), 1, plain, factor, workers, rows);
+    beside.emplace(*recent_k, *recent_v, Mask(recent_seen), dense[0].size(2), workers, rows);
   }
+  std::optional<Matrix> key_mix, value_mix;
+  if (mixes.size() && mixes[0].numel()) key_mix.emplace(mixes[0], false);
+  if (mixes.size() && mixes[1].numel()) value_mix.emplace(mixes[1], true);
 
+  const at::Tensor wide = q.to(at::kFloat).contiguous();
+  std::vector<char> finite(workers * rows, true);  // of the others, integers would make numbers
+  at::parallel_for(0, workers * rows, GRAIN, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* x = wide.const_data_ptr<float>() + row * k.d;
+      finite[row] = std::all_of(x, x + k.d, [](float c) { return std::isfinite(c); });
+      if (!finite[row]) continue;
+      history.query(row, key_mix ? key_mix->times(x).data() : x, static_cast<float>(scale));
+      if (beside) beside->query(row, x, static_cast<float>(scale));
+    }
+  });
   std::optional<Coded> coded;
 #if defined(SWAN_AVX512)
   if (rows <= MOST_ROWS && Coded::reads(k, v)) coded.emplace(k, v, q.scalar_type() == at::kFloat);
 #endif
-  const auto part = [&](Side& side, const Coded* reader, int64_t i, int64_t begin, int64_t end) {
-    const int64_t worker = i / side.splits;
+  const auto run = [&](Side& side, const Coded* reader, int64_t i) {
+    const int64_t worker = i / side.splits, begin = std::min(i % side.splits * side.stretch, side.tokens);
     Part{side.k, side.v, reader, side.mask, side.q.data() + worker * rows * side.k_width, worker / kv_heads,
          worker % kv_heads, rows, groups, queries, side.outs.data() + i * rows * side.v_width,
          side.peaks.data() + i * rows, side.totals.data() + i * rows}
-        .run(begin, end);
+        .run(begin, std::min(begin + side.stretch, side.tokens));
   };
-  at::parallel_for(0, workers * splits, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t begin = std::min(i % splits * stretch, tokens);
-      part(history, coded ? &*coded : nullptr, i, begin, std::min(begin + stretch, tokens));
-      if (beside && i % splits == 0) part(*beside, nullptr, i / splits, 0, beside->tokens);
-    }
+  const int64_t parts = workers * history.splits, others = beside ? workers * beside->splits : 0;
+  at::parallel_for(0, parts + others, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      i < parts ? run(history, coded ? &*coded : nullptr, i) : run(*beside, nullptr, i - parts);
   });
 
-  // Merge by log-sum-exp: the history's parts in its own coordinates first.
+  // Merged by log-sum-exp; the history in the coordinates in which it is stored.
   at::Tensor out = at::zeros({batch, heads, queries, v.d}, q.options().dtype(at::kFloat));
   at::Tensor lse = at::full({batch, heads, queries}, NOTHING, q.options().dtype(at::kFloat));
-  std::vector<float> sums(workers * rows * v.d), most(workers * rows, NOTHING), total(workers * rows);
-  const auto add = [&](const Side& side, float* to) {
-    for (int64_t row = 0; row < workers * rows; ++row)
-      for (int64_t s = 0; s < side.splits; ++s) {
-        const int64_t i = (row / rows * side.splits + s) * rows + row % rows;
-        const float part = exponential(side.peaks[i] - most[row]);
-        total[row] += part * side.totals[i];
-        for (int64_t c = 0; c < side.v.used; ++c) to[row * v.d + c] += part * side.outs[i * side.v_width + c];
+  auto *to = out.mutable_data_ptr<float>(), *lse_to = lse.mutable_data_ptr<float>();
+  at::parallel_for(0, workers * rows, GRAIN, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (!finite[row]) {
+        std::fill_n(to + row * v.d, v.d, NAN);
+        lse_to[row] = NAN;
+        continue;
       }
-  };
-  const auto raise = [&](const Side& side) {
-    for (int64_t row = 0; row < workers * rows; ++row)
-      for (int64_t s = 0; s < side.splits; ++s)
-        most[row] = std::max(most[row], side.peaks[(row / rows * side.splits + s) * rows + row % rows]);
-  };
-  raise(history);
-  if (beside) raise(*beside);
-  for (float& x : most) x = x == NOTHING ? 0 : x;  // a row that sees nothing: sums of nothing
-  add(history, sums.data());
-  if (mix(1).defined()) sums = times(sums, mix(1), true);
-  if (beside) add(*beside, sums.data());
-  for (int64_t row = 0; row < workers * rows; ++row) {
-    if (total[row] == 0) continue;
-    for (int64_t c = 0; c < v.d; ++c) out.mutable_data_ptr<float>()[row * v.d + c] = sums[row * v.d + c] / total[row];
-    lse.mutable_data_ptr<float>()[row] = most[row] + std::log(total[row]);
-  }
+      const float most = std::max(history.peak(row), beside ? beside->peak(row) : NOTHING);
+      if (most == NOTHING) continue;
+      std::vector<float> sums(v.d);
+      float total = history.add(row, most, sums.data());
+      if (value_mix) sums = value_mix->times(sums.data());
+      if (beside) total += beside->add(row, most, sums.data());
+      for (int64_t c = 0; c < v.d; ++c) to[row * v.d + c] = sums[c] / total;
+      lse_to[row] = most + std::log(total);
+    }
+  });
   return {out, lse};
 }
 

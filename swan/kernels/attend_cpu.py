@@ -11,7 +11,7 @@ from swan.packed import Graded, Layout, Packed, TopK, mixing
 __all__ = ["MOST_ROWS", "Recent", "attend", "reads"]
 
 MOST_GROUPS = 16
-MOST_ROWS = 16  # query rows of a KV head up to which each token is unpacked once; more are faster in tiles
+MOST_ROWS = 16  # query rows of a KV head up to which the kernel is faster than tiles of tensor code
 
 
 class Recent(NamedTuple):
@@ -25,14 +25,16 @@ class Recent(NamedTuple):
 def attend(
     q: Tensor, k: Packed, v: Packed, mask: Tensor | None, scale: float, recent: Recent | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Attention in the coordinates in which keys and values are stored: `packed_attention` without the mixes.
+    r"""Attention of few queries to a packed history, in the coordinates in which keys and values are stored.
 
-    With `recent`, all of `swan_attention`: queries and outputs are mixed here, and one softmax goes over both.
+    That is `packed_attention` without the mixes. With `recent` it is all of `swan_attention`: queries and outputs
+    are mixed here, and one softmax goes over both.
 
-    Threads take KV heads and stretches of the history. Each token is read and unpacked once for four query rows
-    (for all rows where there are more than 16). On a CPU with AVX-512, scores of `Graded` keys are products of
-    codes with queries rounded to 15 bits of their largest coordinate, and outputs sums of codes with weights
-    $p_j s_j$ rounded to 15 bits of their largest in 64 tokens; for float32, to 30 bits and not at all.
+    Threads take KV heads and stretches of tokens. Where keys and values are both coded (`Graded` in up to 4 groups,
+    none of 16 bits) and the CPU has AVX-512 (VBMI, VNNI), each token is read once for four query rows: scores are
+    products of codes with queries rounded to two bytes of their largest coordinate, outputs sums of codes with weights
+    $p_j s_j$ rounded to 15 bits of their largest in 64 tokens (for float32 four bytes, and not rounded). Else each
+    token is unpacked to floats, once for all rows.
 
     Args:
         q: ``[batch, heads, queries, d]``.

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swan import Graded, TopK, pack, packed_attention
+from swan import Graded, TopK, pack, packed_attention, swan_attention
 from swan.functional import reference
 from swan.kernels import attend_cpu, cpu
 from swan.packed import mixing, unpack_mixed
@@ -141,6 +141,65 @@ def test_history_and_recent_tokens_together(seed, dtype, head_counts, queries, t
     assert_lse_within(lse, torch.logsumexp(lses, dim=0), lse_limit)
 
 
+def together(q, k, v, k_recent, v_recent):
+    """What `swan_attention` returns, and what it returns where the parts are merged by tensor code."""
+    found = swan_attention(q, k, v, k_recent, v_recent)
+    return found, swan_attention(q, k, v, k_recent, v_recent, impl="compiled")
+
+
+@pytest.mark.parametrize("layout", [Graded(((64, 4),)), Graded.leading(64, 16), TopK(64, 20)], ids=str)
+def test_an_empty_history_beside_recent_tokens(layout):
+    q, recent = torch.randn(2, 4, 1, 64), torch.randn(2, 2, 5, 64)
+    empty = pack(torch.randn(2, 2, 0, 64), layout)
+    torch.testing.assert_close(*together(q, empty, empty, recent, recent))
+
+
+def test_recent_tokens_and_masks_of_any_strides():
+    layout = Graded(((64, 4),))
+    q, k, v = qkv(0, 2, (6, 2), 2, 90, 64, 64, torch.float32)
+    history = pack(k[:, :, :80], layout), pack(v[:, :, :80], layout)
+    recent = [t[:, :, 80:].transpose(2, 3).contiguous().transpose(2, 3) for t in (k, v)]
+    masks = [torch.rand(n, 2, 1, 1).transpose(0, 3) > 0.3 for n in (80, 10)]  # [1, 1, 2, n] after the next line
+    masks = [m.transpose(1, 2) for m in masks]
+    found, expected = (
+        swan_attention(q, *history, *recent, history_mask=masks[0], buffer_mask=masks[1], impl=impl)
+        for impl in ("auto", "compiled")
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_does_not_fit_one_call_is_merged(monkeypatch):
+    layout = Graded(((64, 4),))
+    q, k, v = qkv(0, 1, (4, 2), 1, 90, 64, 64, torch.float32)
+    history = pack(k[:, :, :80], layout), pack(v[:, :, :80], layout)
+    calls = []
+    attend = attend_cpu.attend
+    monkeypatch.setattr(attend_cpu, "attend", lambda *a: calls.append(len(a)) or attend(*a))
+    torch.testing.assert_close(*together(q, *history, k[:, :, 80:], v[:, :, 80:]))
+    torch.testing.assert_close(*together(q, *history, k[:, :1, 80:], v[:, :1, 80:]))  # of fewer KV heads
+    k_recent, v_recent = (t[:, :, 80:].clone().requires_grad_() for t in (k, v))
+    swan_attention(q, *history, k_recent, v_recent).sum().backward()
+    assert calls == [6, 5, 5]
+    assert k_recent.grad is not None and v_recent.grad is not None
+    with pytest.raises(ValueError, match="keys hold 80 tokens and values 79"):
+        swan_attention(q, history[0], history[1].tokens(0, 79), k[:, :, 80:], v[:, :, 80:])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_queries_that_are_not_finite_show(value):
+    q, k, v = qkv(0, 1, (4, 2), 1, 90, 64, 64, torch.bfloat16)
+    q[0, 1, 0, 3] = value
+    out, lse = attend_cpu.attend(q, pack(k, Graded(((64, 4),))), pack(v, Graded(((64, 4),))), None, 1.0)
+    assert not out[0, 1].isfinite().any() and lse[0, 1].isnan()
+    assert out[0, [0, 2, 3]].isfinite().all()
+
+
+def test_tokens_and_sizes_of_whole_spans():
+    for tokens in (64, 65, 128):
+        for groups in (((63, 3), (64, 5), (65, 0), (63, 6)), ((101, 1), (3, 8), (88, 2), (64, 4))):
+            check(tokens, torch.bfloat16, (4, 1), 1, tokens, Graded(groups), Graded(groups[::-1]), "by head")
+
+
 def test_no_tokens():
     q, k, v = qkv(0, 1, (4, 2), 1, 0, 64, 64, torch.float32)
     layout = Graded(((64, 4),))
@@ -197,6 +256,6 @@ def test_without_avx512():
     code = (
         "from swan.kernels import cpu; import pytest, sys; "
         "cpu.FLAGS[1] = '-march=x86-64-v3'; "
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'every_layout or any_groups', sys.argv[1]]))"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'layout or groups or together', sys.argv[1]]))"
     )
     subprocess.run([sys.executable, "-c", code, __file__], check=True)

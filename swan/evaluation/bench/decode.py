@@ -128,6 +128,9 @@ def plot_decode(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
         path: an image file that matplotlib knows.
         title: of the plot.
 
+    Raises:
+        ValueError: no row was timed.
+
     Example:
         >>> rows = bench_decode([96, 128], Setup(heads=4, kv_heads=2, head_dim=32, buffer=32, repeats=3))
         >>> plot_decode(rows, Path("decode.png"), "tiny")  # doctest: +SKIP
@@ -137,6 +140,8 @@ def plot_decode(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     fastest: dict[tuple[str, float, int], dict[str, Any]] = {}
     for row in sorted((row for row in rows if row["median_ms"] is not None), key=lambda row: -row["median_ms"]):
         fastest[row["form"], row["retention"], row["length"]] = row
+    if not fastest:
+        raise ValueError("there is nothing to draw: no row was timed, and the error of each says why")
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     times, speedups = figure.subplots(1, 2)
     for form, retention in dict.fromkeys(key[:2] for key in sorted(fastest)):
