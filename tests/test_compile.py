@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 from swan import (
@@ -243,7 +244,8 @@ def test_inductor_packs_and_attends(uninitialized_as_it_is):
 
 
 def test_inductor_packs_what_eager_code_packs(uninitialized_as_it_is):
-    """To the bit: a scale that is not rounded before it divides would move codes by a step."""
+    """To the bit: a scale that is not rounded before it divides would move codes by a step. And it can be cached."""
+    counters.clear()
     caches = [KVCache(PlanLayer(TopK(64, 26), TopK(64, 26)), buffer=8, static=True, max_length=64) for _ in range(2)]
     q, k, v = qkv(0, 1, (2, 2), 50, 50, 64, 64, torch.float32)
     compiled_step = torch.compile(step_cache, fullgraph=True)
@@ -252,6 +254,8 @@ def test_inductor_packs_what_eager_code_packs(uninitialized_as_it_is):
             (step if part.start else step_cache)(cache, q[:, :, part], k[:, :, part], v[:, :, part])
     for plain, compiled in zip(*(cache.tensors for cache in caches), strict=True):
         assert_equal(compiled, plain)
+    found = counters["aot_autograd"]
+    assert found["total"] == 1 and not found["autograd_cache_bypass"]
 
 
 @slow
