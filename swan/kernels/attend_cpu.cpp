@@ -42,7 +42,7 @@ constexpr int64_t MAX_DIM = 256;
 constexpr int64_t MAX_GROUPS = 16;
 constexpr int64_t MOST_ROWS = 16;  // query rows up to which codes are read anew for each four
 constexpr int64_t LEAST = 256;  // tokens worth a thread of their own
-constexpr int64_t GRAIN = 16;  // query rows worth a thread
+constexpr int64_t GRAIN = 64;  // query rows worth a thread
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
@@ -635,9 +635,10 @@ std::tuple<at::Tensor, at::Tensor> attend(
         .run(begin, std::min(begin + side.stretch, side.tokens));
   };
   const int64_t parts = workers * history.splits, others = beside ? workers * beside->splits : 0;
-  at::parallel_for(0, parts + others, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      i < parts ? run(history, coded ? &*coded : nullptr, i) : run(*beside, nullptr, i - parts);
+  const int64_t items = std::max(parts, others);  // threads take neighbours: each its share of both
+  at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = parts * begin / items; i < parts * end / items; ++i) run(history, coded ? &*coded : nullptr, i);
+    for (int64_t i = others * begin / items; i < others * end / items; ++i) run(*beside, nullptr, i);
   });
 
   // Merged by log-sum-exp; the history in the coordinates in which it is stored.
