@@ -132,7 +132,8 @@ def plot_decode(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
         ValueError: no row was timed.
 
     Example:
-        >>> rows = bench_decode([96, 128], Setup(heads=4, kv_heads=2, head_dim=32, buffer=32, repeats=3))
+        >>> setup = Setup(heads=4, kv_heads=2, head_dim=32, buffer=32, repeats=3)
+        >>> rows = bench_decode([96, 128], setup, impls=["sdpa", "tiles"])
         >>> plot_decode(rows, Path("decode.png"), "tiny")  # doctest: +SKIP
     """
     from matplotlib.figure import Figure
