@@ -130,16 +130,16 @@ def decode(path: str) -> str:
         for row in sorted(rows, key=lambda row: row["dtype"])
         if row["median_ms"] is not None and row["impl"] != "tiles"
     ]
-    columns = ("cache, retention", "impl", "dtype", "MB read", "ms", "spread", "speed-up", "of bandwidth", "error")
-    columns += ("peak MB",)
+    measured = ("MB read", "ms", "spread", "speed-up", "of bandwidth", "error", "peak MB")
+    columns = ("cache, retention", "impl", "dtype", *measured)
     note = (
         f"{settings['heads']} query and {settings['kv_heads']} KV heads of {settings['head_dim']}, "
         f"{settings['lengths'][0]} tokens, {result['machine']['cpu']}, "
         f"{settings['threads']} threads, {settings['bandwidth'] / 1e9:.0f} GB/s. Speed-up: over the fastest dense row. "
-        "Peak: what a call takes beside the cache. "
+        "Peak: what torch's allocator gives a call. "
         f"Made by `{result['command']}`."
     )
-    return table(columns, cells, "lll" + "r" * 7) + "\n\n" + note
+    return table(columns, cells, "lll" + "r" * len(measured)) + "\n\n" + note
 
 
 def model(path: str) -> str:

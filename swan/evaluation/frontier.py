@@ -9,6 +9,7 @@ from typing import Any
 
 from swan.calibration import Calibration, Plan
 from swan.evaluation.baselines import rivals
+from swan.evaluation.figures import save
 from swan.evaluation.perplexity import Method, Setting
 from swan.packed import PlanLayer, TopK
 
@@ -157,8 +158,4 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     axes.set(
         yscale="log", xlabel="retention: bytes of the history over bf16", ylabel="KL from dense, nats", title=title
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save(figure, path)

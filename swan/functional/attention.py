@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
+from einops import einsum, rearrange, repeat
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from swan.axes import einsum, rearrange, repeat
 from swan.functional import reference
 from swan.kernels import attend_cpu, cpu
 from swan.packed import Packed, mixing, unpack_mixed
@@ -80,7 +80,7 @@ def dense_attention(
     """
     if not torch.compiler.is_compiling():
         _check(q, k, v, mask)
-    factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
+    factor = _factor(q, scale)
     if impl == "auto":
         impl = _choose(q, k, v, return_lse)
     if k.shape[2] == 0:
@@ -180,11 +180,15 @@ def packed_attention(
     if impl == "auto" and _kernel_serves(q, k, v):
         impl = "cpp"
     if impl in KERNELS:
-        out, lse = _kernel(impl)(mixed_q, k, v, mask, float(q.shape[-1]) ** -0.5 if scale is None else scale)
+        out, lse = _kernel(impl)(mixed_q, k, v, mask, _factor(q, scale))
     else:
         out, lse = _in_tiles(mixed_q, k, v, mask, scale, impl)
     out = (out if value_mix is None else out @ value_mix.mT.to(out.dtype)).to(q.dtype)
     return (out, lse) if return_lse else out
+
+
+def _factor(q: Tensor, scale: float | None) -> float:
+    return float(q.shape[-1]) ** -0.5 if scale is None else scale
 
 
 def _kernel_serves(q: Tensor, k: Packed, v: Packed) -> bool:
@@ -322,8 +326,8 @@ def swan_attention(
             _check(q, k_history, v_history, history_mask)
             _check(q, k_buffer, v_buffer, buffer_mask)
         recent = attend_cpu.Recent(k_buffer, v_buffer, buffer_mask)
-        factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
-        return attend_cpu.attend(q, k_history, v_history, history_mask, factor, recent)[0].to(q.dtype)
+        out, _ = attend_cpu.attend(q, k_history, v_history, history_mask, _factor(q, scale), recent)
+        return out.to(q.dtype)
     history = packed_attention(q, k_history, v_history, mask=history_mask, scale=scale, impl=impl, return_lse=True)
     dense: Impl = "auto" if impl in KERNELS else impl
     buffer = dense_attention(q, k_buffer, v_buffer, mask=buffer_mask, scale=scale, impl=dense, return_lse=True)

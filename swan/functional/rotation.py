@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from einops import einsum, rearrange
 from torch import Tensor
-
-from swan.axes import einsum, rearrange
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from swan.axes import rearrange
 from swan.calibration import Calibration, Plan
 from swan.calibration.capture import attention_layers, evaluating
 from swan.calibration.moments import output_projection

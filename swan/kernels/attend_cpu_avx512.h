@@ -48,8 +48,11 @@ class Coded {
       const __mmask64 there = ~0ull >> (SPAN - count);
       __mmask64 visible[ROWS], any = 0, all = ~0ull;
       for (int64_t r = 0; r < ROWS; ++r) {
-        const auto found = [&] { return _mm512_maskz_loadu_epi8(there, seen[r] + t); };
-        visible[r] = seen[r] ? _mm512_test_epi8_mask(found(), found()) : there;
+        visible[r] = there;
+        if (seen[r]) {
+          const __m512i bytes = _mm512_maskz_loadu_epi8(there, seen[r] + t);
+          visible[r] = _mm512_test_epi8_mask(bytes, bytes);
+        }
         if (r < rows) any |= visible[r];
         all &= visible[r];
       }

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from swan.axes import rearrange
 from swan.functional.attention import dense_attention
 from swan.functional.rotation import check_basis, inverse_rotate, rotate
 from swan.modules.cache import KVCache

@@ -3,10 +3,9 @@
 from typing import NamedTuple
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch._dynamo import mark_static_address
-
-from swan.axes import rearrange, repeat
 
 __all__ = ["DenseBuffer", "Evicted", "keep_in_place"]
 

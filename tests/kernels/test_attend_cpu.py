@@ -159,8 +159,7 @@ def test_recent_tokens_and_masks_of_any_strides():
     q, k, v = qkv(0, 2, (6, 2), 2, 90, 64, 64, torch.float32)
     history = pack(k[:, :, :80], layout), pack(v[:, :, :80], layout)
     recent = [t[:, :, 80:].transpose(2, 3).contiguous().transpose(2, 3) for t in (k, v)]
-    masks = [torch.rand(n, 2, 1, 1).transpose(0, 3) > 0.3 for n in (80, 10)]  # [1, 1, 2, n] after the next line
-    masks = [m.transpose(1, 2) for m in masks]
+    masks = [(torch.rand(n, 2, 1, 1) > 0.3).permute(2, 3, 1, 0) for n in (80, 10)]
     found, expected = (
         swan_attention(q, *history, *recent, history_mask=masks[0], buffer_mask=masks[1], impl=impl)
         for impl in ("auto", "compiled")

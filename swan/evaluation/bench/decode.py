@@ -23,6 +23,7 @@ from swan.evaluation.bench.common import (
     reason_in,
     relative_error,
 )
+from swan.evaluation.figures import save
 from swan.evaluation.machine import memory_bandwidth, peak_bytes
 from swan.functional.attention import dense_attention, swan_attention
 from swan.packed import Packed, PlanLayer, pack, unpack
@@ -157,12 +158,7 @@ def plot_decode(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     speedups.axhline(1, color="black", linewidth=0.8)
     speedups.set(xlabel="retention", ylabel="speed-up over the fastest dense", title=f"{longest} tokens")
     speedups.set_ylim(bottom=0)
-    for axes in (times, speedups):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save(figure, path)
 
 
 def kernel_on(device: torch.device) -> str:

@@ -198,9 +198,9 @@ class _Generation:
         held, counted = _memory(model.device), cache_nbytes(cache)
         with torch._dynamo.config.patch(error_on_recompile=True):
             times = [step(i) for i in range(WARM_UP, steps)]
-        count = len(self.prompt) * self.tokens
-        measured = summary(times) | {"bytes": cache_nbytes(cache), "prefill_seconds": prefill_seconds}
-        measured |= {"tokens_per_second": count / sum(times), "growth_counted": (cache_nbytes(cache) - counted) / count}
+        count, nbytes = len(self.prompt) * self.tokens, cache_nbytes(cache)
+        measured = summary(times) | {"bytes": nbytes, "prefill_seconds": prefill_seconds}
+        measured |= {"tokens_per_second": count / sum(times), "growth_counted": (nbytes - counted) / count}
         if held is not None:
             measured["growth"] = ((_memory(model.device) or held) - held) / count
         return measured, torch.stack(chosen, dim=1), logits
