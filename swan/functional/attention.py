@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from swan.functional import reference
-from swan.kernels import attend_cpu, cpu
+from swan.kernels import Recent, attend_cpu, cpu
 from swan.packed import Packed, mixing, unpack_mixed
 
 if TYPE_CHECKING:
@@ -200,8 +200,8 @@ def _kernel_serves(q: Tensor, k: Packed, v: Packed) -> bool:
     return attend_cpu.reads(k.layout) and attend_cpu.reads(v.layout) and cpu.built()
 
 
-def _kernel_takes_all(q: Tensor, k: Packed, v: Packed, k_buffer: Tensor, v_buffer: Tensor, impl: Impl) -> bool:
-    """Whether one call of the CPU kernel serves history and buffer together."""
+def _kernel_takes_all(q: Tensor, k: Packed, v: Packed, k_buffer: Tensor, v_buffer: Tensor) -> bool:
+    """Whether one call of a kernel serves history and buffer together."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_buffer, v_buffer)):
         return False
     fits = all(
@@ -209,7 +209,7 @@ def _kernel_takes_all(q: Tensor, k: Packed, v: Packed, k_buffer: Tensor, v_buffe
         and (buffer.shape[1], buffer.shape[3], buffer.dtype) == (packed.shape[1], packed.shape[3], packed.dtype)
         for buffer, packed in ((k_buffer, k), (v_buffer, v))
     )
-    return fits and k.shape[2] == v.shape[2] and (impl == "cpp" or (impl == "auto" and _kernel_serves(q, k, v)))
+    return fits and k.shape[2] == v.shape[2]
 
 
 def _kernel(impl: Impl) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -321,12 +321,14 @@ def swan_attention(
     if k_history is None or v_history is None:
         impl = "auto" if impl in KERNELS else impl
         return dense_attention(q, k_buffer, v_buffer, mask=buffer_mask, scale=scale, impl=impl)
-    if _kernel_takes_all(q, k_history, v_history, k_buffer, v_buffer, impl):
+    if impl == "auto" and _kernel_serves(q, k_history, v_history):
+        impl = "cpp"
+    if impl in KERNELS and _kernel_takes_all(q, k_history, v_history, k_buffer, v_buffer):
         if not torch.compiler.is_compiling():
             _check(q, k_history, v_history, history_mask)
             _check(q, k_buffer, v_buffer, buffer_mask)
-        recent = attend_cpu.Recent(k_buffer, v_buffer, buffer_mask)
-        out, _ = attend_cpu.attend(q, k_history, v_history, history_mask, _factor(q, scale), recent)
+        recent = Recent(k_buffer, v_buffer, buffer_mask)
+        out, _ = _kernel(impl)(q, k_history, v_history, history_mask, _factor(q, scale), recent)
         return out.to(q.dtype)
     history = packed_attention(q, k_history, v_history, mask=history_mask, scale=scale, impl=impl, return_lse=True)
     dense: Impl = "auto" if impl in KERNELS else impl

@@ -1,25 +1,16 @@
 """Attention over a packed history on a CPU, in C++: one operator for eager and compiled code."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from swan.kernels import Recent
 from swan.kernels.cpu import build, built
 from swan.packed import Graded, Layout, Packed, TopK, mixing
 
-__all__ = ["MOST_ROWS", "Recent", "attend", "reads"]
+__all__ = ["MOST_ROWS", "attend", "reads"]
 
 MOST_GROUPS = 16
 MOST_ROWS = 16  # query rows of a KV head up to which the kernel is faster than tiles of tensor code
-
-
-class Recent(NamedTuple):
-    """Tokens that are not packed: keys and values ``[batch, kv_heads, tokens, d]``, and which a query sees or None."""
-
-    keys: Tensor
-    values: Tensor
-    mask: Tensor | None
 
 
 def attend(

@@ -23,76 +23,79 @@ only once, by neighbouring lanes from neighbouring addresses, which is less work
 # Pyright takes kernels for Python: it cannot know what is compiled in, nor how a kernel is launched.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
-import functools
 import math
-import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from swan.packed import OCTAVE, OFFSET, PARTS, Graded, Layout, Packed, TopK, code_bytes
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("impl='triton' needs Triton: pip install triton") from error
+from swan.kernels import Recent
+from swan.kernels.gpu import (
+    INTERPRETED,
+    MOST_PARTS,
+    Form,
+    check_device,
+    form_of,
+    numbers_of,
+    power_of_two,
+    table_of,
+    tl,
+    triton,
+)
+from swan.packed import OCTAVE, OFFSET, Packed, mixing
 
 __all__ = ["attend"]
 
 BLOCK = tl.constexpr(64)  # tokens of a tile
 SPAN = 128  # tokens that are worth a program, at least
 PROGRAMS = 512  # that keep a large GPU busy: about 4 for each of its processors
-ROWS, PRODUCT_ROWS = 16, 64  # of queries in a program; and of a product, which has as many for each part
+ROWS, PRODUCT_ROWS = 16, MOST_PARTS  # of queries in a program; and of a product, which has as many for each part
 WARPS = 4
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 OCTAVE_, OFFSET_ = tl.constexpr(OCTAVE), tl.constexpr(OFFSET)
 LOG2_E, LN_2 = math.log2(math.e), tl.constexpr(math.log(2))
 
 
-def attend(q: Tensor, k: Packed, v: Packed, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Packed, v: Packed, mask: Tensor | None, scale: float, recent: Recent | None = None
+) -> tuple[Tensor, Tensor]:
     r"""Attention to stored vectors: $o_i = \sum_j p_{ij} \hat v_j$, $p_i = \mathrm{softmax}_j(s\,q_i \cdot \hat k_j)$.
+
+    That is `packed_attention` without the mixes. With `recent` it is all of `swan_attention`: queries and outputs
+    are mixed here, and the same launch reads both.
 
     Scores, softmax and sums are float32, and stored vectors are not rounded to the dtype of the cache, as `unpack`
     does. For bfloat16 queries weights are rounded to bfloat16, for float16 queries to 11 bits.
 
     Args:
-        q: queries ``[batch, heads, queries, d]`` in the mixed coordinates of `k`, float32, bfloat16 or float16.
+        q: queries ``[batch, heads, queries, d]``, float32, bfloat16 or float16.
         k: packed keys: `Graded`, or `TopK` with a bitmap.
         v: packed values, likewise; their dimension may be another.
         mask: boolean ``[batch or 1, heads or 1, queries, tokens]``, True where a query sees a token; or None.
         scale: factor of the scores.
+        recent: tokens beside the history.
 
     Returns:
-        Output ``[batch, heads, queries, dv]`` in the mixed coordinates of `v`, and the log-sum-exp
-        ``[batch, heads, queries]``, both float32; zeros and minus infinity where a query sees nothing.
+        Output ``[batch, heads, queries, dv]`` and the log-sum-exp ``[batch, heads, queries]``, both float32; zeros
+        and minus infinity where a query sees nothing.
 
     Raises:
         ValueError: a layout that no kernel here reads, or a device without Triton.
 
     Source: arXiv:2511.18936; the split over tokens is that of Flash-Decoding (Dao et al., 2023).
     """
-    if q.device.type != "cuda" and not INTERPRETED.value:
-        raise ValueError(
-            f"impl='triton' runs on a GPU, got tensors on {q.device.type}; use impl='auto' (or set TRITON_INTERPRET=1 "
-            "before Triton is imported, to debug)"
-        )
-    layouts = _numbers(k.layout), _numbers(v.layout)
-    return _attend(q, list(k.tensors), list(v.tensors), mask, *layouts, scale)
-
-
-def _numbers(layout: Layout) -> list[int]:
-    """A layout as the operator takes it."""
-    match layout:
-        case Graded(groups):
-            return [0, *(number for group in groups for number in group)]
-        case TopK(d, keep, bits, positions) if positions == "bitmap" or keep == d:
-            return [1, d, keep, bits]
-    raise ValueError(
-        f"impl='triton' reads Graded layouts, and TopK with positions='bitmap', got {layout}; use impl='compiled'"
-    )
+    check_device(q)
+    layouts = numbers_of(k.layout), numbers_of(v.layout)
+    if recent is None:
+        out, _, lse = _attend(q, list(k.tensors), list(v.tensors), mask, *layouts, scale, None, [], None)
+        return out, lse
+    key_mix, value_mix = mixing(k), mixing(v)
+    mixed = q if key_mix is None else q @ key_mix
+    beside = [recent.keys, recent.values]
+    stored, dense, lse = _attend(
+        mixed, list(k.tensors), list(v.tensors), mask, *layouts, scale, q, beside, recent.mask
+    )  # fmt: skip
+    return dense + (stored if value_mix is None else stored @ value_mix.mT.to(stored.dtype)), lse
 
 
 # Of the numbers that are multiplied, and what tensor cores make of float32.
@@ -113,156 +116,73 @@ def _attend(
     k_layout: list[int],
     v_layout: list[int],
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    recent_q: Tensor | None,
+    recent: list[Tensor],
+    recent_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What history and recent tokens add to the output, each in its own coordinates, and the log-sum-exp of both."""
     batch, heads, queries, d = q.shape
     kv_heads, tokens = k[0].shape[1:3]
-    k_form, v_form = _form(*k_layout), _form(*v_layout)
-    out = q.new_empty(batch, heads, queries, v_form.d, dtype=torch.float32)
+    recents = recent[0].shape[2] if recent else 0
+    k_form, v_form = form_of(*k_layout), form_of(*v_layout)
+    dv = v_form.d
+    out = q.new_empty(batch, heads, queries, dv, dtype=torch.float32)
+    recent_out = q.new_empty(batch, heads, queries, dv if recent else 0, dtype=torch.float32)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
-    if 0 in (out.numel(), tokens):
-        return out.zero_(), lse.fill_(-math.inf)
+    if out.numel() == 0 or tokens + recents == 0:
+        return out.zero_(), recent_out.zero_(), lse.fill_(-math.inf)
     rows = heads // kv_heads * queries
     parts = max(k_form.parts, v_form.parts)
-    R = max(1, min(_power(rows), ROWS, PRODUCT_ROWS // parts))
+    R = max(1, min(power_of_two(rows), ROWS, PRODUCT_ROWS // parts))
     G = max(parts, 16 // R)  # tl.dot needs 16 rows
     blocks = triton.cdiv(rows, R)
-    programs = max(1, PROGRAMS // (batch * kv_heads * blocks))
-    span = max(triton.cdiv(tokens, programs * BLOCK.value) * BLOCK.value, SPAN)
-    splits = triton.cdiv(tokens, span)
-    partial = q.new_empty(batch * heads * queries, splits, sum(v_form.widths), dtype=torch.float32)
-    partial_lse = q.new_empty(batch * heads * queries, splits, dtype=torch.float32)
+    programs = max(1, PROGRAMS // (batch * kv_heads * blocks) - (recents > 0))
+    span = max(triton.cdiv(tokens + recents, programs * BLOCK.value) * BLOCK.value, SPAN)
+    splits, recent_splits = triton.cdiv(tokens, span), triton.cdiv(recents, span)
+    every = batch * heads * queries
+    partial = q.new_empty(every, splits, sum(v_form.widths), dtype=torch.float32)
+    recent_partial = q.new_empty(every, recent_splits, dv, dtype=torch.float32)
+    partial_lse = q.new_empty(every, splits + recent_splits, dtype=torch.float32)
     (k_planes, k_room), (v_planes, v_room) = _planes(k, k_form), _planes(v, v_form)
-    k_table, v_table = _table(tuple(k_layout), q.device), _table(tuple(v_layout), q.device)
-    seen = None if mask is None else mask.expand(batch, heads, queries, tokens).view(torch.uint8)
+    k_table, v_table = table_of(tuple(k_layout), q.device), table_of(tuple(v_layout), q.device)
     dtype, precision = DTYPES[q.dtype]
-    attend_kernel[batch * kv_heads * blocks, splits](
-        q.contiguous(), seen, partial, partial_lse, *k_planes, k_table, *v_planes, v_table,
-        rows, blocks, d, tokens, span, k_room, v_room,
-        kv_heads, queries, *((0,) * 4 if seen is None else seen.stride()), scale * LOG2_E,
+    beside: list[Any] = [None] * 3
+    if recent and recent_q is not None:
+        beside = [recent_q.contiguous(), *(t.flatten(0, 1).contiguous() for t in recent)]
+    attend_kernel[batch * kv_heads * blocks, splits + recent_splits](
+        q.contiguous(), *_seen(mask, batch, heads), partial, partial_lse, *k_planes, k_table, *v_planes, v_table,
+        *beside, *_seen(recent_mask, batch, heads), recent_partial,
+        rows, blocks, d, dv, tokens, recents, span, splits, k_room, v_room, kv_heads, queries, scale * LOG2_E,
         *k_form.widths, k_form.bits, k_form.sparse, *v_form.widths, v_form.bits, v_form.sparse,
-        R, G, dtype, precision, num_warps=WARPS,
+        _power(d), _power(dv), R, G, dtype, precision, num_warps=WARPS,
     )  # fmt: skip
-    merge_kernel[batch * heads * queries,](
-        partial, partial_lse, v_table, out, lse, splits, partial.shape[2], v_form.d, len(v_table) - 2 * v_form.d,
-        PROGRAMS, _power(v_form.d), 16, num_warps=WARPS,
+    merge_kernel[every,](
+        partial, recent_partial, partial_lse, v_table, out, recent_out, lse,
+        splits, recent_splits, partial.shape[2], dv, len(v_table) - 3 * dv,
+        PROGRAMS, _power(dv), 16, bool(recent), num_warps=WARPS,
     )  # fmt: skip
-    return out, lse
+    return out, recent_out, lse
 
 
 @_attend.register_fake
 def _(
-    q: Tensor, k: list[Tensor], v: list[Tensor], mask: Tensor | None, k_layout: Any, v_layout: Any, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Any, v: Any, mask: Any, k_layout: Any, v_layout: Any, scale: Any, recent_q: Any, recent: Any, _: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     form, *numbers = v_layout
-    out = q.new_empty(*q.shape[:3], numbers[0] if form else sum(numbers[::2]), dtype=torch.float32)
-    return out, q.new_empty(*q.shape[:3], dtype=torch.float32)
+    dv = numbers[0] if form else sum(numbers[::2])
+    out, recent_out = (q.new_empty(*q.shape[:3], n, dtype=torch.float32) for n in (dv, dv if recent else 0))
+    return out, recent_out, q.new_empty(*q.shape[:3], dtype=torch.float32)
 
 
-# Layouts as numbers -------------------------------------------------------------------------------
+def _seen(mask: Tensor | None, batch: int, heads: int) -> tuple[Tensor | None, int, int, int, int]:
+    """A mask as bytes with its strides."""
+    if mask is None:
+        return None, 0, 0, 0, 0
+    seen = mask.expand(batch, heads, -1, -1).view(torch.uint8)
+    return seen, *seen.stride()  # pyright: ignore
 
 
-class _Form(NamedTuple):
-    """What kernels are compiled for, and which tensors there are."""
-
-    d: int
-    widths: tuple[int, int, int, int]  # columns of the fields of 4, 2 and 1 bits and of values
-    bits: int  # of a value
-    sparse: bool  # whether a bitmap says which coordinates have values
-    parts: int  # of one width, at most, rounded up to a power of two
-    stored: tuple[bool, bool, bool, bool]  # codes, values, scales, positions
-
-
-class _Part(NamedTuple):
-    """Fields of some bits: `width` bytes from byte `first`, which stand for ``2**exponent * scale * (y - c)``."""
-
-    bits: int
-    first: int
-    width: int
-    coordinates: range
-    scale: int
-    exponent: int
-
-
-def _layout(form: int, *numbers: int) -> Graded | TopK:
-    return TopK(*numbers) if form else Graded(tuple(zip(numbers[::2], numbers[1::2], strict=True)))  # pyright: ignore
-
-
-def _parts(layout: Graded, bits: int) -> list[_Part]:
-    """The parts with fields of so many bits."""
-    parts, first, scale = [], 0, 0
-    for start, stop, code in layout.stored:
-        below = code
-        for part in PARTS.get(code, ()):
-            below -= part
-            width = -(-(stop - start) * part // 8)
-            parts.append(_Part(part, first, width, range(start, stop), scale, below - code + part + 1))
-            first += width
-        scale += code in PARTS
-    return [part for part in parts if part.bits == bits]
-
-
-def _whole(layout: Graded) -> list[int]:
-    """The coordinates of 16 bits."""
-    return [n for start, stop, bits in layout.stored if bits == 16 for n in range(start, stop)]
-
-
-@functools.lru_cache(maxsize=1024)
-def _form(*numbers: int) -> _Form:
-    layout = _layout(*numbers)
-    if isinstance(layout, TopK):
-        sparse = layout.keep < layout.d
-        widths = 0, 0, 0, max(_power(layout.d), 16)
-        return _Form(layout.d, widths, layout.bits, sparse, 1, (False, True, layout.bits < 16, sparse))
-    parts = [_parts(layout, bits) for bits in (4, 2, 1)]
-    counts = [sum(part.width * 8 // part.bits for part in alike) for alike in parts] + [len(_whole(layout))]
-    least = max(_power(layout.d) // 2, 16)
-    w4, w2, w1, w0 = (max(_power(count), least) if count else 0 for count in counts)
-    most = _power(max(1, *map(len, parts)))
-    if most > PRODUCT_ROWS:
-        raise ValueError(f"impl='triton' reads layouts of up to {PRODUCT_ROWS} groups, got {layout}; join some")
-    return _Form(layout.d, (w4, w2, w1, w0), 16, False, most, (layout.mixed, w0 > 0, layout.mixed, False))
-
-
-@functools.lru_cache(maxsize=1024)
-def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where a layout keeps what: all that the kernels know of it besides its `_Form`, int32; -1 stands for none.
-
-    First how much each token has in each tensor (codes, values, scales, positions) and how many value columns there
-    are. Then for fields of 4, 2 and 1 bits five rows of one length: coordinate and part of each column, place of
-    each byte, scale and exponent of each part; and for values the first two of these. Last for each coordinate the
-    two columns that add up to it.
-    """
-    layout, widths = _layout(*numbers), _form(*numbers).widths
-    sums: list[list[int]] = [[] for _ in range(layout.d)]
-    if isinstance(layout, TopK):
-        values = code_bytes(layout.keep, 4) if layout.bits == 4 else layout.keep
-        table, whole = [0, values, 1, layout.position_bytes, layout.d], list(range(layout.d))
-    else:
-        coded, whole = [(stop - start, bits) for start, stop, bits in layout.stored if bits < 16], _whole(layout)
-        table = [sum(code_bytes(*group) for group in coded), len(whole), len(coded), 0, len(whole)]
-    base = 0
-    for bits, columns in zip((4, 2, 1), widths[:3], strict=True):
-        coordinate, owner, place, scale, exponent = [-1] * columns, *([0] * columns for _ in range(4))
-        slot_width, byte = columns * bits // 8, 0
-        for index, part in enumerate(_parts(layout, bits) if columns and isinstance(layout, Graded) else []):
-            scale[index], exponent[index] = part.scale, part.exponent
-            for i in range(part.width):
-                place[byte] = part.first + i
-                for slot, n in enumerate(part.coordinates[i :: part.width]):
-                    column = slot * slot_width + byte
-                    coordinate[column], owner[column] = n, index
-                    sums[n].append(base + column)
-                byte += 1
-        table += [*coordinate, *owner, *place, *scale, *exponent]
-        base += columns
-    for column, n in enumerate(whole):
-        sums[n].append(base + column)
-    table += [*whole, *[-1] * (widths[3] - len(whole)), *[0] * widths[3]]
-    table += [[*columns, -1, -1][i] for i in range(2) for columns in sums]
-    return torch.tensor(table, dtype=torch.int32, device=device)
-
-
-def _planes(tensors: list[Tensor], form: _Form) -> tuple[list[Tensor], int]:
+def _planes(tensors: list[Tensor], form: Form) -> tuple[list[Tensor], int]:
     """Codes, values, scales and positions (any for those there are not), and how many tokens a head has room for."""
     rest = iter(tensors)
     planes = [(next(rest) if there else tensors[0]).flatten(0, 1) for there in form.stored]
@@ -272,9 +192,9 @@ def _planes(tensors: list[Tensor], form: _Form) -> tuple[list[Tensor], int]:
     return planes, room
 
 
-def _power(number: int) -> int:
-    """The least power of two that is not below a number."""
-    return 1 << (number - 1).bit_length()
+def _power(d: int) -> int:
+    """Columns of a dense vector: `tl.dot` needs 16."""
+    return max(power_of_two(d), 16)
 
 
 # Kernels ------------------------------------------------------------------------------------------
@@ -282,20 +202,38 @@ def _power(number: int) -> int:
 # What changes from step to step or with the layout must not compile another kernel.
 
 
-@triton.jit(do_not_specialize=["tokens", "span", "k_room", "v_room", "mask_batch", "mask_head", "mask_query"])
+CHANGING = ["tokens", "recents", "span", "splits", "k_room", "v_room", "mask_batch", "mask_head", "mask_query"]
+
+
+@triton.jit(do_not_specialize=[*CHANGING, "recent_mask_batch", "recent_mask_head", "recent_mask_query"])
 def attend_kernel(
-    q, mask, out, lse,
+    q, mask, mask_batch, mask_head, mask_query, mask_token, out, lse,
     k_codes, k_values, k_scales, k_positions, k_table,
     v_codes, v_values, v_scales, v_positions, v_table,
-    rows, blocks, d, tokens, span, k_room, v_room,
-    kv_heads, queries, mask_batch, mask_head, mask_query, mask_token, scale,
+    recent_q, recent_keys, recent_values,
+    recent_mask, recent_mask_batch, recent_mask_head, recent_mask_query, recent_mask_token, recent_out,
+    rows, blocks, d, dv, tokens, recents, span, splits, k_room, v_room, kv_heads, queries, scale,
     K4: tl.constexpr, K2: tl.constexpr, K1: tl.constexpr, K0: tl.constexpr, KB: tl.constexpr, KS: tl.constexpr,
     V4: tl.constexpr, V2: tl.constexpr, V1: tl.constexpr, V0: tl.constexpr, VB: tl.constexpr, VS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr,
     R: tl.constexpr, G: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, split = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1)
     row = tl.program_id(0) % blocks * R + tl.arange(0, R)
     real = row < rows
+    lse += head * rows * tl.num_programs(1) + split
+    if recent_keys is not None and split >= splits:
+        if recent_mask is not None:
+            recent_mask += head // kv_heads * recent_mask_batch
+        recent_splits = tl.num_programs(1) - splits
+        _attend_recent(
+            recent_q + head * rows * d, recent_keys + head * recents * d, recent_values + head * recents * dv,
+            recent_mask, recent_mask_head, recent_mask_query, recent_mask_token,
+            recent_out + (head * rows * recent_splits + split - splits) * dv, lse,
+            tl.program_id(0) % blocks * R, rows, d, dv, (split - splits) * span, recents, span,
+            recent_splits, head % kv_heads, queries, scale, D, DV, R, DTYPE, PRECISION,
+        )  # fmt: skip
+        return
     k4 = k_table + 5
     k2, k1, k0 = k4 + 5 * K4, k4 + 5 * (K4 + K2), k4 + 5 * (K4 + K2 + K1)
     v4 = v_table + 5
@@ -328,8 +266,8 @@ def attend_kernel(
     peak = tl.full((R,), float("-inf"), tl.float32)
     total = tl.zeros((R,), tl.float32)
     if mask is not None:
-        query_head = head % kv_heads * (rows // queries) + row // queries
-        mask += head // kv_heads * mask_batch + query_head * mask_head + row % queries * mask_query
+        mask += head // kv_heads * mask_batch
+        mask += _mask_row(row, rows, head % kv_heads, queries, mask_head, mask_query)
     stop = tl.minimum((split + 1) * span, tokens)
     for start in range(split * span, stop, BLOCK):
         token = start + tl.arange(0, BLOCK)
@@ -353,10 +291,7 @@ def attend_kernel(
                 x, s = _values(k_values, k_scales, k_positions, start, stop, k_table, K0, KB, KS, G)
                 parts += _scores(q0, x, s, c0, DTYPE, PRECISION)
             score = tl.where(seen, tl.sum(parts, 1) * scale, float("-inf"))
-            before = peak
-            peak = tl.maximum(peak, tl.max(score, 1))
-            origin = tl.where(peak == float("-inf"), 0.0, peak)
-            fade, weight = tl.exp2(before - origin), tl.exp2(score - origin[:, None])
+            peak, fade, weight = _weights(peak, score)
             total = total * fade + tl.sum(weight, 1)
             if V4:
                 x, s = _fields(v_codes, v_scales, start, stop, v_table, v4, V4, 4, G, True, DTYPE)
@@ -370,10 +305,9 @@ def attend_kernel(
             if V0:
                 x, s = _values(v_values, v_scales, v_positions, start, stop, v_table, V0, VB, VS, G)
                 o0, w0 = _weighted(o0, w0, fade, weight, x, s, DTYPE, PRECISION)
-    at = (head * rows + row) * tl.num_programs(1) + split
-    out += at * (V4 + V2 + V1 + V0)
+    out += ((head * rows + row) * splits + split) * (V4 + V2 + V1 + V0)
     total = tl.where(peak == float("-inf"), 1.0, total)  # which saw nothing
-    tl.store(lse + at, peak + tl.log2(total), mask=real)
+    tl.store(lse + row * tl.num_programs(1), peak + tl.log2(total), mask=real)
     if V4:
         _store(out, o4, w4, total, real, v4, V4, 4, G)
     if V2:
@@ -382,6 +316,66 @@ def attend_kernel(
         _store(out + V4 + V2, o1, w1, total, real, v1, V1, 1, G)
     if V0:
         _store(out + V4 + V2 + V1, o0, w0, total, real, v0, V0, 0, G)
+
+
+@triton.jit
+def _attend_recent(
+    q, keys, values, mask, mask_head, mask_query, mask_token, out, lse,
+    first, rows, d, dv, start, recents, span, splits, kv_head, queries, scale,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A span of dense tokens; pointers are those of the KV head."""
+    ROWS_: tl.constexpr = max(R, 16)  # pyright: ignore  # tl.dot needs 16
+    row = first + tl.arange(0, ROWS_)
+    real = (tl.arange(0, ROWS_) < R) & (row < rows)
+    column, value_column = tl.arange(0, D)[None, :], tl.arange(0, DV)[None, :]
+    x = tl.load(q + row[:, None] * d + column, mask=real[:, None] & (column < d), other=0)
+    o = tl.zeros((ROWS_, DV), tl.float32)
+    peak = tl.full((ROWS_,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS_,), tl.float32)
+    if mask is not None:
+        mask += _mask_row(row, rows, kv_head, queries, mask_head, mask_query)
+    stop = tl.minimum(start + span, recents)
+    for begin in range(start, stop, BLOCK):
+        token = begin + tl.arange(0, BLOCK)
+        there = (token < stop)[:, None]
+        seen = real[:, None] & (token < stop)[None, :]
+        if mask is not None:
+            seen = tl.load(mask[:, None] + token[None, :] * mask_token, mask=seen, other=0) != 0
+        key = tl.load(keys + token[:, None] * d + column, mask=there & (column < d), other=0)
+        zero = tl.zeros((ROWS_, BLOCK), tl.float32)
+        score = tl.where(seen, _dot(x, tl.trans(key), zero, DTYPE, PRECISION) * scale, float("-inf"))
+        peak, fade, weight = _weights(peak, score)
+        total = total * fade + tl.sum(weight, 1)
+        weight = _rounded(weight, DTYPE, PRECISION)
+        value = tl.load(values + token[:, None] * dv + value_column, mask=there & (value_column < dv), other=0)
+        o = _dot(weight, value, o * fade[:, None], DTYPE, PRECISION)
+    total = tl.where(peak == float("-inf"), 1.0, total)
+    tl.store(lse + row * tl.num_programs(1), peak + tl.log2(total), mask=real)
+    place = out + row[:, None] * splits * dv + value_column
+    tl.store(place, o / total[:, None], mask=real[:, None] & (value_column < dv))
+
+
+@triton.jit
+def _mask_row(row, rows, kv_head, queries, mask_head, mask_query):
+    """Where the mask of a query begins."""
+    return (kv_head * (rows // queries) + row // queries) * mask_head + row % queries * mask_query
+
+
+@triton.jit
+def _weights(peak, score):
+    """The new peak of each row, what the old sums are worth under it, and the weights of new scores."""
+    new = tl.maximum(peak, tl.max(score, 1))
+    origin = tl.where(new == float("-inf"), 0.0, new)
+    return new, tl.exp2(peak - origin), tl.exp2(score - origin[:, None])
+
+
+@triton.jit
+def _rounded(weight, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Weights as they are multiplied."""
+    if PRECISION == "tf32":  # tensor cores would cut them, and the sum would not know
+        weight = (weight.to(tl.int32, bitcast=True) + 0x1000 & -0x2000).to(tl.float32, bitcast=True)
+    return weight.to(DTYPE)
 
 
 @triton.jit
@@ -499,9 +493,7 @@ def _weighted(o, w, fade, weight, x, s, DTYPE: tl.constexpr, PRECISION: tl.const
     G: tl.constexpr = s.shape[1]
     weight = tl.reshape(weight[:, None, :] * tl.trans(s)[None, :, :], (R * G, s.shape[0]))
     fade = tl.reshape(tl.broadcast_to(fade[:, None], (R, G)), (R * G,))
-    if PRECISION == "tf32":  # tensor cores would cut them, and the sum would not know
-        weight = (weight.to(tl.int32, bitcast=True) + 0x1000 & -0x2000).to(tl.float32, bitcast=True)
-    weight = weight.to(DTYPE)
+    weight = _rounded(weight, DTYPE, PRECISION)
     return _dot(weight, x, o * fade[:, None], DTYPE, PRECISION), w * fade + tl.sum(weight.to(tl.float32), 1)
 
 
@@ -522,14 +514,16 @@ def _store(out, o, w, total, real, table, C: tl.constexpr, P: tl.constexpr, G: t
     tl.store(out[:, None] + tl.arange(0, C)[None, :], x / total[:, None], mask=real[:, None])
 
 
-@triton.jit(do_not_specialize=["splits", "columns", "first"])
+@triton.jit(do_not_specialize=["splits", "recent_splits", "columns", "first"])
 def merge_kernel(
-    partial, partial_lse, table, out, lse, splits, columns, d, first,
-    SPLITS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+    partial, recent_partial, partial_lse, table, out, recent_out, lse, splits, recent_splits, columns, d, first,
+    SPLITS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, RECENT: tl.constexpr,
 ):  # fmt: skip
     row, n = tl.program_id(0).to(tl.int64), tl.arange(0, D)
     split = tl.arange(0, SPLITS)
-    lses = tl.load(partial_lse + row * splits + split, mask=split < splits, other=float("-inf"))
+    every = splits + recent_splits
+    partial_lse += row * every
+    lses = tl.load(partial_lse + split, mask=split < every, other=float("-inf"))
     peak = tl.max(lses, 0)
     origin = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(tl.exp2(lses - origin), 0)
@@ -541,9 +535,18 @@ def merge_kernel(
     for start in range(0, splits, TILE):
         split = start + tl.arange(0, TILE)
         some = (split < splits)[:, None]
-        weight = tl.load(partial_lse + row * splits + split, mask=split < splits, other=float("-inf"))
+        weight = tl.load(partial_lse + split, mask=split < splits, other=float("-inf"))
         weight = tl.exp2(weight - whole)
         at = partial + (row * splits + split[:, None]) * columns
         x += weight[:, None] * tl.load(at + a, mask=some & (a >= 0), other=0)
         x += weight[:, None] * tl.load(at + b, mask=some & (b >= 0), other=0)
     tl.store(out + row * d + n, tl.sum(x, 0), mask=n < d)
+    if RECENT:
+        x = tl.zeros((TILE, D), tl.float32)
+        for start in range(0, recent_splits, TILE):
+            split = start + tl.arange(0, TILE)
+            some = (split < recent_splits)[:, None]
+            weight = tl.load(partial_lse + splits + split, mask=split < recent_splits, other=float("-inf"))
+            at = recent_partial + (row * recent_splits + split[:, None]) * d
+            x += tl.exp2(weight - whole)[:, None] * tl.load(at + n[None, :], mask=some & (n < d)[None, :], other=0)
+        tl.store(recent_out + row * d + n, tl.sum(x, 0), mask=n < d)

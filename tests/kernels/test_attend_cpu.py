@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from swan import Graded, TopK, pack, packed_attention, swan_attention
 from swan.functional import reference
-from swan.kernels import attend_cpu, cpu
+from swan.kernels import Recent, attend_cpu, cpu
 from swan.packed import mixing, unpack_mixed
 from tests.strategies import (
     DTYPES,
@@ -128,17 +128,15 @@ def test_history_and_recent_tokens_together(seed, dtype, head_counts, queries, t
         reference.dense_attention(mixed, wide(k), wide(v) @ value_mix.double().mT, mask=mask),
         reference.dense_attention(q.double(), k_recent.double(), v_recent.double(), mask=recent_mask),
     ]
-    lses = torch.stack([lse for _, lse in parts])
-    share = torch.softmax(lses, dim=0).nan_to_num(0)[..., None]  # nothing where a row sees nothing at all
-    expected = share[0] * parts[0][0] + share[1] * parts[1][0]
+    expected, expected_lse = reference.merge_attention(parts)
 
-    out, lse = attend_cpu.attend(q, k, v, mask, keys.d**-0.5, attend_cpu.Recent(k_recent, v_recent, recent_mask))
+    out, lse = attend_cpu.attend(q, k, v, mask, keys.d**-0.5, Recent(k_recent, v_recent, recent_mask))
     limit, lse_limit = bounds(mixed.to(dtype), k, v) if tokens else (0.0, 0.0)
     lse_limit += lse_bound(q, k_recent)
     largest = max(float(v_recent.abs().max()), values.d**0.5 * float(wide(v).abs().max()) if tokens else 0.0)
     limit = values.d**0.5 * limit + attention_bound(q, k_recent, v_recent) + 2 * lse_limit * largest
     assert_within(out, expected, limit)
-    assert_lse_within(lse, torch.logsumexp(lses, dim=0), lse_limit)
+    assert_lse_within(lse, expected_lse, lse_limit)
 
 
 def together(q, k, v, k_recent, v_recent):

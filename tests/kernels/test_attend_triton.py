@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from swan import Graded, Packed, TopK, pack
+from swan import Graded, Packed, TopK, pack, swan_attention
 from swan.functional import reference
+from swan.kernels import Recent
 from swan.packed import PARTS, mixing, unpack_mixed
 from tests.strategies import (
     assert_lse_within,
@@ -96,18 +97,24 @@ def test_compiles_for_a_gpu(k_layout, v_layout, dtype, tmp_path, monkeypatch):
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from swan.kernels import gpu
+
     module = kernel()
     code = {F32: "fp32", BF16: "bf16", F16: "fp16"}[dtype]
     R, G, (products, precision) = 4, 4, module.DTYPES[dtype]
     types = {"q": code, "mask": "u8", "out": "fp32", "lse": "fp32", "k_table": "i32", "v_table": "i32"}
+    types |= {"recent_q": code, "recent_keys": code, "recent_values": code, "recent_mask": "u8", "recent_out": "fp32"}
     constants = {"R": R, "G": G, "DTYPE": products, "PRECISION": precision}
+    constants |= {"D": module._power(k_layout.d), "DV": module._power(v_layout.d)}
     for name, layout in (("k", k_layout), ("v", v_layout)):
-        form = module._form(*module._numbers(layout))
+        form = gpu.form_of(*gpu.numbers_of(layout))
         constants |= dict(
             zip([f"{name.upper()}{i}" for i in "4210BS"], [*form.widths, form.bits, form.sparse], strict=True)
         )
         value, scale = {16: (code, "u8"), 8: ("i8", "bf16"), 4: ("u8", "u8")}[form.bits]
         types |= {f"{name}_codes": "u8", f"{name}_values": value, f"{name}_scales": scale, f"{name}_positions": "u8"}
+    if dtype == F32:  # history alone
+        constants |= {name: None for name in types if name.startswith("recent")}
     pointers = {name: f"*{kind}" for name, kind in types.items()}
     names = module.attend_kernel.arg_names
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
@@ -201,6 +208,53 @@ def check_ragged_rows():
     compare(q, k, v, mask)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("layouts", "heads", "queries", "tokens", "recents", "dtype"),
+    [
+        ((Graded(((8, 5), (8, 3))), Graded(((16, 4),))), (4, 2), 1, 130, 12, BF16),
+        ((Graded(((5, 16), (12, 2))), TopK(20, 7, 8)), (6, 2), 3, 40, 300, F32),
+        ((TopK(40, 9, 4), Graded(((33, 3),))), (1, 1), 1, 0, 5, F16),
+        ((Graded(((16, 4),)), Graded(((16, 2),))), (40, 2), 1, 30, 65, F32),  # more rows than a program takes
+        ((Graded(((16, 4),)), Graded(((16, 2),))), (2, 1), 1, 3, 0, F32),
+    ],
+    ids=str,
+)
+def check_history_and_recent_tokens(layouts, heads, queries, tokens, recents, dtype, masked):
+    """One softmax over both, in plain coordinates. An orthonormal mix makes an error at most sqrt(d) times as large."""
+    q, k, v = qkv(0, 2, heads, queries, tokens + recents, layouts[0].d, layouts[1].d, dtype)
+    k_recent, v_recent = k[:, :, tokens:], v[:, :, tokens:]  # views, as those of a buffer that is not full
+    k, v = (pack(x[:, :, :tokens], layout) for x, layout in zip((k, v), layouts, strict=True))
+    mask, recent_mask = (torch.rand(2, 1, queries, n) > 0.5 for n in (tokens, recents)) if masked else (None, None)
+    if recent_mask is not None:
+        recent_mask[0] = False
+    scale = q.shape[-1] ** -0.5
+    mixed, value_mix = (q if mixing(k) is None else q @ mixing(k)), mixing(v)
+    values = exact(v) if value_mix is None else exact(v) @ value_mix.double().mT
+    parts = [
+        reference.dense_attention(mixed.double(), exact(k), values, mask=mask, scale=scale),
+        reference.dense_attention(q.double(), k_recent.double(), v_recent.double(), mask=recent_mask, scale=scale),
+    ]
+    expected, expected_lse = reference.merge_attention(parts)
+    recent = Recent(*(None if t is None else t.to(DEVICE) for t in (k_recent, v_recent, recent_mask)))
+    out, lse = (t.cpu() for t in kernel().attend(*placed(q, k, v, mask), scale, recent))
+    lse_limit = lse_bound(mixed, exact(k), scale) + lse_bound(q, k_recent, scale)
+    largest = max([float(t.abs().max()) for t in (v_recent, values) if t.numel()])
+    limit = attention_bound(mixed, exact(k), exact(v).to(dtype), scale) * values.shape[-1] ** 0.5
+    limit += attention_bound(q, k_recent, v_recent, scale) + 2 * lse_limit * largest
+    assert_within(out, expected, limit)
+    assert_lse_within(lse, expected_lse, lse_limit)
+
+
+def check_swan_attention():
+    layout = Graded(((8, 5), (24, 3)))
+    q, k, v = qkv(0, 2, (4, 2), 1, 90, 32, 32, F32)
+    history = [pack(x[:, :, :80], layout).map(lambda t: t.to(DEVICE)) for x in (k, v)]
+    q, *recent = (t.to(DEVICE) for t in (q, k[:, :, 80:], v[:, :, 80:]))
+    found, expected = (swan_attention(q, *history, *recent, impl=impl) for impl in ("triton", "compiled"))
+    torch.testing.assert_close(found, expected)
+
+
 def check_spans(monkeypatch):
     monkeypatch.setattr(kernel(), "SPAN", 64)
     q, k, v = inputs(Graded(((16, 4),)), Graded(((16, 4),)), F32, (2, 1), tokens=600, batch=1)
@@ -252,10 +306,13 @@ def check_compiles_whole():
 
 
 def check_operator():
+    from swan.kernels.gpu import numbers_of
+
     module = kernel()
     q, k, v, _ = placed(*inputs(Graded(((8, 4), (8, 2))), TopK(24, 5, 8), BF16, tokens=20))
-    numbers = module._numbers(k.layout), module._numbers(v.layout)
-    arguments = q, list(k.tensors), list(v.tensors), None, *numbers, 0.25
+    recent = [q[:, :2].contiguous(), torch.zeros_like(q[:, :2, :, :1]).expand(-1, -1, -1, 24)]
+    numbers = numbers_of(k.layout), numbers_of(v.layout)
+    arguments = q, list(k.tensors), list(v.tensors), None, *numbers, 0.25, q, recent, None
     torch.library.opcheck(module._attend, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -1,0 +1,162 @@
+"""What the Triton kernels share: layouts as numbers, and the tables that kernels read them from."""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from swan.packed import PARTS, Graded, Layout, TopK, code_bytes
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("impl='triton' needs Triton: pip install triton") from error
+
+__all__ = [
+    "INTERPRETED", "MOST_PARTS", "Form", "check_device", "form_of", "numbers_of", "power_of_two", "table_of", "tl",
+    "triton",
+]  # fmt: skip
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+MOST_PARTS = 64  # of one width
+
+
+def check_device(x: Tensor) -> None:
+    """Raise a ValueError if no kernel runs where a tensor is."""
+    if x.device.type != "cuda" and not INTERPRETED.value:
+        raise ValueError(
+            f"impl='triton' runs on a GPU, got tensors on {x.device.type}; use impl='auto' (or set TRITON_INTERPRET=1 "
+            "before Triton is imported, to debug)"
+        )
+
+
+def numbers_of(layout: Layout) -> list[int]:
+    """A layout as operators take it.
+
+    Raises:
+        ValueError: no kernel here reads it.
+    """
+    match layout:
+        case Graded(groups):
+            return [0, *(number for group in groups for number in group)]
+        case TopK(d, keep, bits, positions) if positions == "bitmap" or keep == d:
+            return [1, d, keep, bits]
+    raise ValueError(
+        f"impl='triton' reads Graded layouts, and TopK with positions='bitmap', got {layout}; use impl='compiled'"
+    )
+
+
+class Form(NamedTuple):
+    """What kernels are compiled for, and which tensors there are."""
+
+    d: int
+    widths: tuple[int, int, int, int]  # columns of the fields of 4, 2 and 1 bits and of values
+    bits: int  # of a value
+    sparse: bool  # whether a bitmap says which coordinates have values
+    parts: int  # of one width, at most, rounded up to a power of two
+    stored: tuple[bool, bool, bool, bool]  # codes, values, scales, positions
+
+
+class _Part(NamedTuple):
+    """Fields of some bits: `width` bytes from byte `first`, which stand for ``2**exponent * scale * (y - c)``."""
+
+    bits: int
+    first: int
+    width: int
+    coordinates: range
+    scale: int
+    exponent: int
+
+
+def _layout(form: int, *numbers: int) -> Graded | TopK:
+    return TopK(*numbers) if form else Graded(tuple(zip(numbers[::2], numbers[1::2], strict=True)))  # pyright: ignore
+
+
+def _parts(layout: Graded, bits: int) -> list[_Part]:
+    """The parts with fields of so many bits."""
+    parts, first, scale = [], 0, 0
+    for start, stop, code in layout.stored:
+        below = code
+        for part in PARTS.get(code, ()):
+            below -= part
+            width = -(-(stop - start) * part // 8)
+            parts.append(_Part(part, first, width, range(start, stop), scale, below - code + part + 1))
+            first += width
+        scale += code in PARTS
+    return [part for part in parts if part.bits == bits]
+
+
+def _whole(layout: Graded) -> list[int]:
+    """The coordinates of 16 bits."""
+    return [n for start, stop, bits in layout.stored if bits == 16 for n in range(start, stop)]
+
+
+@functools.lru_cache(maxsize=1024)
+def form_of(*numbers: int) -> Form:
+    """The `Form` of a layout, given as `numbers_of` returns it.
+
+    Raises:
+        ValueError: more groups than kernels read.
+    """
+    layout = _layout(*numbers)
+    if isinstance(layout, TopK):
+        sparse = layout.keep < layout.d
+        widths = 0, 0, 0, max(power_of_two(layout.d), 16)
+        return Form(layout.d, widths, layout.bits, sparse, 1, (False, True, layout.bits < 16, sparse))
+    parts = [_parts(layout, bits) for bits in (4, 2, 1)]
+    counts = [sum(part.width * 8 // part.bits for part in alike) for alike in parts] + [len(_whole(layout))]
+    least = max(power_of_two(layout.d) // 2, 16)
+    w4, w2, w1, w0 = (max(power_of_two(count), least) if count else 0 for count in counts)
+    most = power_of_two(max(1, *map(len, parts)))
+    if most > MOST_PARTS:
+        raise ValueError(f"impl='triton' reads layouts of up to {MOST_PARTS} groups, got {layout}; join some")
+    return Form(layout.d, (w4, w2, w1, w0), 16, False, most, (layout.mixed, w0 > 0, layout.mixed, False))
+
+
+@functools.lru_cache(maxsize=1024)
+def table_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where a layout keeps what: all that the kernels know of it besides its `Form`, int32; -1 stands for none.
+
+    First how much each token has in each tensor (codes, values, scales, positions) and how many value columns there
+    are. Then for fields of 4, 2 and 1 bits five rows of one length: coordinate and part of each column, place of
+    each byte, scale and exponent of each part; and for values the first two of these. Last three rows for the
+    coordinates: the two columns that add up to each, and its scale.
+    """
+    layout, widths = _layout(*numbers), form_of(*numbers).widths
+    sums: list[list[int]] = [[] for _ in range(layout.d)]
+    scales = [-1] * layout.d
+    if isinstance(layout, TopK):
+        values = code_bytes(layout.keep, 4) if layout.bits == 4 else layout.keep
+        table, whole = [0, values, 1, layout.position_bytes, layout.d], list(range(layout.d))
+    else:
+        coded, whole = [(stop - start, bits) for start, stop, bits in layout.stored if bits < 16], _whole(layout)
+        table = [sum(code_bytes(*group) for group in coded), len(whole), len(coded), 0, len(whole)]
+    base = 0
+    for bits, columns in zip((4, 2, 1), widths[:3], strict=True):
+        coordinate, owner, place, scale, exponent = [-1] * columns, *([0] * columns for _ in range(4))
+        slot_width, byte = columns * bits // 8, 0
+        for index, part in enumerate(_parts(layout, bits) if columns and isinstance(layout, Graded) else []):
+            scale[index], exponent[index] = part.scale, part.exponent
+            scales[part.coordinates.start : part.coordinates.stop] = [part.scale] * len(part.coordinates)
+            for i in range(part.width):
+                place[byte] = part.first + i
+                for slot, n in enumerate(part.coordinates[i :: part.width]):
+                    column = slot * slot_width + byte
+                    coordinate[column], owner[column] = n, index
+                    sums[n].append(base + column)
+                byte += 1
+        table += [*coordinate, *owner, *place, *scale, *exponent]
+        base += columns
+    for column, n in enumerate(whole):
+        sums[n].append(base + column)
+    table += [*whole, *[-1] * (widths[3] - len(whole)), *[0] * widths[3]]
+    table += [[*columns, -1, -1][i] for i in range(2) for columns in sums] + scales
+    return torch.tensor(table, dtype=torch.int32, device=device)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below a number."""
+    return 1 << (number - 1).bit_length()
