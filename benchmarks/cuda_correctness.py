@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 import time
@@ -181,7 +182,7 @@ def cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     yield from dense_attentions(q, one, k, v, generator, device)
     history = randn(BATCH, KV_HEADS, HISTORY, D), randn(BATCH, KV_HEADS, HISTORY, D)
     yield from packed_attentions(one, k, v, history, generator, device)
-    yield from modules(basis, q, k, v, distinct, dtype)
+    yield from modules(basis, q, k, v, distinct, dtype, device)
 
 
 def rotations(
@@ -352,16 +353,23 @@ def joined_attention(
 
 
 def modules(
-    basis: Tensor, q: Tensor, k: Tensor, v: Tensor, distinct: Callable[[int], Tensor], dtype: torch.dtype
+    basis: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    distinct: Callable[[int], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Iterator[Case]:
     yield Case("DenseBuffer", (k,), pushed, lambda k: k[:, :, 2:-16], exact=True)
     keys, values = distinct(TOKENS), distinct(TOKENS)
-    for name in ("topk 16 bitmap", "leading"):
+    impls = ("auto", "triton") if device.type == "cuda" else ("auto",)
+    for name, impl in itertools.product(("topk 16 bitmap", "leading"), impls):
         for static in (False, True):
             yield Case(
-                f"KVCache: {name} {'static' if static else 'dynamic'}",
+                f"KVCache: {name} {'static' if static else 'dynamic'} {impl}",
                 (q, keys, values),
-                functools.partial(decoded, layout=LAYOUTS[name], static=static),
+                functools.partial(decoded, layout=LAYOUTS[name], static=static, impl=impl),
                 functools.partial(windowed, layout=LAYOUTS[name]),
             )
     x = q[:, 0, :48].contiguous()
@@ -382,7 +390,7 @@ def pushed(c: Compile, k: Tensor) -> Tensor:
     return left[:, :, places >= 0]
 
 
-def decoded(c: Compile, q: Tensor, k: Tensor, v: Tensor, layout: Any, static: bool) -> Tensor:
+def decoded(c: Compile, q: Tensor, k: Tensor, v: Tensor, layout: Any, static: bool, impl: Any) -> Tensor:
     """A prompt of 250 tokens, then one by one; compiled steps only with a static cache."""
     cache = KVCache(
         PlanLayer(layout, layout), buffer=32, sinks=3, prefill="windowed", static=static,
@@ -390,8 +398,8 @@ def decoded(c: Compile, q: Tensor, k: Tensor, v: Tensor, layout: Any, static: bo
     )  # fmt: skip
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.update(k, v)
-        return cache.attend(q)
+        cache.update(k, v, impl=impl)
+        return cache.attend(q, impl=impl)
 
     one = c(step) if static else step
     out = [step(*(t[:, :, :250] for t in (q, k, v)))]

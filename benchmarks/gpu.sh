@@ -43,7 +43,7 @@ from pathlib import Path
 
 import torch
 
-from swan.evaluation.bench import IMPLS, Setup, add_speedups, bench_decode
+from swan.evaluation.bench import IMPLS, Setup, add_speedups, bench_decode, bench_step
 from swan.evaluation.machine import machine, memory_bandwidth, versions
 
 parser = argparse.ArgumentParser()
@@ -86,6 +86,18 @@ for impls, length, batch in itertools.product(rounds, lengths, batches):
         speedup = "" if row["speedup"] is None else f"  {row['speedup']:.2f}x"
         text = str(row["error"]) if row["median_ms"] is None else measured.format(**row) + speedup
         print(columns.format(**row), text, flush=True)
+
+# A whole step, and what of it is rotating and packing: by the compiler, and by kernels.
+impls = ["compiled", "triton"] if args.device.startswith("cuda") else ["compiled"]
+if (left := deadline - time.monotonic()) > 5:
+    setup = Setup(
+        device=torch.device(args.device), seconds=seconds, compile_seconds=min(60, left / 4), progress=False, **shape
+    )
+    rows = bench_step(lengths[:1], setup, forms=[("graded", 0.27), ("topk", 0.5)], impls=impls)
+    result["rows"] += rows
+    args.file.write_text(json.dumps(result, indent=2) + "\n")
+    for row in rows:
+        print("{what:13} {form:8} {impl:9}".format(**row), row["median_ms"], "ms", row["error"] or "", flush=True)
 print(f"written to {args.file}")
 EOF
     status=$?

@@ -1,5 +1,6 @@
 """Inputs, derived error bounds and oracles that the tests share."""
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -8,9 +9,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swan import Graded, PlanLayer, TopK, pack, random_rotation, unpack
+from swan import Graded, Packed, PlanLayer, TopK, pack, random_rotation, unpack
 from swan.functional import reference
-from swan.packed import PARTS
+from swan.packed import PARTS, scale_of, unpack_mixed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(3, 3), (4, 2), (6, 2), (5, 1)]  # query and KV heads: MHA, GQA, MQA
@@ -72,6 +73,15 @@ def graded_layouts(draw, d):
     sizes = [stop - start for start, stop in zip([0, *cuts], [*cuts, d], strict=True)]
     groups = [(size, 16 if (i % 2 == 0) == kept else 0) for i, size in enumerate(sizes)]
     return Graded(tuple(groups)) if any(bits for _, bits in groups) else Graded(((d, 16),))
+
+
+@st.composite
+def any_graded(draw, d):
+    """Up to five groups of any bits."""
+    cuts = sorted(draw(st.sets(st.integers(1, d - 1), max_size=4)))
+    bits = st.sampled_from([0, *PARTS, 16])
+    groups = [(stop - start, draw(bits)) for start, stop in itertools.pairwise([0, *cuts, d])]
+    return Graded(tuple(groups)) if any(bits for _, bits in groups) else Graded(((d, 4),))
 
 
 @st.composite
@@ -177,3 +187,26 @@ def decode(cache, q: Tensor, k: Tensor, v: Tensor, chunks, *, padding: Tensor | 
         outs.append(cache.attend(q[:, :, start:stop], mask=seen))
         start = stop
     return torch.cat(outs, dim=2)
+
+
+def assert_packed(found: Packed, x: Tensor, mixed: Tensor, rounding: Tensor | float = 0.0) -> None:
+    """A `Graded` layout stores `x`, in mixed coordinates `mixed` (float64) that the packer knew up to `rounding`.
+
+    Each scale is the smallest that covers its group, each coordinate the nearest step or, at an edge, its neighbour.
+    """
+    assert isinstance(found.layout, Graded)
+    values, scale = unpack_mixed(found).double(), 0
+    for start, stop, bits in found.layout.stored:
+        if bits == 16:
+            assert torch.equal(unpack(found)[..., start:stop], x[..., start:stop])
+            continue
+        assert found.scales is not None
+        byte = found.scales[..., scale : scale + 1]
+        here, error = mixed[..., start:stop], (values - mixed)[..., start:stop].abs()
+        step, peak = scale_of(byte).double(), here.abs().amax(-1, keepdim=True)
+        covers = step >= peak * (1 - 1e-6) - rounding
+        smallest = step <= (peak + rounding) * 2 ** (1 / 8) * (1 + 1e-6)
+        assert ((byte == 255) | (byte == 0) | (covers & smallest)).all()
+        limit = (2.0**-bits + unit(x.dtype) + 1e-6) * step + rounding
+        assert (error <= limit)[(byte < 255).expand_as(error)].all()
+        scale += 1

@@ -144,7 +144,7 @@ class KiviCache(KVCache):
         """Every tensor that the cache holds."""
         return super().tensors + [t for group in self.coded for t in group] + list(self.waiting or ())
 
-    def _store(self, plan_layer: PlanLayer, k: Tensor, v: Tensor, index: Tensor | None) -> None:
+    def _store(self, plan_layer: PlanLayer, k: Tensor, v: Tensor, index: Tensor | None, **_: Any) -> None:
         if self.waiting is not None:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self.waiting, (k, v), strict=True))
         whole = k.shape[2] // KIVI_GROUP * KIVI_GROUP

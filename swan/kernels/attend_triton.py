@@ -185,7 +185,7 @@ def _seen(mask: Tensor | None, batch: int, heads: int) -> tuple[Tensor | None, i
 def _planes(tensors: list[Tensor], form: Form) -> tuple[list[Tensor], int]:
     """Codes, values, scales and positions (any for those there are not), and how many tokens a head has room for."""
     rest = iter(tensors)
-    planes = [(next(rest) if there else tensors[0]).flatten(0, 1) for there in form.stored]
+    planes = [(next(rest) if size else tensors[0]).flatten(0, 1) for size in form.sizes]
     room = planes[0].stride(0) // planes[0].shape[2]
     if any(t.stride() != (room * t.shape[2], t.shape[2], 1) for t in planes):  # not as a cache keeps them
         return [t.contiguous() for t in planes], planes[0].shape[1]

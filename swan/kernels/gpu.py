@@ -57,7 +57,7 @@ class Form(NamedTuple):
     bits: int  # of a value
     sparse: bool  # whether a bitmap says which coordinates have values
     parts: int  # of one width, at most, rounded up to a power of two
-    stored: tuple[bool, bool, bool, bool]  # codes, values, scales, positions
+    sizes: tuple[int, int, int, int]  # of codes, values, scales and positions of a vector; 0 where there are none
 
 
 class _Part(NamedTuple):
@@ -103,9 +103,9 @@ def form_of(*numbers: int) -> Form:
     """
     layout = _layout(*numbers)
     if isinstance(layout, TopK):
-        sparse = layout.keep < layout.d
-        widths = 0, 0, 0, max(power_of_two(layout.d), 16)
-        return Form(layout.d, widths, layout.bits, sparse, 1, (False, True, layout.bits < 16, sparse))
+        values = code_bytes(layout.keep, 4) if layout.bits == 4 else layout.keep
+        sizes = 0, values, int(layout.bits < 16), layout.position_bytes
+        return Form(layout.d, (0, 0, 0, max(power_of_two(layout.d), 16)), layout.bits, sizes[3] > 0, 1, sizes)
     parts = [_parts(layout, bits) for bits in (4, 2, 1)]
     counts = [sum(part.width * 8 // part.bits for part in alike) for alike in parts] + [len(_whole(layout))]
     least = max(power_of_two(layout.d) // 2, 16)
@@ -113,27 +113,26 @@ def form_of(*numbers: int) -> Form:
     most = power_of_two(max(1, *map(len, parts)))
     if most > MOST_PARTS:
         raise ValueError(f"impl='triton' reads layouts of up to {MOST_PARTS} groups, got {layout}; join some")
-    return Form(layout.d, (w4, w2, w1, w0), 16, False, most, (layout.mixed, w0 > 0, layout.mixed, False))
+    coded = [(stop - start, bits) for start, stop, bits in layout.stored if bits < 16]
+    sizes = sum(code_bytes(*group) for group in coded), counts[3], len(coded), 0
+    return Form(layout.d, (w4, w2, w1, w0), 16, False, most, sizes)
 
 
 @functools.lru_cache(maxsize=1024)
 def table_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Where a layout keeps what: all that the kernels know of it besides its `Form`, int32; -1 stands for none.
 
-    First how much each token has in each tensor (codes, values, scales, positions) and how many value columns there
-    are. Then for fields of 4, 2 and 1 bits five rows of one length: coordinate and part of each column, place of
-    each byte, scale and exponent of each part; and for values the first two of these. Last three rows for the
-    coordinates: the two columns that add up to each, and its scale.
+    First the sizes of its `Form`, and how many value columns there are. Then for fields of 4, 2 and 1 bits five rows
+    of one length: coordinate and part of each column, place of each byte, scale and exponent of each part; and for
+    values the first two of these. Last three rows for the coordinates: the two columns that add up to each, and its
+    scale.
     """
-    layout, widths = _layout(*numbers), form_of(*numbers).widths
+    layout, form = _layout(*numbers), form_of(*numbers)
+    widths = form.widths
     sums: list[list[int]] = [[] for _ in range(layout.d)]
     scales = [-1] * layout.d
-    if isinstance(layout, TopK):
-        values = code_bytes(layout.keep, 4) if layout.bits == 4 else layout.keep
-        table, whole = [0, values, 1, layout.position_bytes, layout.d], list(range(layout.d))
-    else:
-        coded, whole = [(stop - start, bits) for start, stop, bits in layout.stored if bits < 16], _whole(layout)
-        table = [sum(code_bytes(*group) for group in coded), len(whole), len(coded), 0, len(whole)]
+    whole = list(range(layout.d)) if isinstance(layout, TopK) else _whole(layout)
+    table = [*form.sizes, len(whole)]
     base = 0
     for bits, columns in zip((4, 2, 1), widths[:3], strict=True):
         coordinate, owner, place, scale, exponent = [-1] * columns, *([0] * columns for _ in range(4))

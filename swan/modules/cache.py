@@ -13,6 +13,7 @@ from swan.packed import Layout, Packed, PlanLayer, unpack
 
 __all__ = ["KVCache", "Prefill"]
 
+Packing = Callable[[Tensor, Layout], Packed]
 Prefill = Literal["dense", "windowed"]
 BLOCK = 64  # a growing history is allocated in multiples of this many tokens
 TILE = 1024  # tokens that are packed at a time
@@ -195,7 +196,7 @@ class KVCache(nn.Module):
         keep_in_place(*self.tensors)
 
     @torch.no_grad()
-    def update(self, k: Tensor, v: Tensor, *, padding: Tensor | None = None) -> None:
+    def update(self, k: Tensor, v: Tensor, *, padding: Tensor | None = None, impl: Impl = "auto") -> None:
         """Take in the keys and values of new tokens.
 
         Args:
@@ -203,13 +204,17 @@ class KVCache(nn.Module):
             v: rotated values ``[batch, kv_heads, tokens, dv]``.
             padding: left padding of each row ``[batch]``, in columns of the whole sequence; sinks and
                 window count from there. Give it with the first tokens (again, until each row has begun).
+            impl: how tokens that leave the buffer are packed: ``"triton"`` in one launch on a GPU; else by a kernel
+                on a CPU where it knows the layouts and is built, or by tensor code.
 
         Raises:
-            ValueError: shapes or devices do not fit the cache, or a static cache is full.
+            ValueError: shapes or devices do not fit the cache, a static cache is full, or ``impl="triton"`` and the
+                kernel does not know the layouts or run on the device; then nothing is changed.
             TypeError: the dtype is not the cache's.
         """
         if not torch.compiler.is_compiling():
             self._check(k, v, padding)
+        packing = _packing(impl, k, self.plan_layer)
         buffer, tokens = self.buffer, k.shape[2]
         if buffer.static and buffer.keys is None:
             self.allocate(k, v)
@@ -225,7 +230,7 @@ class KVCache(nn.Module):
             dense = self._with_new(k, v)
         evicted = buffer.push(k, v, padding)
         if self.plan_layer is not None:
-            self._store(self.plan_layer, *evicted)
+            self._store(self.plan_layer, *evicted, packing=packing)
         if dense is None:
             dense = self._after_push()
         self._recent = _Recent(*dense, tokens, length, first)
@@ -435,21 +440,23 @@ class KVCache(nn.Module):
         full = filled == buffer.size and buffer.first >= buffer.sinks
         return buffer.keys, buffer.values, None if full else buffer.columns()
 
-    def _store(self, plan_layer: PlanLayer, k: Tensor, v: Tensor, index: Tensor | None) -> None:
+    def _store(
+        self, plan_layer: PlanLayer, k: Tensor, v: Tensor, index: Tensor | None, *, packing: Packing = pack
+    ) -> None:
         """Pack evicted tokens and write them behind the stored ones (dynamic) or at `index` (static)."""
         if k.shape[2] == 0:
             return
         if index is not None:
             index = torch.where(index < 0, self._room, index)
-            self._write(pack(k, plan_layer.keys), pack(v, plan_layer.values), index, self._capacity)
+            self._write(packing(k, plan_layer.keys), packing(v, plan_layer.values), index, self._capacity)
             return
         stop, tokens = self.history_length, k.shape[2]  # push has counted the evicted tokens in
         capacity = self._capacity if self._capacity >= stop else _grown(stop)
         for start in range(max(tokens - stop, 0), tokens, TILE):  # the first ones may be dropped already
             tile = slice(start, start + TILE)
             self._write(
-                pack(k[:, :, tile], plan_layer.keys),
-                pack(v[:, :, tile], plan_layer.values),
+                packing(k[:, :, tile], plan_layer.keys),
+                packing(v[:, :, tile], plan_layer.values),
                 stop - tokens + start,
                 capacity,
             )
@@ -572,6 +579,17 @@ class KVCache(nn.Module):
                 f"expected a mask [{batch} or 1, {heads} or 1, {queries}, {self.length} or more columns] over the "
                 f"whole sequence, got {list(mask.shape)}"
             )
+
+
+def _packing(impl: Impl, k: Tensor, plan_layer: PlanLayer | None) -> Packing:
+    if impl != "triton":
+        return pack
+    from swan.kernels import pack_triton
+
+    if plan_layer is not None and not torch.compiler.is_compiling():
+        for layout in (plan_layer.keys, plan_layer.values):
+            pack_triton.pack(k.new_zeros(1, 1, 0, layout.d), layout)  # raises before anything is changed
+    return pack_triton.pack
 
 
 def check_max_length(static: bool, max_length: int | None) -> None:

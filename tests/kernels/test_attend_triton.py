@@ -1,15 +1,10 @@
 """The Triton kernel against the float64 reference: in Triton's interpreter, and on a GPU where there is one.
 
-The interpreter is chosen when Triton is imported: what is named `check_...` runs in a process of its own.
+What is named `check_...` runs in a process of its own (tests/kernels/test_triton.py).
 """
 
 import dataclasses
-import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +16,9 @@ from swan import Graded, Packed, TopK, pack, swan_attention
 from swan.functional import reference
 from swan.kernels import Recent
 from swan.packed import PARTS, mixing, unpack_mixed
+from tests.kernels.gpu import DEVICE, compile_for_gpu
 from tests.strategies import (
+    any_graded,
     assert_lse_within,
     assert_within,
     attention_bound,
@@ -34,10 +31,7 @@ from tests.strategies import (
     seeds,
 )
 
-ROOT = Path(__file__).parents[2]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-INTERPRET = "TRITON_INTERPRET"
-DEVICE = "cpu" if os.environ.get(INTERPRET) == "1" else "cuda"
 
 
 def kernel():
@@ -47,31 +41,6 @@ def kernel():
 
 
 # In the process of all tests ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "interpret",
-    ["1", pytest.param("0", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
-    ids=["interpreter", "gpu"],
-)
-def test_checks(interpret, marker):
-    options = ["-q", "--durations=5", "-m", marker, "-o", "python_functions=check_*"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__],
-        cwd=ROOT,
-        env=os.environ | {INTERPRET: interpret},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_swan_works_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import swan; print('swan'); import swan.kernels.attend_triton"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "swan\n"
-    assert "ImportError: impl='triton' needs Triton: pip install triton" in done.stderr
 
 
 def test_needs_a_gpu():
@@ -91,12 +60,6 @@ def test_needs_a_gpu():
     ids=["plan", "half", "float"],
 )
 def test_compiles_for_a_gpu(k_layout, v_layout, dtype, tmp_path, monkeypatch):
-    """Compiled, not run: registers that do not fit in the file, or shared memory, would show here."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from swan.kernels import gpu
 
     module = kernel()
@@ -108,21 +71,13 @@ def test_compiles_for_a_gpu(k_layout, v_layout, dtype, tmp_path, monkeypatch):
     constants |= {"D": module._power(k_layout.d), "DV": module._power(v_layout.d)}
     for name, layout in (("k", k_layout), ("v", v_layout)):
         form = gpu.form_of(*gpu.numbers_of(layout))
-        constants |= dict(
-            zip([f"{name.upper()}{i}" for i in "4210BS"], [*form.widths, form.bits, form.sparse], strict=True)
-        )
+        numbers = *form.widths, form.bits, form.sparse
+        constants |= dict(zip([f"{name.upper()}{i}" for i in "4210BS"], numbers, strict=True))
         value, scale = {16: (code, "u8"), 8: ("i8", "bf16"), 4: ("u8", "u8")}[form.bits]
         types |= {f"{name}_codes": "u8", f"{name}_values": value, f"{name}_scales": scale, f"{name}_positions": "u8"}
     if dtype == F32:  # history alone
         constants |= {name: None for name in types if name.startswith("recent")}
-    pointers = {name: f"*{kind}" for name, kind in types.items()}
-    names = module.attend_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    signature["scale"] = "fp32"
-    source = ASTSource(module.attend_kernel, signature, {(names.index(name),): x for name, x in constants.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": module.WARPS})
-    assert compiled.metadata.shared < 100 * 1024  # more than one program for each processor
-    assert "cubin" in compiled.asm
+    compile_for_gpu(module.attend_kernel, types, constants, module.WARPS, tmp_path, monkeypatch)
 
 
 # In the interpreter or on a GPU ---------------------------------------------------------------------
@@ -328,14 +283,6 @@ def check_refuses(layout, message):
     q, k, v = inputs(layout, Graded(((16, 4),)), F32, tokens=3)
     with pytest.raises(ValueError, match=message):
         kernel().attend(*placed(q, k, v), 1.0)
-
-
-@st.composite
-def any_graded(draw, d):
-    cuts = sorted(draw(st.sets(st.integers(1, d - 1), max_size=4)))
-    bits = st.sampled_from([0, *PARTS, 16])
-    groups = [(stop - start, draw(bits)) for start, stop in itertools.pairwise([0, *cuts, d])]
-    return Graded(tuple(groups)) if any(bits for _, bits in groups) else Graded(((d, 4),))
 
 
 @pytest.mark.slow

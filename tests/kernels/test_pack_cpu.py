@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from swan import Graded, TopK, unpack
 from swan.kernels.pack_cpu import pack
-from swan.packed import scale_of, unpack_mixed
-from tests.strategies import coded_layouts, dtypes, normal, seeds, unit
+from tests.strategies import assert_packed, coded_layouts, dtypes, normal, seeds
 
 
 @given(seeds, dtypes, st.integers(1, 300), st.sampled_from([7, 24, 64, 128]).flatmap(coded_layouts), st.floats(-12, 12))
@@ -20,24 +19,9 @@ def test_packs_as_tensor_code_does(seed, dtype, tokens, layout, power):
     assert [t.dtype for t in found.tensors] == [t.dtype for t in expected.tensors]
     matrix = layout.mix(x.dtype, x.device)
     mixed = (x if matrix is None else x @ matrix).double()
-    values, scale = unpack_mixed(found).double(), 0
-    for start, stop, bits in layout.stored:
-        here, error = mixed[..., start:stop], (values - mixed)[..., start:stop].abs()
-        if bits == 16:
-            assert torch.equal(unpack(found)[..., start:stop], x[..., start:stop])
-            continue
-        assert found.scales is not None and expected.scales is not None
-        ours, theirs = (packed.scales[..., scale : scale + 1] for packed in (found, expected))
-        assert ((ours.int() - theirs.int()).abs() <= 1).all()
-        step, peak = scale_of(ours).double(), here.abs().amax(-1, keepdim=True)
-        covered = (
-            (ours == 255) | (ours == 0) | ((step >= peak * (1 - 1e-6)) & (step <= peak * 2 ** (1 / 8) * (1 + 1e-6)))
-        )
-        assert covered.all()
-        fits = (ours < 255).expand_as(error)
-        limit = (2.0**-bits * step + unit(dtype) * step + 1e-6 * step).expand_as(error)
-        assert (error <= limit)[fits].all()
-        scale += 1
+    assert_packed(found, x, mixed)
+    if found.scales is not None and expected.scales is not None:
+        assert ((found.scales.int() - expected.scales.int()).abs() <= 1).all()
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 3e4])

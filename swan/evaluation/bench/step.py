@@ -1,6 +1,7 @@
 """Where the time of one decode step of a layer goes, and from which length on it is less than a dense step's."""
 
 import copy
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from swan.evaluation.bench.common import (
     relative_error,
 )
 from swan.evaluation.bench.decode import DENSE, random_step
+from swan.functional.attention import Impl
 from swan.functional.rotation import inverse_rotate, random_rotation, rotate
 from swan.modules import KVCache
 from swan.packed import PlanLayer
@@ -26,6 +28,7 @@ __all__ = ["Layer", "bench_step", "break_even"]
 
 STEP_FORMS: tuple[Form, ...] = (("graded", 0.27), ("topk", 0.5), ("leading", 0.5))
 STEP_IMPLS = ("eager", "compiled")
+ALL_IMPLS = (*STEP_IMPLS, "triton")
 Token = tuple[Tensor, Tensor, Tensor]  # q, k, v
 
 
@@ -47,7 +50,8 @@ def bench_step(
         lengths: tokens in the cache, each above the buffer and the sinks.
         setup: the layer, and how it is timed.
         forms: as in `bench_decode`.
-        impls: ``"eager"`` (a cache that grows) or ``"compiled"`` (torch.compile, fullgraph, a static cache).
+        impls: ``"eager"`` (a cache that grows), ``"compiled"`` (torch.compile, fullgraph, a static cache), or
+            ``"triton"`` (compiled likewise, with the kernels for GPUs).
 
     Returns:
         Rows as of `bench_decode`, without ``bandwidth_fraction`` and ``peak_bytes``, and with ``share`` (of the
@@ -57,7 +61,8 @@ def bench_step(
           that of the result;
         - eager ``"rotate"`` (queries, keys, values and the output), ``"update"``, ``"attend"``, and ``"rest"`` (the
           step less these);
-        - compiled ``"rotate+update"`` (one function), and ``"attend"`` (the step less that: the compiler fuses);
+        - compiled and triton ``"rotate+update"`` (one function), and ``"attend"`` (the step less that: the compiler
+          fuses);
         - ``"break-even"``: ``length`` from which on a step takes less time than dense, between two of the lengths
           on a straight line, with ``formula``, what `break_even` counts for as many coordinates as the bytes of the
           form are (None where it does not lie between them: ``error`` says which is faster).
@@ -74,9 +79,9 @@ def bench_step(
     setup = setup or Setup()
     check_forms(forms)
     least = setup.buffer + KVCache(None).buffer.sinks
-    if any(length <= least for length in lengths) or not set(impls) <= set(STEP_IMPLS):
+    if any(length <= least for length in lengths) or not set(impls) <= set(ALL_IMPLS):
         raise ValueError(
-            f"every length must be above buffer and sinks ({least}) and impls of {', '.join(STEP_IMPLS)}, got "
+            f"every length must be above buffer and sinks ({least}) and impls of {', '.join(ALL_IMPLS)}, got "
             f"{list(lengths)} and {list(impls)}"
         )
     cases = [*itertools.product(sorted(lengths), [("dense", 1.0)], ["sdpa"])]
@@ -124,7 +129,8 @@ def break_even(d: int, keep: int, buffer: int) -> float:
 class Layer:
     """The functions of a step; compiled ones must not hold more than they use."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, impl: Impl = "auto") -> None:
+        self.impl: Impl = impl
         options: dict[str, Any] = {"dtype": setup.dtype, "device": setup.device}
         bases = (random_rotation(setup.kv_heads, setup.head_dim, seed=seed, **options) for seed in (0, 1))
         self.key_basis, self.value_basis = bases
@@ -137,12 +143,12 @@ class Layer:
     def take_in(self, cache: KVCache, token: Token) -> Tensor:
         """Store the rotated keys and values; returns the rotated queries."""
         q, k, v = self.rotate(token)
-        cache.update(k, v)
+        cache.update(k, v, impl=self.impl)
         return q
 
     def step(self, cache: KVCache, token: Token) -> Tensor:
         """All of it, from queries, keys and values to the output."""
-        return inverse_rotate(cache.attend(self.take_in(cache, token)), self.value_basis)
+        return inverse_rotate(cache.attend(self.take_in(cache, token), impl=self.impl), self.value_basis)
 
 
 Found = tuple[dict[str, Any], dict[str, dict[str, Any]]]  # columns of the step, and of each part
@@ -173,8 +179,8 @@ def _eager(setup: Setup, layer: PlanLayer, length: int) -> Found:
     return step | {"bytes": caches[0].nbytes, "error": error}, parts
 
 
-def _compiled(setup: Setup, layer: PlanLayer, length: int) -> Found:
-    functions, token = Layer(setup), _token(setup)
+def _compiled(setup: Setup, layer: PlanLayer, length: int, impl: Impl = "auto") -> Found:
+    functions, token = Layer(setup, impl), _token(setup)
     caches = _filled(setup, layer, length, static=True)
     torch.compiler.reset()
     step, take_in = (torch.compile(f, fullgraph=True, dynamic=False) for f in (functions.step, functions.take_in))
@@ -190,7 +196,7 @@ def _compiled(setup: Setup, layer: PlanLayer, length: int) -> Found:
     }
 
 
-_STEPS = {"eager": _eager, "compiled": _compiled}
+_STEPS = {"eager": _eager, "compiled": _compiled, "triton": functools.partial(_compiled, impl="triton")}
 
 
 def _token(setup: Setup) -> Token:
