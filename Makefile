@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+OLDEST := transformers==5.10.4
 KATEX  := katex@0.16.22
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -16,7 +17,7 @@ DOCS := $(VENV)/.has-hf,cli,cpp,plot,docs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-all check format docs docs-serve bench model dist clean
+.PHONY: help install demo test test-all test-matrix matrix check format docs docs-serve bench model dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +35,13 @@ test: $(TEST) ## tests and docstring examples, in minutes
 
 test-all: $(TEST) ## every test, with more random examples
 	@HYPOTHESIS_PROFILE=deep $(BIN)/pytest
+
+test-matrix: $(TEST) .venv-oldest/.has-test ## the tests of transformers on its newest and its oldest version
+	@$(BIN)/pytest tests/integrations
+	@.venv-oldest/bin/pytest tests/integrations
+
+matrix: $(TEST) ## print what works on which architecture, dynamic and static
+	@$(BIN)/python -m tests.matrix
 
 check: $(DEV) ## format, lint, types, floors
 	@$(BIN)/ruff format --check
@@ -60,7 +68,7 @@ dist: $(BIN)/pip ## build the wheel and the sdist into dist/
 	@$(BIN)/python -m build
 
 clean: ## remove all that make has made
-	rm -rf $(VENV) .hypothesis .import_linter_cache .ruff_cache dist site docs/vendor
+	rm -rf $(VENV) .venv-oldest .hypothesis .import_linter_cache .ruff_cache dist site docs/vendor
 
 # Installation -------------------------------------------------------------------------------------
 
@@ -76,6 +84,14 @@ $(VENV)/.torch: | $(BIN)/pip
 $(VENV)/.has-%: pyproject.toml $(VENV)/.torch
 	@echo "installing swan[$*]"
 	@$(PIP) install --editable ".[$*]"
+	@touch $@
+
+# An environment with the oldest transformers that swan is for.
+.venv-oldest/.has-test: pyproject.toml
+	@$(PYTHON) -m venv .venv-oldest
+	@echo "installing $(TORCH), $(OLDEST) and swan[hf,cli,cpp,plot,test]"
+	@.venv-oldest/bin/pip -qq --disable-pip-version-check install "$(TORCH)"
+	@.venv-oldest/bin/pip -qq --disable-pip-version-check install --editable ".[hf,cli,cpp,plot,test]" "$(OLDEST)"
 	@touch $@
 
 # The formulas of the pages are set by KaTeX, served with them: no page loads anything from elsewhere.

@@ -172,6 +172,41 @@ def model(path: str) -> str:
     return table(columns, cells, "ll" + "r" * 8) + "\n\n" + note
 
 
+def capacity(path: str) -> str:
+    """Tokens per second where the smaller cache admits a larger batch."""
+    result = json.loads(Path(path).read_text())
+    cells = [
+        [
+            f"{row['length']}",
+            "dense" if row["form"] == "dense" else f"{row['form']}, {row['retention']:.2f}",
+            f"{row['batch']}",
+            f"{row['median_ms']:.0f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['speedup']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    columns = ("tokens", "cache, retention", "batch", "ms", "tokens/s", "speed-up")
+    return table(columns, cells, "rl" + "r" * 4) + f"\n\nOne layer. Made by `{result['command']}`."
+
+
+def prefill(path: str) -> str:
+    """Taking in a prompt."""
+    result = json.loads(Path(path).read_text())
+    cells = [
+        [
+            f"{row['length']}",
+            "dense" if row["form"] == "dense" else f"{row['form']}, {row['retention']:.2f}",
+            f"{row['median_ms']:.0f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    columns = ("tokens", "cache, retention", "ms", "cache, MB", "peak MB")
+    return table(columns, cells, "rlrrr") + f"\n\nOne layer. Made by `{result['command']}`."
+
+
 def after_prompt(*paths: str) -> str:
     """Token eviction and swan, of a prompt that is compressed once."""
     rows = []

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from swan.calibration import calibrate as calibrate
     from swan.integrations import attach as attach
     from swan.integrations import detach as detach
+    from swan.integrations import supported as supported
+    from swan.integrations.pretrained import from_pretrained as from_pretrained
+    from swan.integrations.pretrained import save_pretrained as save_pretrained
     from swan.integrations.transformers import SwanCache as SwanCache
 
 __version__ = "0.1.0"
@@ -41,6 +44,9 @@ _LAZY = {
     "calibrate": "swan.calibration",
     "attach": "swan.integrations",
     "detach": "swan.integrations",
+    "supported": "swan.integrations",
+    "from_pretrained": "swan.integrations.pretrained",
+    "save_pretrained": "swan.integrations.pretrained",
     "SwanCache": "swan.integrations.transformers",
 }
 

@@ -34,6 +34,21 @@ OTHER_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64}
 JETMOE_SIZES = OTHER_SIZES | {"intermediate_size": 96, "num_hidden_layers": 2, "num_key_value_heads": 2}
 JETMOE_SIZES |= {"kv_channels": 16, "num_local_experts": 2, "max_position_embeddings": 512}
 BART_SIZES = {"vocab_size": VOCABULARY, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1}
+OPT_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2}
+OPT_SIZES |= {"num_attention_heads": 4, "word_embed_proj_dim": 64, "max_position_embeddings": 512, "init_std": 0.15}
+OPT_SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+QWEN3_MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 48}
+QWEN3_NEXT = {"layer_types": ["linear_attention", "full_attention"], "num_experts": 2, "num_experts_per_tok": 1}
+QWEN3_NEXT |= {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 48, "linear_num_value_heads": 4}
+QWEN3_NEXT |= {"linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+DEEPSEEK = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+DEEPSEEK |= {
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 48,
+}
 HYBRID = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
 # By name: the class of the model, that of its configuration, and settings.
@@ -49,13 +64,24 @@ ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
     "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES),  # fused qkv, partial RoPE
     "phi3": ("Phi3ForCausalLM", "Phi3Config", SIZES),  # fused qkv
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", SIZES | {"sliding_window": None, "num_local_experts": 2}),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", SIZES | QWEN3_MOE),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", SIZES | {"num_experts": 2, "num_experts_per_tok": 1}),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", SIZES | {"attention_multiplier": 0.2}),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", SIZES | {"no_rope_layers": [1, 0]}),
+    "glm4": ("Glm4ForCausalLM", "Glm4Config", SIZES),  # partial RoPE
+    "cohere": ("CohereForCausalLM", "CohereConfig", SIZES),
+    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", SIZES | {"sliding_window": None}),
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", SIZES),  # partial RoPE
+    "opt": ("OPTForCausalLM", "OPTConfig", OPT_SIZES),  # no RoPE
+    "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", SIZES | {"layer_types": ["conv", "full_attention"]}),
+    "qwen3-next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", SIZES | QWEN3_NEXT),
     # refused
     "mistral-sliding": ("MistralForCausalLM", "MistralConfig", SIZES | {"sliding_window": 8}),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", SIZES | {"sliding_window": 8}),  # softcap
     "gpt-oss": ("GptOssForCausalLM", "GptOssConfig", SIZES | HYBRID | {"num_local_experts": 2}),  # learned sinks
     "doge": ("DogeForCausalLM", "DogeConfig", SIZES),  # a mask of its own
     "jetmoe": ("JetMoeForCausalLM", "JetMoeConfig", JETMOE_SIZES),  # repeats keys between cache and attention
-    "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", SIZES | {"layer_types": ["conv", "full_attention"]}),
+    "deepseek": ("DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK),  # MLA
     "bloom": ("BloomForCausalLM", "BloomConfig", OTHER_SIZES | {"n_layer": 2, "n_head": 4}),  # attention of its own
     "mamba": ("MambaForCausalLM", "MambaConfig", OTHER_SIZES | {"num_hidden_layers": 2}),
     "bart": ("BartForConditionalGeneration", "BartConfig", BART_SIZES),

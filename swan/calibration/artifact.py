@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from swan.calibration.bases import Basis, layer_bases
-from swan.calibration.capture import Observed, call, evaluating, fingerprint, observing
+from swan.calibration.capture import Observed, call, evaluating, fingerprint, observing, unwrapped
 from swan.calibration.effects import BUFFER, WINDOWS, Effects, beginning, measure_effects, tokens_of
 from swan.calibration.files import replacing
 from swan.calibration.moments import Moments
@@ -215,6 +215,7 @@ def calibrate(
 
     Source: arXiv:2511.18936.
     """
+    model = unwrapped(model)
     moments: dict[int, Moments] = {}
 
     def observe(index: int, seen: Observed) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from swan.modules import SwanAttention
 
-__all__ = ["Observed", "attention_layers", "call", "evaluating", "fingerprint", "observing", "swan_layers"]
+__all__ = [
+    "Observed", "attention_layers", "call", "evaluating", "fingerprint", "observing", "swan_layers", "unwrapped",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ OBSERVE = "swan_observe"  # name of the observing attention function in transfor
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments of attention functions that change the scores
 
 _observer: Observer | None = None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model in a `peft.PeftModel`, whose adapters stay in it; any other model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model  # pyright: ignore[reportReturnType]
 
 
 def swan_layers(model: nn.Module) -> list[SwanAttention]:
@@ -175,7 +183,13 @@ def _config(model: nn.Module) -> Any:
         )
     if config.is_encoder_decoder:
         raise TypeError(f"{type(model).__name__} has an encoder and a decoder; swan is for decoders alone")
-    return config.get_text_config(decoder=True)
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None):
+        raise TypeError(
+            f"{type(model).__name__} makes keys and values from a latent vector (MLA): its cache should hold that, and "
+            "swan does not winnow it"
+        )
+    return text
 
 
 def _field(config: Any, name: str) -> Any:

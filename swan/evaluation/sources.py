@@ -138,7 +138,7 @@ def load_model(
     name = os.fspath(name)
     path = Path(name)
     if name in MODELS:
-        model, tokenizer = _load_folder(_model_folder(name), dtype)
+        model, tokenizer = _load_folder(model_folder(name), dtype)
     elif path.is_dir():
         model, tokenizer = _load_folder(path, dtype)
     elif path.suffix == ".gguf":
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m swan.evaluation.sources", description=main.__doc__)
     parser.add_argument("names", nargs="+", choices=(*MODELS, *TEXTS), metavar="NAME", help="%(choices)s")
     for name in parser.parse_args(arguments).names:
-        folder = _model_folder(name) if name in MODELS else _task_folder()
+        folder = model_folder(name) if name in MODELS else _task_folder()
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         print(f"{name}: {folder} ({size / 1e6:.0f} MB)")
 
@@ -319,7 +319,7 @@ def _ways() -> str:
     return f"name a directory, a .gguf file, a hub id that this machine can reach, or an embedded model ({embedded})"
 
 
-def _model_folder(name: str) -> Path:
+def model_folder(name: str) -> Path:
     """The folder of an embedded model, made on first use."""
     wheels = MODELS[name]
 

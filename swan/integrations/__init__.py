@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from swan.calibration import Calibration
-from swan.calibration.capture import swan_layers
+from swan.calibration.capture import swan_layers, unwrapped
+from swan.integrations.architectures import supported
 
-__all__ = ["attach", "attached", "detach"]
+__all__ = ["attach", "attached", "detach", "supported"]
 
 
 def attach(model: nn.Module, calibration: Calibration, fold: bool = False) -> None:
@@ -38,6 +39,7 @@ def attach(model: nn.Module, calibration: Calibration, fold: bool = False) -> No
 
     Source: arXiv:2511.18936.
     """
+    model = unwrapped(model)
     layers = swan_layers(model)
     if not layers:
         _transformers().attach(model, calibration, fold)
@@ -64,6 +66,7 @@ def detach(model: nn.Module) -> None:
         >>> swan.attach(model, swan.calibrate(model, [torch.randn(2, 50, 64)]))
         >>> swan.detach(model)
     """
+    model = unwrapped(model)
     layers = swan_layers(model)
     if not layers:
         _transformers().detach(model)

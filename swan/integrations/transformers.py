@@ -2,21 +2,25 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from swan.calibration import Calibration, Plan
-from swan.calibration.capture import attention_layers, evaluating
+from swan.calibration.capture import attention_layers, evaluating, unwrapped
 from swan.calibration.moments import output_projection
 from swan.functional.rotation import fold_value_rotation, inverse_rotate, rotate
+from swan.integrations import cache_file
 from swan.modules import KVCache
 from swan.modules.cache import BLOCK, Prefill, check_max_length
 from swan.packed import pack, unpack
@@ -36,7 +40,7 @@ try:
 except ImportError as error:
     raise ImportError("swan works with transformers >= 5.10: pip install 'swan-attention[hf]'") from error
 
-__all__ = ["SwanCache", "attach", "cache_keyword", "detach", "is_attached"]
+__all__ = ["SwanCache", "attach", "attachment_of", "cache_keyword", "detach", "is_attached"]
 
 NAME = "swan"  # of the attention function in transformers
 UNITS = (
@@ -54,6 +58,7 @@ class _Attachment:
     calibration: Calibration
     implementation: str
     folded: list[tuple[nn.Parameter, Tensor]]  # parameters and what they were
+    plan: Plan | None = None  # of caches that are told nothing else
 
 
 def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False) -> None:
@@ -112,18 +117,19 @@ def detach(model: PreTrainedModel) -> None:
 
 def is_attached(model: nn.Module) -> bool:
     """Whether `attach` was called on this model."""
-    return isinstance(getattr(model, "_swan_attachment", None), _Attachment)
+    return isinstance(getattr(unwrapped(model), "_swan_attachment", None), _Attachment)
 
 
 def cache_keyword(model: nn.Module) -> str:
     """Name under which this version of transformers takes a cache: ``past_key_values``, or ``cache``."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(unwrapped(model).forward).parameters else "past_key_values"
 
 
 class SwanCache(Cache):
     """A winnowed cache for `generate` and forward of an attached transformers model.
 
-    Layers with full attention are winnowed; sliding layers keep transformers' own cache.
+    Layers with full attention are winnowed; sliding, linear-attention and convolution layers, and those in `exclude`,
+    keep transformers' own caches.
 
     With a `budget`, `nbytes` never exceeds it. The cache begins at retention 1; a forward whose tokens would not
     fit first moves the whole history to the highest of `Plan.levels` at which they do, before anything is stored.
@@ -142,7 +148,8 @@ class SwanCache(Cache):
 
     Args:
         model: the model, after `swan.attach`.
-        plan: what each layer stores; or give `retention`, or `budget`, or `levels`.
+        plan: what each layer stores; or give `retention`, or `budget`, or `levels`; none of them for the plan that a
+            model from `swan.from_pretrained` came with.
         retention: bytes per history token over the bf16 bytes of the same key and value: the plan is
             `Plan.for_retention` with the calibration that the model was attached with.
         budget: the most bytes that the cache may hold: a number, or text like ``"64MiB"``, ``"1.5GB"``, ``"500kB"``.
@@ -156,12 +163,14 @@ class SwanCache(Cache):
         static: fixed memory, for compiled decoding. `reset` keeps it, and the number of rows.
         max_length: tokens that a static cache can hold.
         levels: retentions between which the dial of a static cache moves; it begins at the highest.
+        exclude: indices of layers that stay dense; `retention` does not count them, `nbytes` and `compression` do.
 
     Raises:
         ValueError: the model is not attached, not exactly one of `plan`, `retention`, `budget` and `levels` is given,
-            the budget is not a positive number of bytes or given to a static cache, `on_full` is not one of the two or
-            has no budget, or a static cache has no `max_length` or a dynamic one `levels`. Later, in a forward or when
-            rows are repeated: the budget or the static cache is full.
+            the budget is not a positive number of bytes, or given to a static cache or a model with layers that keep
+            a state, `on_full` is not one of the two or has no budget, a static cache has no `max_length` or a dynamic
+            one `levels`, or no layer of full attention is left. Later, in a forward or when rows are repeated: the
+            budget or the static cache is full.
 
     Example:
         ```python
@@ -196,9 +205,12 @@ class SwanCache(Cache):
         static: bool = False,
         max_length: int | None = None,
         levels: Sequence[float] | None = None,
+        exclude: Sequence[int] = (),
     ) -> None:
-        if not is_attached(model):
-            raise ValueError("this model is not attached; call swan.attach(model, calibration) first")
+        model = cast(PreTrainedModel, unwrapped(model))
+        attachment = attachment_of(model)
+        if [plan, retention, budget, levels].count(None) == 4:
+            plan = attachment.plan
         if [plan, retention, budget, levels].count(None) != 3:
             raise ValueError("give exactly one of plan, retention, budget and levels")
         if on_full not in ("raise", "evict") or (on_full == "evict" and budget is None):
@@ -207,14 +219,14 @@ class SwanCache(Cache):
             )
         _check_static(static, max_length, budget, levels)
         attention = attention_layers(model)
-        self._shapes = [_shape(attention[index]) for index in sorted(attention)]
-        attachment = model._swan_attachment
-        assert isinstance(attachment, _Attachment)
+        self._shapes = {index: _shape(attention[index]) for index in sorted(attention)}
         self._calibration = attachment.calibration
         self.budget = None if budget is None else byte_count(budget)
         self.on_full = on_full
         self._warned = False
-        self.static, self.max_length = static, max_length
+        self.static, self.max_length, self.exclude = static, max_length, tuple(sorted(set(exclude)))
+        kept: dict[str, Any] = {"prefill": prefill, "static": static, "max_length": max_length}
+        self._settings = kept | {"exclude": self.exclude}  # with which a saved cache is built again
         asked = [retention] if retention is not None else sorted(set(levels or []), reverse=True)
         if plan is not None:
             self._levels = [plan]
@@ -227,14 +239,16 @@ class SwanCache(Cache):
         if len(plan.layers) != len(attention):
             raise ValueError(f"the plan has {len(plan.layers)} layers, the model {len(attention)}")
         layers: list[Any] = DynamicCache(config=model.config).layers
-        _check_layers(layers, len(attention))
-        winnowed = [type(layer) is DynamicLayer for layer in layers]
+        _check_layers(layers, list(attention))
+        _check_excluded(self.exclude, layers)
+        if budget is not None and len(layers) > len(attention):
+            raise ValueError("a budget needs layers of attention only; this model has others, so give retention")
+        winnowed = [type(layer) is DynamicLayer and i not in self.exclude for i, layer in enumerate(layers)]
         if max_length is not None:
             layers = StaticCache(config=model.config, max_cache_len=max_length).layers
-        settings: dict[str, Any] = {"prefill": prefill, "static": static, "max_length": max_length}
-        for index, entry in zip(sorted(attention), plan.layers, strict=True):
+        for index, entry in zip(self._shapes, plan.layers, strict=True):
             if winnowed[index]:
-                kv = KVCache(entry, buffer=plan.buffer, sinks=plan.sinks, **settings)
+                kv = KVCache(entry, buffer=plan.buffer, sinks=plan.sinks, **kept)
                 layers[index] = _StaticSwanLayer(kv) if static else _SwanLayer(kv)
         super().__init__(layers=layers)
         self.plan = plan
@@ -312,8 +326,9 @@ class SwanCache(Cache):
 
     def __repr__(self) -> str:
         kind = "" if self.budget is None else f"budget={self.budget}, on_full={self.on_full!r}, "
+        kind += f"exclude={list(self.exclude)}, " if self.exclude else ""
         if self.static:
-            kind = f"static, max_length={self.max_length}, levels={[round(r, 3) for r in self._retentions]}, "
+            kind += f"static, max_length={self.max_length}, levels={[round(r, 3) for r in self._retentions]}, "
         return (
             f"SwanCache({kind}retention={self.retention:.3g}, buffer={self.plan.buffer}, sinks={self.plan.sinks}, "
             f"tokens={int(self.get_seq_length())}, nbytes={self.nbytes}, compression={self.compression:.3g})"
@@ -334,7 +349,7 @@ class SwanCache(Cache):
             self._make_room(tokens, rows, key_states.element_size())
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer: Any = self.layers[layer_idx]
-        if tokens > 1 and not isinstance(layer, _SwanLayer):
+        if tokens > 1 and layer.is_sliding:
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # not a window into all tokens
         return states
 
@@ -355,11 +370,13 @@ class SwanCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row; a budget makes room first."""
+        self._check_rows("repeat")
         self._make_room_for_rows(_rows(self._held) * repeats)
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows; a budget makes room first where they are more."""
+        self._check_rows("select")
         self._make_room_for_rows(torch.arange(_rows(self._held))[indices.cpu()].numel())
         super().batch_select_indices(indices)
 
@@ -368,10 +385,85 @@ class SwanCache(Cache):
         self._make_room_for_rows(beam_idx.numel())
         super().reorder_cache(cast(Any, beam_idx))
 
+    def offload(self, layer_idx: int | None = None, only_non_sliding: bool = True) -> None:
+        """Move the winnowed layers, or one of them, to the CPU: each comes back by itself when it is used next."""
+        for index, layer in enumerate(self.layers):
+            if layer_idx in (None, index) and isinstance(layer, _SwanLayer):
+                layer.offload()
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to one safetensors file: to go on from a long prompt another day, in another process.
+
+        Args:
+            path: a file that is there is replaced whole or not at all.
+
+        Raises:
+            TypeError: a layout, or what a layer keeps, has no form in the file.
+
+        Example:
+            ```python
+            cache = swan.SwanCache(model, retention=0.33)
+            model(**document, past_key_values=cache)
+            cache.save("document.safetensors")
+
+            cache = swan.SwanCache.load("document.safetensors", model)  # of an attached model, as often as you like
+            ```
+        """
+        winnowed = self.winnowed
+        layers = [
+            cache_file.kv_state(winnowed[i]) if i in winnowed else cache_file.other_state(layer)
+            for i, layer in enumerate(self.layers)
+        ]
+        about = {
+            "bases": cache_file.digest(self._calibration),
+            "settings": self._settings,
+            "plans": [json.loads(plan.to_json()) for plan in (self.plan, *self._levels)],
+            "budget": [self.budget, self.on_full, self._warned],
+            "retentions": self._retentions,
+        }
+        cache_file.write(path, about, layers)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> "SwanCache":
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            model: an attached model, with the bases that the cache was filled with; folded or not.
+
+        Raises:
+            ValueError: the file is no cache, or the model is not attached or has other bases.
+        """
+        model = cast(PreTrainedModel, unwrapped(model))
+        about, layers = cache_file.read(path)
+        if cache_file.digest(attachment_of(model).calibration) != about["bases"]:
+            raise ValueError(
+                f"{path} was filled in other bases; attach the model with the calibration that it was filled with"
+            )
+        now, *levels = (Plan.from_json(json.dumps(plan)) for plan in about["plans"])
+        cache = cls(model, now, **about["settings"])
+        cache._levels, cache._retentions = levels, about["retentions"]
+        cache.budget, cache.on_full, cache._warned = about["budget"]
+        attention, winnowed = attention_layers(model), cache.winnowed
+        for index, (layer, state) in enumerate(zip(cache.layers, layers, strict=True)):
+            basis = getattr(attention.get(index), "swan_key_basis", None)
+            device = model.device if basis is None else basis.device
+            if index in winnowed:
+                cache_file.restore_kv(winnowed[index], state, device)
+                vars(layer)["is_initialized"] = True
+            else:
+                cache_file.restore_other(layer, state, device)
+        return cache
+
     @property
     def _held(self) -> Tensor | None:
         """Some of what is held, for its batch size and dtype; None when empty."""
         return next((kv.buffer.keys for kv in self.winnowed.values()), None)
+
+    def _check_rows(self, verb: str) -> None:
+        for layer in self.layers:
+            if not hasattr(layer, "batch_select_indices"):
+                raise ValueError(f"{type(layer).__name__} of transformers cannot {verb} rows")
 
     def _make_room_for_rows(self, rows: int) -> None:
         held = self._held
@@ -410,10 +502,11 @@ class SwanCache(Cache):
         self._move_to(least)
 
     def _move_to(self, plan: Plan) -> None:
-        for index, kv in self.winnowed.items():
-            entry = plan.layers[index]
-            assert entry is not None
-            kv.repack(entry)
+        winnowed = self.winnowed
+        for index, entry in zip(self._shapes, plan.layers, strict=True):
+            if index in winnowed:
+                assert entry is not None
+                winnowed[index].repack(entry)
         self.plan = plan
 
     def _level(self, retention: float) -> Plan:
@@ -429,13 +522,14 @@ class SwanCache(Cache):
     def _needed(self, plan: Plan, tokens: int, rows: int, itemsize: int, drop: int = 0) -> int:
         """Bytes that a budget needs for so many more tokens: of all parts, and of the largest once more."""
         parts = []
-        for layer, entry, (kv_heads, d, dv) in zip(self.layers, plan.layers, self._shapes, strict=True):
+        for (index, (kv_heads, d, dv)), entry in zip(self._shapes.items(), plan.layers, strict=True):
+            layer = self.layers[index]
             if isinstance(layer, _SwanLayer):
                 assert entry is not None
                 sizes = {"rows": rows, "kv_heads": kv_heads, "itemsize": itemsize}
                 parts += layer.kv.nbytes_after(tokens, entry, **sizes, drop=drop)
             else:
-                parts.append(_sliding_nbytes_after(layer, tokens, rows, kv_heads * (d + dv) * itemsize))
+                parts.append(_other_nbytes_after(layer, tokens, rows, kv_heads * (d + dv) * itemsize))
         return sum(parts) + max(parts)
 
     def _full(self, tokens: int, rows: int, itemsize: int, history: int | None) -> str:
@@ -455,7 +549,8 @@ class SwanCache(Cache):
         layer = self.layers[index]
         if isinstance(layer, _SwanLayer):
             return layer.kv.nbytes, layer.kv.dense_nbytes
-        held = [t for name in ("keys", "values") if isinstance(t := getattr(layer, name, None), Tensor)]
+        names = ("keys", "values", "conv_states", "recurrent_states")
+        held = [t for t in pytree.tree_leaves([getattr(layer, name, None) for name in names]) if isinstance(t, Tensor)]
         size = sum(t.untyped_storage().nbytes() for t in held)
         return size, size
 
@@ -492,16 +587,16 @@ def _rows(held: Tensor | None) -> int:
     return 0 if held is None else held.shape[0]
 
 
-def _sliding_nbytes_after(layer: Any, tokens: int, rows: int, vector_bytes: int) -> int:
-    """Bytes that a sliding layer holds at most, before and after so many more tokens; see `SwanCache.update`."""
+def _other_nbytes_after(layer: Any, tokens: int, rows: int, vector_bytes: int) -> int:
+    """Bytes that a dense or sliding layer holds at most, before and after so many more tokens."""
     if layer.keys is None or layer.keys.numel() == 0:
         held = now = 0
     else:
         held = layer.keys.shape[-2]
         now = sum(t.untyped_storage().nbytes() for t in (layer.keys, layer.values)) * rows // layer.keys.shape[0]
     stored = held + tokens
-    if tokens > 1 and not getattr(layer, "record_past", False):
-        stored = min(stored, layer.sliding_window - 1)
+    if layer.is_sliding and tokens > 1 and not getattr(layer, "record_past", False):
+        stored = min(stored, layer.sliding_window - 1)  # see `SwanCache.update`
     return max(now, stored * rows * vector_bytes)
 
 
@@ -541,6 +636,7 @@ class _SwanLayer(CacheLayerMixin):
     def __init__(self, kv: KVCache) -> None:
         super().__init__()
         self.kv = kv
+        self.home: torch.device | None = None  # where it goes back to, when it is offloaded
         self.is_initialized = not kv.buffer.static
 
     def __repr__(self) -> str:
@@ -550,6 +646,7 @@ class _SwanLayer(CacheLayerMixin):
         """Nothing to do: memory is allocated with the first tokens."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.prefetch()
         return _Pending(key_states, self.kv), _Pending(value_states, self.kv)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -581,9 +678,14 @@ class _SwanLayer(CacheLayerMixin):
         self.kv.map_batch(lambda t: t[indices.to(t.device)])
 
     def offload(self) -> None:
-        raise NotImplementedError("a SwanCache stays on its device; make it smaller with cache.retention instead")
+        if self.home is None and self.kv.buffer.keys is not None:
+            self.home = self.kv.buffer.keys.device
+            self.kv.move(torch.device("cpu"))
 
-    prefetch = offload
+    def prefetch(self) -> None:
+        if self.home is not None:
+            self.kv.move(self.home)
+            self.home = None
 
 
 class _StaticSwanLayer(_SwanLayer):
@@ -593,7 +695,8 @@ class _StaticSwanLayer(_SwanLayer):
     supports_early_init = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.kv.allocate(key_states, value_states)
+        dtype = _computed_dtype(key_states)
+        self.kv.allocate(key_states.to(dtype), value_states.to(dtype))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -631,13 +734,23 @@ def _swan_attention_forward(
         raise ValueError(f"swan's attention does not support {', '.join(asked) or 'output_attentions'}")
     cache, key_basis, value_basis = key.cache, module.swan_key_basis, module.swan_value_basis
     assert isinstance(key_basis, Tensor)
-    values = value.states if value_basis is None else rotate(value.states, cast(Tensor, value_basis))
+    dtype = _computed_dtype(query)
+    query, keys, values, key_basis = (t.to(dtype) for t in (query, key.states, value.states, key_basis))
+    value_basis = None if value_basis is None else cast(Tensor, value_basis).to(dtype)
     padding = _padding(cache, attention_mask, query.shape[2])
-    cache.update(rotate(key.states, key_basis), values, padding=padding)
+    cache.update(
+        rotate(keys, key_basis), values if value_basis is None else rotate(values, value_basis), padding=padding
+    )
     out = cache.attend(rotate(query, key_basis), mask=attention_mask, scale=scaling)
     if value_basis is not None:
-        out = inverse_rotate(out, cast(Tensor, value_basis))
+        out = inverse_rotate(out, value_basis)
     return rearrange(out, "b h t d -> b t h d").contiguous(), None
+
+
+def _computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which attention is computed: under autocast norms and RoPE may have left another."""
+    place = x.device.type
+    return torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else x.dtype
 
 
 def _padding(cache: KVCache, mask: Tensor | None, queries: int) -> Tensor | None:
@@ -667,6 +780,14 @@ def _shape(attention: nn.Module) -> tuple[int, int, int]:
     return key_basis.shape[0], key_basis.shape[-1], dv
 
 
+def attachment_of(model: nn.Module) -> _Attachment:
+    """What `attach` left in a model; a ValueError if it is not attached."""
+    attachment = getattr(unwrapped(model), "_swan_attachment", None)
+    if not isinstance(attachment, _Attachment):
+        raise ValueError("this model is not attached; call swan.attach(model, calibration) first")
+    return attachment
+
+
 def _config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
@@ -683,22 +804,32 @@ def _try_cache(model: PreTrainedModel) -> None:
         raise ValueError(f"it does not use the cache in layers {unused}")
 
 
-def _check_layers(layers: list[Any], count: int) -> None:
+def _check_layers(layers: list[Any], attention: list[int]) -> None:
     """Refuse what transformers itself would keep in other caches than of whole or sliding attention."""
-    other = [type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)]
-    if other or len(layers) != count:
+    kinds = [type(layers[index]) if index < len(layers) else None for index in attention]
+    other = {kind.__name__ for kind in kinds if kind and kind not in (DynamicLayer, DynamicSlidingWindowLayer)}
+    if other or None in kinds:
         raise ValueError(
-            f"{count} attention layers with a cache of their own each were expected, got {len(layers)} caches"
-            + (f" with {', '.join(sorted(set(other)))} among them" if other else "")
+            f"{len(attention)} attention layers with a cache of their own each were expected, got {len(layers)} caches"
+            + (f" with {', '.join(sorted(other))} among them" if other else "")
         )
-    if all(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers):
+    if DynamicLayer not in kinds:
         raise ValueError("every layer attends to a sliding window only; there is no history to winnow")
+
+
+def _check_excluded(exclude: tuple[int, ...], layers: list[Any]) -> None:
+    full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    if not set(exclude) <= set(full):
+        raise ValueError(f"exclude takes layers of full attention, here {full}, got {list(exclude)}")
+    if len(exclude) == len(full):
+        raise ValueError("every layer of full attention is excluded; there is no history to winnow")
 
 
 def _check_foldable(index: int, layer: nn.Module) -> None:
     for name, child in (("v_proj", getattr(layer, "v_proj", None)), ("o_proj", output_projection(layer))):
-        if type(child) is not nn.Linear:
-            got = "no such module" if child is None else type(child).__name__
+        if type(child) is not nn.Linear or type(child.weight) is not nn.Parameter:  # of quantized weights it is not
+            kind = type(getattr(child, "weight", None)) if type(child) is nn.Linear else type(child)
+            got = "no such module" if child is None else f"{kind.__module__}.{kind.__qualname__}"
             raise ValueError(
                 f"layer {index}: fold=True needs a plain torch.nn.Linear as {name}, got {got}; attach with fold=False, "
                 "which rotates at run time and changes no weight"

@@ -402,6 +402,16 @@ class KVCache(nn.Module):
         if buffer.static:
             keep_in_place(*self.tensors)
 
+    def move(self, device: torch.device) -> None:
+        """Move everything stored to a device; counters of a static cache too."""
+        buffer = self.buffer
+        for name in ("keys", "values", "length", "first", "padding"):
+            if isinstance(held := getattr(buffer, name), Tensor):
+                setattr(buffer, name, held.to(device))
+        self.k_history = None if self.k_history is None else self.k_history.map(lambda t: t.to(device))
+        self.v_history = None if self.v_history is None else self.v_history.map(lambda t: t.to(device))
+        self._recent = None
+
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""
         limit = "" if self.max_length is None else f", max_length={self.max_length}"

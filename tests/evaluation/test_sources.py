@@ -64,7 +64,7 @@ def index(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def smollm2():
     """The tokenizer of the embedded model (fetches the model when the cache folder lacks it)."""
-    return transformers.AutoTokenizer.from_pretrained(sources._model_folder("smollm2-135m"))
+    return transformers.AutoTokenizer.from_pretrained(sources.model_folder("smollm2-135m"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,75 @@
+"""Which architectures of transformers are known to work, and why others do not."""
+
+from typing import NamedTuple
+
+__all__ = ["ARCHITECTURES", "Support", "supported"]
+
+
+class Support(NamedTuple):
+    """What is known of an architecture.
+
+    Attributes:
+        supported: whether `swan.attach` takes it.
+        fold: whether ``fold=True`` does.
+        note: what to know, or why it is refused.
+    """
+
+    supported: bool
+    fold: bool = False
+    note: str = ""
+
+
+FUSED = "projections in one module, so fold=False"
+SLIDING = "sliding layers keep transformers' own cache"
+
+# By `config.model_type`; every line is held by a test (tests/matrix.py).
+ARCHITECTURES: dict[str, Support] = {
+    "llama": Support(True, True, "also SmolLM2 and many others of its kind"),
+    "mistral": Support(True, True, "refused where every layer has a sliding window"),
+    "mixtral": Support(True, True, "mixture of experts"),
+    "qwen2": Support(True, True, "biases"),
+    "qwen3": Support(True, True, "norms of queries and keys"),
+    "qwen3_moe": Support(True, True, "norms of queries and keys, mixture of experts"),
+    "olmo2": Support(True, True, "norms of queries and keys"),
+    "olmoe": Support(True, True, "mixture of experts"),
+    "gemma3_text": Support(True, True, SLIDING),
+    "granite": Support(True, True, "a scale of its own"),
+    "smollm3": Support(True, True, "some layers without RoPE"),
+    "glm4": Support(True, True, "partial RoPE"),
+    "cohere": Support(True, True),
+    "starcoder2": Support(True, True, "biases"),
+    "stablelm": Support(True, True, "partial RoPE"),
+    "opt": Support(True, True, "no RoPE"),
+    "phi3": Support(True, False, FUSED),
+    "gpt_neox": Support(True, False, f"{FUSED}; partial RoPE"),
+    "gpt2": Support(True, False, f"{FUSED}; no RoPE"),
+    "lfm2": Support(True, True, "convolution layers keep transformers' own cache"),
+    "qwen3_next": Support(True, False, "linear-attention layers keep transformers' own cache; gated queries"),
+    "gemma2": Support(False, note="scores are capped (softcap)"),
+    "gpt_oss": Support(False, note="learned sinks in the softmax"),
+    "deepseek_v3": Support(False, note="latent attention (MLA): the cache is compressed already"),
+    "doge": Support(False, note="a mask that depends on values"),
+    "jetmoe": Support(False, note="keys are repeated between cache and attention"),
+    "bloom": Support(False, note="attention of its own (ALiBi)"),
+    "mamba": Support(False, note="no attention"),
+    "bart": Support(False, note="an encoder and a decoder"),
+}
+
+
+def supported() -> None:
+    """Print which architectures of transformers are known to work, and why others do not.
+
+    `swan.attach` tries others too: it runs two tokens on a cache and refuses what does not come out right.
+
+    Example:
+        >>> supported()  # doctest: +ELLIPSIS
+        architecture  supported  fold=True  note
+        llama         yes        yes        also SmolLM2 and many others of its kind
+        ...
+    """
+    words = {True: "yes", False: "no"}
+    rows = [("architecture", "supported", "fold=True", "note")]
+    rows += [(name, words[row.supported], words[row.fold], row.note) for name, row in ARCHITECTURES.items()]
+    widths = [max(len(row[i]) for row in rows) + 2 for i in range(3)]
+    for row in rows:
+        print("".join(text.ljust(width) for text, width in zip(row, widths, strict=False)) + row[3])

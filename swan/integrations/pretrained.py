@@ -1,0 +1,88 @@
+"""A model folder that says how its cache is winnowed: `save_pretrained` and `from_pretrained`."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from swan.calibration import Calibration, Plan
+from swan.calibration.files import replacing
+from swan.integrations.transformers import attach, attachment_of
+
+try:
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+except ImportError as error:
+    raise ImportError("swan works with transformers >= 5.10: pip install 'swan-attention[hf]'") from error
+
+__all__ = ["from_pretrained", "has_calibration", "save_pretrained"]
+
+CALIBRATION, PLAN = "swan_calibration.safetensors", "swan_plan.json"
+
+
+def save_pretrained(model: PreTrainedModel, directory: str | Path, plan: Plan | None = None) -> None:
+    """Write the calibration of an attached model, and a plan, into its folder; the model too if it is not there.
+
+    Args:
+        model: an attached model.
+        directory: the folder of the model; it is made if it is missing.
+        plan: what ``SwanCache(model)`` stores when it is told nothing else.
+
+    Raises:
+        ValueError: the model is not attached, or would have to be written with folded values; nothing is written then.
+
+    Example:
+        ```python
+        swan.attach(model, swan.calibrate(model, batches))
+        swan.save_pretrained(model, "my-model", plan=swan.Plan.for_retention(0.33, calibration))
+
+        model = swan.from_pretrained("my-model")  # attached
+        model.generate(**inputs, past_key_values=swan.SwanCache(model))
+        ```
+    """
+    folder, attachment = Path(directory), attachment_of(model)
+    if not (folder / "config.json").is_file():
+        if attachment.folded:
+            raise ValueError(
+                "the weights of this model hold folded values; detach it, attach it with fold=False, and save it then"
+            )
+        model.save_pretrained(folder)
+    if plan is not None:
+        with replacing(folder / PLAN) as temporary:
+            Path(temporary).write_text(plan.to_json() + "\n")
+    elif (folder / PLAN).is_file():
+        (folder / PLAN).unlink()
+    attachment.calibration.save(folder / CALIBRATION)
+
+
+def from_pretrained(directory: str | Path, *, fold: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """Load a model with its calibration, attached: `AutoModelForCausalLM.from_pretrained` and `swan.attach` in one.
+
+    Args:
+        directory: a folder that `save_pretrained` wrote to.
+        fold: as in `swan.attach`.
+        **kwargs: of transformers' ``from_pretrained``, such as ``dtype`` and ``device_map``.
+
+    Returns:
+        The model in evaluation mode; ``SwanCache(model)`` stores what the saved plan says, if there is one.
+
+    Raises:
+        ValueError: the folder holds no calibration, or one of another model.
+    """
+    folder = Path(directory)
+    if not has_calibration(folder):
+        raise ValueError(
+            f"{folder} holds no {CALIBRATION}; load the model with transformers, swan.attach it to a calibration, and "
+            "write that with swan.save_pretrained"
+        )
+    calibration = Calibration.load(folder / CALIBRATION)
+    plan = Plan.from_json((folder / PLAN).read_text()) if (folder / PLAN).is_file() else None
+    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+    assert isinstance(model, nn.Module)
+    attach(model, calibration, fold=fold)
+    attachment_of(model).plan = plan
+    return model
+
+
+def has_calibration(directory: str | Path) -> bool:
+    """Whether `save_pretrained` wrote to a folder."""
+    return (Path(directory) / CALIBRATION).is_file()

@@ -1,0 +1,35 @@
+"""Every use of a cache on every architecture: token-exact where everything is kept, or refused with its reason."""
+
+import re
+
+import pytest
+
+from swan import supported
+from swan.integrations.architectures import ARCHITECTURES as KNOWN
+from tests.matrix import CACHES, REFUSED, USES, cell, cells, model_type, refusal
+from tests.strategies import one_thread  # noqa: F401
+from tests.tiny import ARCHITECTURES
+
+QUICK = {("llama", name, kind) for name in USES for kind in CACHES}
+QUICK |= {(architecture, "left padding", "dynamic") for architecture in ARCHITECTURES}
+QUICK |= {(architecture, "greedy", "dynamic") for architecture in ARCHITECTURES}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "kind"),
+    [pytest.param(*key, marks=() if key in QUICK else pytest.mark.slow) for key in cells()],
+)
+def test_cell(architecture, name, kind):
+    reason = refusal(architecture, name, kind)
+    assert re.match(f"refused: .*{reason}" if reason else "exact", cell(architecture, name, kind))
+
+
+def test_what_is_said_to_work_is_what_is_tested(capsys):
+    assert {model_type(architecture) for architecture in ARCHITECTURES} == set(KNOWN)
+    assert {model_type(name) for name in ARCHITECTURES if name not in REFUSED} == {
+        n for n in KNOWN if KNOWN[n].supported
+    }
+    supported()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(KNOWN)
+    assert lines[1].split()[:3] == ["llama", "yes", "yes"]

@@ -1,0 +1,63 @@
+"""Model folders with a calibration and a plan."""
+
+import pytest
+import torch
+
+import swan
+from swan import Calibration, Plan, SwanCache, detach, from_pretrained, save_pretrained
+from tests.tiny import attached, logits_of, tiny, tokens
+
+TEXT = {"input_ids": tokens(1, 60)}
+PLAN = Plan.for_retention(0.4, dims=[(16, 16)] * 2, buffer=8, sinks=2)
+
+
+def test_a_folder_brings_all_of_it_back(tmp_path):
+    model = attached()
+    save_pretrained(model, tmp_path / "model", PLAN)
+    found = from_pretrained(tmp_path / "model")
+    assert not found.training
+    assert SwanCache(found).plan == PLAN
+    expected = logits_of(model, SwanCache(model, PLAN), **TEXT)
+    assert torch.equal(logits_of(found, SwanCache(found), **TEXT), expected)
+    assert SwanCache(found, retention=0.5).retention <= 0.5
+    detach(found)
+    assert torch.equal(logits_of(found, **TEXT), logits_of(tiny(), **TEXT))
+
+
+def test_without_a_plan_a_cache_is_told_what_to_store(tmp_path):
+    model = attached()
+    save_pretrained(model, tmp_path, PLAN)
+    save_pretrained(model, tmp_path)  # no longer a plan
+    with pytest.raises(ValueError, match="exactly one of plan, retention, budget and levels"):
+        SwanCache(from_pretrained(tmp_path))
+
+
+def test_options_of_transformers_and_folding(tmp_path):
+    save_pretrained(attached(), tmp_path)
+    found = from_pretrained(tmp_path, fold=True, dtype=torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    assert found.model.layers[0].self_attn.swan_value_basis is None
+
+
+def test_a_folder_that_is_there_keeps_its_model(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    save_pretrained(attached(fold=True), tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert isinstance(Calibration.load(tmp_path / "swan_calibration.safetensors"), Calibration)
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="not attached"):
+        save_pretrained(tiny(), tmp_path)
+    with pytest.raises(ValueError, match="hold folded values; detach it"):
+        save_pretrained(attached(fold=True), tmp_path)
+    assert not any(tmp_path.iterdir())
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no swan_calibration\.safetensors; load the model with transformers"):
+        from_pretrained(tmp_path)
+
+
+def test_they_are_public():
+    assert {"save_pretrained", "from_pretrained", "supported"} <= set(dir(swan))
