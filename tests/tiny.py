@@ -41,15 +41,16 @@ QWEN3_MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size"
 QWEN3_NEXT = {"layer_types": ["linear_attention", "full_attention"], "num_experts": 2, "num_experts_per_tok": 1}
 QWEN3_NEXT |= {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 48, "linear_num_value_heads": 4}
 QWEN3_NEXT |= {"linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
-DEEPSEEK = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
-DEEPSEEK |= {
-    "n_routed_experts": 2,
-    "num_experts_per_tok": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "moe_intermediate_size": 48,
-}
+DEEPSEEK = {name: size for name, size in SIZES.items() if name not in ("head_dim", "num_key_value_heads")}
+DEEPSEEK |= {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+DEEPSEEK |= {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+DEEPSEEK |= {"moe_intermediate_size": 48, "num_key_value_heads": 4}
+FALCON_H1 = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
+FALCON_H1 |= {"mamba_chunk_size": 16}
 HYBRID = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
+OLD = int(transformers.__version__.split(".")[1]) < 15 and transformers.__version__.startswith("5.")
+FORGETFUL = ("lfm2",) if OLD else ()  # whose convolutions forget, in old versions, what came before a chunk
 
 # By name: the class of the model, that of its configuration, and settings.
 ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
@@ -82,6 +83,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
     "doge": ("DogeForCausalLM", "DogeConfig", SIZES),  # a mask of its own
     "jetmoe": ("JetMoeForCausalLM", "JetMoeConfig", JETMOE_SIZES),  # repeats keys between cache and attention
     "deepseek": ("DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK),  # MLA
+    "falcon-h1": ("FalconH1ForCausalLM", "FalconH1Config", SIZES | FALCON_H1),  # a state in the layers of attention
     "bloom": ("BloomForCausalLM", "BloomConfig", OTHER_SIZES | {"n_layer": 2, "n_head": 4}),  # attention of its own
     "mamba": ("MambaForCausalLM", "MambaConfig", OTHER_SIZES | {"num_hidden_layers": 2}),
     "bart": ("BartForConditionalGeneration", "BartConfig", BART_SIZES),

@@ -48,6 +48,7 @@ ARCHITECTURES: dict[str, Support] = {
     "gemma2": Support(False, note="scores are capped (softcap)"),
     "gpt_oss": Support(False, note="learned sinks in the softmax"),
     "deepseek_v3": Support(False, note="latent attention (MLA): the cache is compressed already"),
+    "falcon_h1": Support(False, note="attention and a state in one layer"),
     "doge": Support(False, note="a mask that depends on values"),
     "jetmoe": Support(False, note="keys are repeated between cache and attention"),
     "bloom": Support(False, note="attention of its own (ALiBi)"),

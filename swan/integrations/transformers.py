@@ -750,7 +750,8 @@ def _swan_attention_forward(
 def _computed_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which attention is computed: under autocast norms and RoPE may have left another."""
     place = x.device.type
-    return torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else x.dtype
+    casting = torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place)
+    return torch.get_autocast_dtype(place) if casting else x.dtype
 
 
 def _padding(cache: KVCache, mask: Tensor | None, queries: int) -> Tensor | None:

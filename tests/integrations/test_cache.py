@@ -298,11 +298,44 @@ def test_max_length_of_the_cache(model):
     assert longest == -1
 
 
-def test_it_is_not_moved_off_its_device(model):
-    cache = filled(model, pruned(model))
-    for move in (cache.layers[0].offload, cache.layers[0].prefetch):
-        with pytest.raises(NotImplementedError, match=r"make it smaller with cache\.retention"):
-            move()
+def test_an_offloaded_cache_comes_back_by_itself(model):
+    """To where it was; here that is a device which holds no numbers."""
+    cache, twin = (filled(model, pruned(model)) for _ in range(2))
+    cache.offload()
+    assert all(t.device.type == "cpu" for kv in cache.winnowed.values() for t in kv.tensors)
+    assert torch.equal(logits_of(model, cache, **NEXT), logits_of(model, twin, **NEXT))
+    layer = cache.layers[0]
+    layer.offload()
+    layer.home = torch.device("meta")
+    layer.prefetch()
+    assert all(t.device.type == "meta" for t in layer.kv.tensors)
+    assert layer.home is None
+
+
+def test_excluded_layers_stay_dense():
+    model = attached(num_hidden_layers=3)
+    cache = filled(model, pruned(model, 0.33, exclude=[2, 0, 2]))
+    assert list(cache.winnowed) == [1]
+    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer", "_SwanLayer", "DynamicLayer"]
+    assert "exclude=[0, 2]" in repr(cache)
+    assert cache.layers[0].keys.shape[2] == 60
+    assert cache.nbytes > 2 * cache.layers[0].keys.nbytes * 2
+    before = cache.nbytes
+    cache.retention = 0.25
+    assert cache.nbytes < before
+    for exclude, message in (([0, 1, 2], "every layer of full attention is excluded"), ([3], r"here \[0, 1, 2\], got")):
+        with pytest.raises(ValueError, match=message):
+            pruned(model, exclude=exclude)
+
+
+def test_a_budget_counts_excluded_layers():
+    model = attached()
+    cache = SwanCache(model, budget=100_000, buffer=8, sinks=2, exclude=[0])
+    logits_of(model, cache, chunk=7, **TEXT)
+    assert cache.retention < 1
+    assert cache.nbytes <= 100_000
+    with pytest.raises(ValueError, match="a budget needs layers of attention only; this model has others"):
+        SwanCache(attached("lfm2"), budget=60_000)
 
 
 def test_another_batch_needs_a_reset(model):

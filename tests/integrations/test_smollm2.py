@@ -95,6 +95,58 @@ def test_the_dial_on_a_real_model(model, window):
     assert losses[0] < losses[1] < 1.3 * losses[0]
 
 
+# At 0.3 of the bytes: leading coordinates of 16 bits, where only float32 differs; and the default plan, where that now
+# and then turns a code into its neighbour.
+LEADING = Graded.leading(64, 19)
+WAYS = {"16 bits": {"plan": Plan([PlanLayer(LEADING, LEADING)] * 30, buffer=64)}}
+WAYS |= {"default": {"retention": 0.3, "buffer": 64}}
+
+
+def assert_as_good_as_the_same(found, expected, dense, bound):
+    if bound is not None:
+        assert greatest_difference(found, expected) <= bound
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.995
+    if found.shape[-2] > 200:  # most of what it sees is packed
+        assert (found - expected).abs().mean() < 0.05 * (dense - expected).abs().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_padded_batch_of_eight(model, smollm2, way):
+    lengths = [3, 17, 64, 129, 300, 511, 777, 900]
+    texts = token_windows(evaluation_text(), smollm2[1], windows=8, length=900)
+    mask = torch.stack([(torch.arange(900) >= 900 - length).long() for length in lengths])
+    ids = torch.stack([text[:length].new_zeros(900).scatter(0, torch.arange(900 - length, 900), text[:length])
+                       for text, length in zip(texts, lengths, strict=True)])  # fmt: skip
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    batch = logits_of(model, SwanCache(model, prefill="windowed", **WAYS[way]), input_ids=ids, **inputs)
+    for row, length in enumerate(lengths):
+        alone = {"input_ids": texts[row : row + 1, :length]}
+        expected = logits_of(model, SwanCache(model, prefill="windowed", **WAYS[way]), **alone)
+        bound = None if way == "default" else float32_bound(model, **alone)
+        assert_as_good_as_the_same(batch[row : row + 1, -length:], expected, logits_of(model, **alone), bound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_chat_of_twenty_turns_is_one_long_prompt(model, smollm2, way):
+    """Turns of 20 tokens of the user, answered with 25 greedy tokens each."""
+    key = cache_keyword(model)
+    cache, text = SwanCache(model, prefill="windowed", **WAYS[way]), torch.zeros(1, 0, dtype=torch.long)
+    for new in token_windows(evaluation_text(), smollm2[1], windows=20, length=20).split(1):
+        text = torch.cat([text, new], dim=1)
+        text = generated(model, cache, input_ids=text, max_new_tokens=25, min_new_tokens=25)
+    assert text.shape[1] == 900 and cache.get_seq_length() == 899
+    one = SwanCache(model, prefill="windowed", **WAYS[way])
+    prompt = logits_of(model, one, input_ids=text[:, :-1])
+    answers = torch.arange(900).view(20, 45)[:, 20:].flatten()
+    assert (prompt[0].argmax(-1)[answers - 1] == text[0, answers]).float().mean() > 0.99
+    with torch.no_grad():
+        last = [model(text[:, -1:], **{key: c}).logits for c in (cache, one)]
+    bound = None if way == "default" else float32_bound(model, input_ids=text)
+    assert_as_good_as_the_same(*last, None, bound)
+
+
 @pytest.mark.slow
 def test_six_thousand_tokens_in_a_fifth_of_their_bytes():
     """What is alive after each forward, from the first chunk to single steps, in bfloat16; with measured effects."""
