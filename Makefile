@@ -11,8 +11,8 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 # A stamp .venv/.has-EXTRAS stands for "swan is installed with these extras".
 RUN  := $(VENV)/.has-hf,cli,cpp,plot
-TEST := $(VENV)/.has-hf,cli,cpp,plot,test
-DEV  := $(VENV)/.has-hf,cli,cpp,plot,test,dev
+TEST := $(VENV)/.has-hf,cli,cpp,plot,lm-eval,test
+DEV  := $(VENV)/.has-hf,cli,cpp,plot,lm-eval,test,dev
 DOCS := $(VENV)/.has-hf,cli,cpp,plot,docs
 
 .DEFAULT_GOAL := help
@@ -89,9 +89,9 @@ $(VENV)/.has-%: pyproject.toml $(VENV)/.torch
 # An environment with the oldest transformers that swan is for.
 .venv-oldest/.has-test: pyproject.toml
 	@$(PYTHON) -m venv .venv-oldest
-	@echo "installing $(TORCH), $(OLDEST) and swan[hf,cli,cpp,plot,test]"
+	@echo "installing $(TORCH), $(OLDEST) and swan[hf,cli,cpp,plot,lm-eval,test]"
 	@.venv-oldest/bin/pip -qq --disable-pip-version-check install "$(TORCH)"
-	@.venv-oldest/bin/pip -qq --disable-pip-version-check install --editable ".[hf,cli,cpp,plot,test]" "$(OLDEST)"
+	@.venv-oldest/bin/pip -qq --disable-pip-version-check install --editable ".[hf,cli,cpp,plot,lm-eval,test]" "$(OLDEST)"
 	@touch $@
 
 # The formulas of the pages are set by KaTeX, served with them: no page loads anything from elsewhere.

@@ -9,6 +9,7 @@ from typing import Any
 
 import swan
 from swan.evaluation.frontier import average_seeds, compared, label, mark_frontier
+from swan.integrations.architectures import ARCHITECTURES
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:
@@ -230,6 +231,28 @@ def after_prompt(*paths: str) -> str:
     return table(columns, rows, "lrrrrr")
 
 
+def harness(path: str) -> str:
+    """Scores of lm-evaluation-harness."""
+    result = json.loads(Path(path).read_text())
+    tasks = list(result["rows"][0]["scores"])
+    cells = [
+        [
+            "dense" if row["retention"] is None else f"{row['retention']:.2f}",
+            *(f"{row['scores'][t]:.2f}" for t in tasks),
+        ]
+        for row in result["rows"]
+    ]
+    note = f"{result['samples']} samples of {result['length']} tokens for each task. Made by `{result['command']}`."
+    return table(("retention", *tasks), cells, "l" + "r" * len(tasks)) + "\n\n" + note
+
+
+def architectures() -> str:
+    """What is known of architectures of transformers."""
+    words = {True: "yes", False: "no"}
+    rows = [[f"`{name}`", words[a.supported], words[a.fold], a.note] for name, a in ARCHITECTURES.items()]
+    return table(("architecture", "supported", "`fold=True`", "note"), rows, "llll")
+
+
 def _evicted_shares(kept: float) -> tuple[float, float]:
     """What eviction holds of a prompt, and with as many tokens after it."""
     return kept, (kept + 1) / 2
@@ -322,7 +345,7 @@ GROUPS = {
     "Storage": ("TopK", "Graded", "PlanLayer", "Packed", "pack", "unpack"),
     "Modules": ("OrthoRotation", "StructuredPruner", "DenseBuffer", "KVCache", "SwanAttention"),
     "Calibration and plans": ("calibrate", "Calibration", "Plan"),
-    "Hugging Face": ("attach", "detach", "SwanCache"),
+    "Hugging Face": ("attach", "detach", "SwanCache", "save_pretrained", "from_pretrained", "supported"),
 }
 
 

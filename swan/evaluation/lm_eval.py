@@ -5,6 +5,9 @@
 is the harness' own command with the model ``swan`` registered. Importing this module registers it for Python code.
 """
 
+# Pyright need not find the harness, which is an extra.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,95 @@
+"""The model `swan` of lm-evaluation-harness: what it scores is what decoding gives, what it generates is generate's."""
+
+import sys
+
+import pytest
+import transformers
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from swan import Plan, SwanCache, attach, calibrate, from_pretrained, save_pretrained
+from swan.evaluation import lm_eval, sources
+from swan.evaluation.lm_eval import SwanLM
+from tests.tiny import generated, logits_of, tiny
+
+CONTEXT = ("In the beginning there was a cache, and the cache was without form, and void; " * 4).strip()
+SETTINGS = {"buffer": 8, "sinks": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a real tokenizer and a calibration beside it."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(sources.model_folder("smollm2-135m"))
+    tokenizer.save_pretrained(path)
+    model = tiny(vocab_size=49152)
+    ids = tokenizer(CONTEXT, return_tensors="pt").input_ids
+    attach(model, calibrate(model, [ids], progress=False))
+    save_pretrained(model, path)
+    return path
+
+
+def request(kind, *arguments):
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+def test_it_is_registered():
+    assert get_model("swan") is SwanLM
+
+
+@pytest.mark.parametrize("retention", [0.33, "none"])
+def test_it_scores_what_decoding_gives(folder, retention):
+    lm = SwanLM(str(folder), retention=retention, batch_size=1, device="cpu", **SETTINGS)
+    (found, _), (other, _) = lm.loglikelihood(
+        [request("loglikelihood", CONTEXT, text) for text in (" It had no keys.", " It was empty")]
+    )
+    model = from_pretrained(folder)
+    ids = lm.tokenizer(CONTEXT + " It had no keys.", return_tensors="pt").input_ids
+    start = len(lm.tokenizer(CONTEXT).input_ids)
+    cache = None if retention == "none" else SwanCache(model, retention=retention, prefill="windowed", **SETTINGS)
+    logits = logits_of(model, cache, None if cache is None else 1, input_ids=ids[:, :-1])
+    scores = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[0, start - 1 :, 0]
+    assert found == pytest.approx(scores.sum().item(), abs=2e-2 if cache is not None else 1e-3)
+    assert other != found
+
+
+def test_pruning_shows_in_the_scores(folder):
+    scores = {}
+    for retention in ("none", 1.0, 0.2):
+        lm = SwanLM(str(folder), retention=retention, batch_size=1, device="cpu", **SETTINGS)
+        scores[retention] = lm.loglikelihood([request("loglikelihood", CONTEXT, " It had no keys.")])[0][0]
+    assert scores[1.0] == pytest.approx(scores["none"], abs=1e-3)
+    assert abs(scores[0.2] - scores["none"]) > 0.01
+
+
+def test_it_generates_on_the_cache(folder):
+    lm = SwanLM(str(folder), retention=0.33, batch_size=2, device="cpu", **SETTINGS)
+    arguments = {"until": ["no such text"], "max_gen_toks": 12, "do_sample": False}
+    texts = lm.generate_until([request("generate_until", text, arguments) for text in (CONTEXT, CONTEXT[:60])])
+    model = from_pretrained(folder)
+    ids = lm.tokenizer(CONTEXT, return_tensors="pt").input_ids
+    cache = SwanCache(model, retention=0.33, prefill="windowed", **SETTINGS)
+    expected = generated(model, cache, input_ids=ids, max_new_tokens=12)[0, ids.shape[1] :]
+    assert len(texts) == 2
+    assert texts[0] == lm.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_calibrations(folder, tmp_path, monkeypatch):
+    model = from_pretrained(folder)
+    save_pretrained(model, folder, Plan.for_retention(0.5, dims=[(16, 16)] * 2))
+    file = folder / "swan_calibration.safetensors"
+    assert SwanLM(str(folder), calibration=str(file), device="cpu").model.config.vocab_size == 49152
+    plain = tmp_path / "plain"
+    tiny(vocab_size=49152).save_pretrained(plain)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(plain)
+    monkeypatch.setattr(lm_eval, "WINDOWS", 1)
+    monkeypatch.setattr(lm_eval, "WINDOW", 100)
+    assert SwanLM(str(plain), device="cpu")._retention == 0.26  # calibrated now
+
+
+def test_the_command_names_folders_of_embedded_models(monkeypatch):
+    seen = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.append(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", ["x", "run", "--model_args", "retention=0.3,pretrained=smollm2-135m"])
+    lm_eval.main()
+    assert seen == [["run", "--model_args", f"retention=0.3,pretrained={sources.model_folder('smollm2-135m')}"]]
