@@ -15,7 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from swan.calibration.bases import Basis, layer_bases
-from swan.calibration.capture import Observed, call, evaluating, fingerprint, observing, unwrapped
+from swan.calibration.capture import (
+    Observed,
+    call,
+    config_fingerprint,
+    evaluating,
+    fingerprint,
+    observing,
+    unwrapped,
+)  # fmt: skip
 from swan.calibration.effects import BUFFER, WINDOWS, Effects, beginning, measure_effects, tokens_of
 from swan.calibration.files import replacing
 from swan.calibration.moments import Moments
@@ -111,7 +119,14 @@ class Calibration:
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError where `model` is not of the configuration that was calibrated."""
-        expected, got = self.fingerprint, json.loads(json.dumps(fingerprint(model)))
+        self._check(fingerprint(model))
+
+    def check_config(self, config: Any) -> None:
+        """Raise ValueError where a configuration of transformers is not the one that was calibrated."""
+        self._check(config_fingerprint(config))
+
+    def _check(self, found: dict[str, Any]) -> None:
+        expected, got = self.fingerprint, json.loads(json.dumps(found))
         differing = [name for name in {**expected, **got} if expected.get(name) != got.get(name)]
         if differing:
             listed = ", ".join(f"{n}: {expected.get(n)} calibrated, {got.get(n)} here" for n in differing)

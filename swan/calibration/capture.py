@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from swan.modules import SwanAttention
 
 __all__ = [
-    "Observed", "attention_layers", "call", "evaluating", "fingerprint", "observing", "swan_layers", "unwrapped",
+    "Observed", "attention_layers", "call", "config_fingerprint", "evaluating", "fingerprint", "observing",
+    "swan_layers", "unwrapped",
 ]  # fmt: skip
 
 
@@ -89,7 +90,12 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     layers = swan_layers(model)
     if layers:
         return {"kind": "swan", "layers": [[a.dim, a.heads, a.kv_heads, a.head_dim, a.rope] for a in layers]}
-    config = _config(model)
+    return config_fingerprint(_config(model))
+
+
+def config_fingerprint(config: Any) -> dict[str, Any]:
+    """`fingerprint` of a configuration of transformers."""
+    config = config.get_text_config(decoder=True)
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     return {"kind": "transformers", **{name: _field(config, name) for name in (*names, "vocab_size")}}
 

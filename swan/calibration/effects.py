@@ -9,7 +9,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from swan.calibration.capture import Observed, call, observing
+from swan.calibration.capture import Observed, attention_layers, call, observing
 from swan.calibration.progress import track
 from swan.functional.rotation import rotate
 from swan.packed import Graded, pack, unpack
@@ -115,13 +115,15 @@ def measure_effects(
         raise ValueError(f"effects are measured on tokens beyond the buffer: give texts of more than {BUFFER} tokens")
     tables = [torch.full((len(bases), len(side)), torch.nan) for side in (KEYS, VALUES)]
     generator, tokens = torch.Generator().manual_seed(seed), 0
+    rows = {index: row for row, index in enumerate(sorted(attention_layers(model)))}  # of hybrids not all layers
     for batch in track(batches, "measuring effects", show=progress):
         for index, (seen, gradient) in _run(model, batch, generator).items():
-            sides = zip(tables, (seen.k, seen.v), sensitivities(seen, gradient), bases[index], strict=True)
+            row = rows.get(index, index)
+            sides = zip(tables, (seen.k, seen.v), sensitivities(seen, gradient), bases[row], strict=True)
             for (table, x, h, basis), candidates in zip(sides, (KEYS, VALUES), strict=True):
                 basis = basis.to(x.device)
                 added = _kl(rotate(x.float(), basis), rotate(h, basis), candidates)
-                table[index] = table[index].nan_to_num(0) + added.cpu()
+                table[row] = table[row].nan_to_num(0) + added.cpu()
         tokens += tokens_of(batch)
     return Effects(*(table / tokens for table in tables))
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from swan.calibration import Calibration, calibrate
 from swan.evaluation.sources import MODELS, calibration_text, load_model, model_folder, token_windows
 from swan.integrations import attach
-from swan.integrations.pretrained import from_pretrained, has_calibration
-from swan.integrations.transformers import SwanCache, cache_keyword
+from swan.integrations.pretrained import attach_saved, has_calibration
+from swan.integrations.transformers import SwanCache, attachment_of, cache_keyword
 
 try:
     from lm_eval.api.registry import register_model
@@ -30,6 +30,11 @@ except ImportError as error:
 __all__ = ["SwanLM"]
 
 WINDOWS, WINDOW = 8, 1024  # of the calibration text, where there is no calibration
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OF_LOADING = (
+    "peft", "delta", "autogptq", "gptqmodel", "gguf_file", "parallelize", "revision", "subfolder", "trust_remote_code",
+    "quantization_config",
+)  # fmt: skip
 
 
 @register_model("swan")
@@ -42,12 +47,17 @@ class SwanLM(HFLM):
 
     Args:
         pretrained: a model folder, one of `swan.save_pretrained` with its calibration, or an embedded model.
-        retention: what history tokens are stored in, over their bf16 bytes; None for the dense cache of transformers.
-        buffer: recent tokens kept dense.
-        sinks: first tokens kept dense.
+        retention: what history tokens are stored in, over their bf16 bytes; by default the plan of the folder, or 0.26
+            where it has none; ``"dense"`` for the dense cache of transformers.
+        buffer: recent tokens kept dense (a plan of the folder has its own).
+        sinks: first tokens kept dense (likewise).
         calibration: a file of `swan calibrate`; without one the folder's is taken, or the model is calibrated.
-        dtype: of the weights.
-        **kwargs: of `HFLM`.
+        dtype: of the weights: float32, bfloat16 or float16.
+        device: where to run; a GPU where there is one.
+        **kwargs: of `HFLM`, but for those about loading the model.
+
+    Raises:
+        ValueError: an option that `SwanLM` does not honour, or a value that is none of the above.
 
     Source: Gao et al., lm-evaluation-harness.
     """
@@ -55,35 +65,43 @@ class SwanLM(HFLM):
     def __init__(
         self,
         pretrained: str = "smollm2-135m",
-        retention: float | None = 0.26,
+        retention: float | str | None = None,
         buffer: int = 128,
         sinks: int = 4,
         calibration: str | None = None,
         dtype: str = "float32",
+        device: str | None = None,
         **kwargs: Any,
     ) -> None:
-        weights: torch.dtype = getattr(torch, dtype)
-        model, tokenizer = load_model(pretrained, dtype=weights)
-        if retention not in (None, "none"):
+        if asked := sorted(name for name in OF_LOADING if kwargs.get(name)):
+            raise ValueError(f"the model 'swan' does not take {', '.join(asked)}; write such a model to a folder first")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        self._dense = retention == "dense"
+        wanted = None if retention is None or self._dense else float(retention)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer = load_model(pretrained, dtype=DTYPES[dtype], device=device)
+        folder_knows = pretrained not in MODELS and has_calibration(pretrained)
+        if not self._dense:
             if calibration is not None:
                 attach(model, Calibration.load(calibration))
-            elif has_calibration(pretrained):
-                model = from_pretrained(pretrained, dtype=weights)
+            elif folder_knows:
+                attach_saved(model, pretrained)
             else:
                 windows = token_windows(calibration_text(), tokenizer, WINDOWS, WINDOW)
                 attach(model, calibrate(model, list(windows.split(1))))
-        self._settings = {"buffer": int(buffer), "sinks": int(sinks), "prefill": "windowed"}
-        self._retention = None if retention in (None, "none") else float(retention)
+        self._settings: dict[str, Any] = {"buffer": int(buffer), "sinks": int(sinks), "prefill": "windowed"}
+        if wanted is not None or self._dense or attachment_of(model).plan is None:
+            self._settings["retention"] = 0.26 if wanted is None else wanted
         super().__init__(pretrained=model, tokenizer=tokenizer, **kwargs)
 
     def _given(self) -> dict[str, Any]:
         """The cache of one batch, as an argument of the model."""
-        if self._retention is None:
-            return {}
-        return {cache_keyword(self.model): SwanCache(self.model, retention=self._retention, **self._settings)}
+        return {} if self._dense else {cache_keyword(self.model): SwanCache(self.model, **self._settings)}
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
+        mixed = self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None):
             return self.model(inps, **self._given()).logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:

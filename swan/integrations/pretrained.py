@@ -6,15 +6,16 @@ from typing import Any
 from torch import nn
 
 from swan.calibration import Calibration, Plan
+from swan.calibration.capture import unwrapped
 from swan.calibration.files import replacing
 from swan.integrations.transformers import attach, attachment_of
 
 try:
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 except ImportError as error:
     raise ImportError("swan works with transformers >= 5.10: pip install 'swan-attention[hf]'") from error
 
-__all__ = ["from_pretrained", "has_calibration", "save_pretrained"]
+__all__ = ["attach_saved", "from_pretrained", "has_calibration", "save_pretrained"]
 
 CALIBRATION, PLAN = "swan_calibration.safetensors", "swan_plan.json"
 
@@ -28,7 +29,8 @@ def save_pretrained(model: PreTrainedModel, directory: str | Path, plan: Plan | 
         plan: what ``SwanCache(model)`` stores when it is told nothing else.
 
     Raises:
-        ValueError: the model is not attached, or would have to be written with folded values; nothing is written then.
+        ValueError: the model is not attached, the folder is that of another, or the model would have to be written with
+            folded values or an adapter; nothing is written then.
 
     Example:
         ```python
@@ -40,7 +42,13 @@ def save_pretrained(model: PreTrainedModel, directory: str | Path, plan: Plan | 
         ```
     """
     folder, attachment = Path(directory), attachment_of(model)
-    if not (folder / "config.json").is_file():
+    if (folder / "config.json").is_file():
+        attachment.calibration.check_config(AutoConfig.from_pretrained(folder))
+    else:
+        if unwrapped(model) is not model:
+            raise ValueError(
+                "a PeftModel writes its adapter alone; save into the folder of its base model, or merge_and_unload() it"
+            )
         if attachment.folded:
             raise ValueError(
                 "the weights of this model hold folded values; detach it, attach it with fold=False, and save it then"
@@ -74,13 +82,18 @@ def from_pretrained(directory: str | Path, *, fold: bool = False, **kwargs: Any)
             f"{folder} holds no {CALIBRATION}; load the model with transformers, swan.attach it to a calibration, and "
             "write that with swan.save_pretrained"
         )
-    calibration = Calibration.load(folder / CALIBRATION)
-    plan = Plan.from_json((folder / PLAN).read_text()) if (folder / PLAN).is_file() else None
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
     assert isinstance(model, nn.Module)
-    attach(model, calibration, fold=fold)
-    attachment_of(model).plan = plan
+    attach_saved(model, folder, fold=fold)
     return model
+
+
+def attach_saved(model: PreTrainedModel, directory: str | Path, *, fold: bool = False) -> None:
+    """Attach a model that is loaded already to the calibration and the plan in its folder."""
+    folder = Path(directory)
+    plan = Plan.from_json((folder / PLAN).read_text()) if (folder / PLAN).is_file() else None
+    attach(model, Calibration.load(folder / CALIBRATION), fold=fold)
+    attachment_of(model).plan = plan
 
 
 def has_calibration(directory: str | Path) -> bool:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from swan.calibration import Calibration, Plan
 from swan.calibration.capture import attention_layers, evaluating, unwrapped
+from swan.calibration.effects import Effects
 from swan.calibration.moments import output_projection
 from swan.functional.rotation import fold_value_rotation, inverse_rotate, rotate
 from swan.integrations import cache_file
@@ -220,24 +221,26 @@ class SwanCache(Cache):
         _check_static(static, max_length, budget, levels)
         attention = attention_layers(model)
         self._shapes = {index: _shape(attention[index]) for index in sorted(attention)}
-        self._calibration = attachment.calibration
         self.budget = None if budget is None else byte_count(budget)
         self.on_full = on_full
         self._warned = False
         self.static, self.max_length, self.exclude = static, max_length, tuple(sorted(set(exclude)))
         kept: dict[str, Any] = {"prefill": prefill, "static": static, "max_length": max_length}
         self._settings = kept | {"exclude": self.exclude}  # with which a saved cache is built again
+        self._config, self._dense_itemsize = model.config, 0
+        self._calibration = _without(attachment.calibration, self._excluded_rows)
         asked = [retention] if retention is not None else sorted(set(levels or []), reverse=True)
         if plan is not None:
-            self._levels = [plan]
+            plans = [plan]
         elif budget is not None:
-            self._levels = Plan.levels(self._calibration, buffer=buffer, sinks=sinks)
+            plans = Plan.levels(self._calibration, buffer=buffer, sinks=sinks)
         else:
-            self._levels = [Plan.for_retention(r, self._calibration, buffer=buffer, sinks=sinks) for r in asked]
+            plans = [Plan.for_retention(r, self._calibration, buffer=buffer, sinks=sinks) for r in asked]
+        if len(plans[0].layers) != len(attention):
+            raise ValueError(f"the plan has {len(plans[0].layers)} layers, the model {len(attention)}")
+        self._levels = [self._of_winnowed(plan) for plan in plans]
         plan = self._levels[0]
         self._retentions = asked or [plan.retention]  # by which the levels of a static cache are called
-        if len(plan.layers) != len(attention):
-            raise ValueError(f"the plan has {len(plan.layers)} layers, the model {len(attention)}")
         layers: list[Any] = DynamicCache(config=model.config).layers
         _check_layers(layers, list(attention))
         _check_excluded(self.exclude, layers)
@@ -273,7 +276,8 @@ class SwanCache(Cache):
         if self.static:
             plan = self._level(retention)
         else:
-            plan = Plan.for_retention(retention, self._calibration, buffer=self.plan.buffer, sinks=self.plan.sinks)
+            kept: dict[str, Any] = {"buffer": self.plan.buffer, "sinks": self.plan.sinks}
+            plan = self._of_winnowed(Plan.for_retention(retention, self._calibration, **kept))
         if any(kv.plan_layer is None for kv in self.winnowed.values()):
             raise ValueError("this cache keeps no history in some layers, so its retention is fixed")
         held = self._held
@@ -339,14 +343,17 @@ class SwanCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Take in new tokens of a layer; with a budget, the first layer makes room for those of all layers."""
         if self.budget is None:
-            if self.static and layer_idx == 0 and not torch.compiler.is_compiling():
+            first = next(iter(self._shapes))  # of hybrids not the first layer
+            if self.static and layer_idx == first and not torch.compiler.is_compiling():
                 next(iter(self.winnowed.values())).check_room(key_states.shape[2])
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         rows, _, tokens, _ = key_states.shape
         held = self._held
-        fits = held is None or (held.shape[0], held.dtype) == (rows, key_states.dtype)  # else the layers refuse it
+        dtype = _computed_dtype(key_states)
+        fits = held is None or (held.shape[0], held.dtype) == (rows, dtype)  # else the layers refuse it
         if layer_idx == 0 and fits:
-            self._make_room(tokens, rows, key_states.element_size())
+            self._dense_itemsize = key_states.element_size()
+            self._make_room(tokens, rows, dtype.itemsize)
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer: Any = self.layers[layer_idx]
         if tokens > 1 and layer.is_sliding:
@@ -361,10 +368,8 @@ class SwanCache(Cache):
         super().reset()
         if self.static:
             return
-        layers: list[Any] = self.layers
-        for layer in layers:
-            if not isinstance(layer, _SwanLayer):  # its own reset keeps the old tokens, as zeros
-                layer.keys, layer.values, layer.is_initialized = None, None, False
+        fresh = DynamicCache(config=self._config).layers  # their own reset keeps the old memory, as zeros
+        self.layers = [old if isinstance(old, _SwanLayer) else new for old, new in zip(self.layers, fresh, strict=True)]
         if self.budget is not None:
             self._move_to(self._levels[0])
 
@@ -456,6 +461,16 @@ class SwanCache(Cache):
         return cache
 
     @property
+    def _excluded_rows(self) -> list[int]:
+        """Which layers of a plan are excluded."""
+        return [row for row, index in enumerate(self._shapes) if index in self.exclude]
+
+    def _of_winnowed(self, plan: Plan) -> Plan:
+        """A plan whose retention does not count excluded layers."""
+        rows = self._excluded_rows
+        return dataclasses.replace(plan, layers=[None if i in rows else x for i, x in enumerate(plan.layers)])
+
+    @property
     def _held(self) -> Tensor | None:
         """Some of what is held, for its batch size and dtype; None when empty."""
         return next((kv.buffer.keys for kv in self.winnowed.values()), None)
@@ -529,7 +544,8 @@ class SwanCache(Cache):
                 sizes = {"rows": rows, "kv_heads": kv_heads, "itemsize": itemsize}
                 parts += layer.kv.nbytes_after(tokens, entry, **sizes, drop=drop)
             else:
-                parts.append(_other_nbytes_after(layer, tokens, rows, kv_heads * (d + dv) * itemsize))
+                vector_bytes = kv_heads * (d + dv) * (self._dense_itemsize or itemsize)
+                parts.append(_other_nbytes_after(layer, tokens, rows, vector_bytes))
         return sum(parts) + max(parts)
 
     def _full(self, tokens: int, rows: int, itemsize: int, history: int | None) -> str:
@@ -538,6 +554,7 @@ class SwanCache(Cache):
         needed = self._needed(least, tokens, rows, itemsize, history or 0)
         text = f"{rows} x {self.get_seq_length() + tokens} tokens"
         what = text if history is None else f"buffer and sinks of {text} alone"
+        what += f" with {len(self.exclude)} dense layers" if self.exclude else ""
         evict = "on_full='evict', which drops the oldest tokens, a shorter text, " if history is None else ""
         return (
             f"the budget of {self.budget} bytes is full: {what} need {needed} bytes at the least retention, "
@@ -816,6 +833,15 @@ def _check_layers(layers: list[Any], attention: list[int]) -> None:
         )
     if DynamicLayer not in kinds:
         raise ValueError("every layer attends to a sliding window only; there is no history to winnow")
+
+
+def _without(calibration: Calibration, rows: list[int]) -> Calibration:
+    """A calibration in which these layers do not compete for bytes."""
+    if calibration.effects is None or not rows:
+        return calibration
+    effects, index = calibration.effects, torch.tensor(rows)
+    masked = Effects(effects.keys.index_fill(0, index, math.nan), effects.values.index_fill(0, index, math.nan))
+    return dataclasses.replace(calibration, effects=masked)
 
 
 def _check_excluded(exclude: tuple[int, ...], layers: list[Any]) -> None:

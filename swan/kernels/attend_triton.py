@@ -149,18 +149,19 @@ def _attend(
     beside: list[Any] = [None] * 3
     if recent and recent_q is not None:
         beside = [recent_q.contiguous(), *(t.flatten(0, 1).contiguous() for t in recent)]
-    attend_kernel[batch * kv_heads * blocks, splits + recent_splits](
-        q.contiguous(), *_seen(mask, batch, heads), partial, partial_lse, *k_planes, k_table, *v_planes, v_table,
-        *beside, *_seen(recent_mask, batch, heads), recent_partial,
-        rows, blocks, d, dv, tokens, recents, span, splits, k_room, v_room, kv_heads, queries, scale * LOG2_E,
-        *k_form.widths, k_form.bits, k_form.sparse, *v_form.widths, v_form.bits, v_form.sparse,
-        _power(d), _power(dv), R, G, dtype, precision, num_warps=WARPS,
-    )  # fmt: skip
-    merge_kernel[every,](
-        partial, recent_partial, partial_lse, v_table, out, recent_out, lse,
-        splits, recent_splits, partial.shape[2], dv, len(v_table) - 3 * dv,
-        PROGRAMS, _power(dv), 16, bool(recent), num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        attend_kernel[batch * kv_heads * blocks, splits + recent_splits](
+            q.contiguous(), *_seen(mask, batch, heads), partial, partial_lse, *k_planes, k_table, *v_planes, v_table,
+            *beside, *_seen(recent_mask, batch, heads), recent_partial,
+            rows, blocks, d, dv, tokens, recents, span, splits, k_room, v_room, kv_heads, queries, scale * LOG2_E,
+            *k_form.widths, k_form.bits, k_form.sparse, *v_form.widths, v_form.bits, v_form.sparse,
+            _power(d), _power(dv), R, G, dtype, precision, num_warps=WARPS,
+        )  # fmt: skip
+        merge_kernel[every,](
+            partial, recent_partial, partial_lse, v_table, out, recent_out, lse,
+            splits, recent_splits, partial.shape[2], dv, len(v_table) - 3 * dv,
+            PROGRAMS, _power(dv), 16, bool(recent), num_warps=WARPS,
+        )  # fmt: skip
     return out, recent_out, lse
 
 
@@ -359,7 +360,8 @@ def _attend_recent(
 @triton.jit
 def _mask_row(row, rows, kv_head, queries, mask_head, mask_query):
     """Where the mask of a query begins."""
-    return (kv_head * (rows // queries) + row // queries) * mask_head + row % queries * mask_query
+    head = kv_head * (rows // queries) + row // queries
+    return head.to(tl.int64) * mask_head + (row % queries).to(tl.int64) * mask_query
 
 
 @triton.jit

@@ -58,18 +58,19 @@ def _pack(x: Tensor, mix: Tensor | None, numbers: list[int]) -> list[Tensor]:
     vectors = x.shape[0] * x.shape[1] * x.shape[2]
     if vectors == 0:
         return tensors
-    if numbers[0]:
-        keep = numbers[2]
-        topk_kernel[vectors,](
-            x.contiguous(), values, scales, positions, d, keep, form.sizes[1], form.sizes[3],
-            torch.finfo(x.dtype).max / 128, form.widths[3], power_of_two(form.sizes[1]), form.bits, num_warps=WARPS,
-        )  # fmt: skip
-    else:
-        table = table_of(tuple(numbers), x.device)
-        graded_kernel[vectors,](
-            x.contiguous(), mix, codes, values, scales, table, len(table) - d, d,
-            max(power_of_two(d), 16), *form.widths, power_of_two(max(form.sizes[2], 1)), num_warps=WARPS,
-        )  # fmt: skip
+    with torch.cuda.device_of(x):
+        if numbers[0]:
+            keep = numbers[2]
+            topk_kernel[vectors,](
+                x.contiguous(), values, scales, positions, d, keep, form.sizes[1], form.sizes[3],
+                torch.finfo(x.dtype).max / 128, form.widths[3], power_of_two(form.sizes[1]), form.bits, num_warps=WARPS,
+            )  # fmt: skip
+        else:
+            table = table_of(tuple(numbers), x.device)
+            graded_kernel[vectors,](
+                x.contiguous(), mix, codes, values, scales, table, len(table) - d, d,
+                max(power_of_two(d), 16), *form.widths, power_of_two(max(form.sizes[2], 1)), num_warps=WARPS,
+            )  # fmt: skip
     return tensors
 
 

@@ -411,6 +411,8 @@ class KVCache(nn.Module):
         self.k_history = None if self.k_history is None else self.k_history.map(lambda t: t.to(device))
         self.v_history = None if self.v_history is None else self.v_history.map(lambda t: t.to(device))
         self._recent = None
+        if buffer.static:
+            keep_in_place(*self.tensors)
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""

@@ -37,7 +37,7 @@ def test_it_is_registered():
     assert get_model("swan") is SwanLM
 
 
-@pytest.mark.parametrize("retention", [0.33, "none"])
+@pytest.mark.parametrize("retention", [0.33, "dense"])
 def test_it_scores_what_decoding_gives(folder, retention):
     lm = SwanLM(str(folder), retention=retention, batch_size=1, device="cpu", **SETTINGS)
     (found, _), (other, _) = lm.loglikelihood(
@@ -46,7 +46,7 @@ def test_it_scores_what_decoding_gives(folder, retention):
     model = from_pretrained(folder)
     ids = lm.tokenizer(CONTEXT + " It had no keys.", return_tensors="pt").input_ids
     start = len(lm.tokenizer(CONTEXT).input_ids)
-    cache = None if retention == "none" else SwanCache(model, retention=retention, prefill="windowed", **SETTINGS)
+    cache = None if retention == "dense" else SwanCache(model, retention=retention, prefill="windowed", **SETTINGS)
     logits = logits_of(model, cache, None if cache is None else 1, input_ids=ids[:, :-1])
     scores = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[0, start - 1 :, 0]
     assert found == pytest.approx(scores.sum().item(), abs=2e-2 if cache is not None else 1e-3)
@@ -55,28 +55,62 @@ def test_it_scores_what_decoding_gives(folder, retention):
 
 def test_pruning_shows_in_the_scores(folder):
     scores = {}
-    for retention in ("none", 1.0, 0.2):
+    for retention in ("dense", 1.0, 0.2):
         lm = SwanLM(str(folder), retention=retention, batch_size=1, device="cpu", **SETTINGS)
         scores[retention] = lm.loglikelihood([request("loglikelihood", CONTEXT, " It had no keys.")])[0][0]
-    assert scores[1.0] == pytest.approx(scores["none"], abs=1e-3)
-    assert abs(scores[0.2] - scores["none"]) > 0.01
+    assert scores[1.0] == pytest.approx(scores["dense"], abs=1e-3)
+    assert abs(scores[0.2] - scores["dense"]) > 0.01
 
 
 def test_it_generates_on_the_cache(folder):
     lm = SwanLM(str(folder), retention=0.33, batch_size=2, device="cpu", **SETTINGS)
     arguments = {"until": ["no such text"], "max_gen_toks": 12, "do_sample": False}
-    texts = lm.generate_until([request("generate_until", text, arguments) for text in (CONTEXT, CONTEXT[:60])])
+    prompts = CONTEXT, CONTEXT[:60]
+    texts = lm.generate_until([request("generate_until", text, arguments) for text in prompts])
     model = from_pretrained(folder)
-    ids = lm.tokenizer(CONTEXT, return_tensors="pt").input_ids
-    cache = SwanCache(model, retention=0.33, prefill="windowed", **SETTINGS)
-    expected = generated(model, cache, input_ids=ids, max_new_tokens=12)[0, ids.shape[1] :]
-    assert len(texts) == 2
-    assert texts[0] == lm.tokenizer.decode(expected, skip_special_tokens=True)
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = lm.tokenizer(prompt, return_tensors="pt").input_ids
+        cache = SwanCache(model, retention=0.33, prefill="windowed", **SETTINGS)
+        expected = generated(model, cache, input_ids=ids, max_new_tokens=12)[0, ids.shape[1] :]
+        assert text == lm.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("retention", [0.33, "dense"])
+def test_batches_score_what_single_texts_do(folder, retention):
+    texts = [request("loglikelihood", CONTEXT[:n], " It had no keys.") for n in (50, 290, 120)]
+    found = [
+        SwanLM(str(folder), retention=retention, batch_size=size, device="cpu", **SETTINGS).loglikelihood(texts)
+        for size in (1, 3)
+    ]
+    for (one, _), (batch, _) in zip(*found, strict=True):
+        assert batch == pytest.approx(one, abs=2e-2)
+
+
+def test_what_is_stored_where_no_retention_is_given(folder, tmp_path):
+    lm = SwanLM(str(folder), device="cpu")
+    assert lm._given().popitem()[1].retention <= 0.26
+    plan = Plan.for_retention(0.9, dims=[(16, 16)] * 2)
+    save_pretrained(from_pretrained(folder), folder, plan)
+    assert SwanLM(str(folder), device="cpu")._given().popitem()[1].plan == plan
+    assert SwanLM(str(folder), retention="0.3", device="cpu")._given().popitem()[1].retention <= 0.3
+    save_pretrained(from_pretrained(folder), folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"peft": "adapter"}, "does not take peft; write such a model to a folder first"),
+        ({"dtype": "auto"}, "dtype must be one of float32, bfloat16, float16, got 'auto'"),
+        ({"retention": "little"}, "little"),
+    ],
+    ids=["peft", "dtype", "retention"],
+)
+def test_options_that_it_does_not_have(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        SwanLM(str(folder), **options)
 
 
 def test_calibrations(folder, tmp_path, monkeypatch):
-    model = from_pretrained(folder)
-    save_pretrained(model, folder, Plan.for_retention(0.5, dims=[(16, 16)] * 2))
     file = folder / "swan_calibration.safetensors"
     assert SwanLM(str(folder), calibration=str(file), device="cpu").model.config.vocab_size == 49152
     plain = tmp_path / "plain"
@@ -84,7 +118,7 @@ def test_calibrations(folder, tmp_path, monkeypatch):
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(plain)
     monkeypatch.setattr(lm_eval, "WINDOWS", 1)
     monkeypatch.setattr(lm_eval, "WINDOW", 100)
-    assert SwanLM(str(plain), device="cpu")._retention == 0.26  # calibrated now
+    assert SwanLM(str(plain), device="cpu")._settings["retention"] == 0.26  # calibrated now
 
 
 def test_the_command_names_folders_of_embedded_models(monkeypatch):

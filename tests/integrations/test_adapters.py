@@ -8,7 +8,7 @@ import torch
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import DynamicCache
 
-from swan import SwanCache, attach, calibrate, detach
+from swan import SwanCache, attach, calibrate, detach, from_pretrained, save_pretrained
 from swan.integrations.transformers import is_attached
 from tests.tiny import everything, generated, left_padded, logits_of, tiny, tokens
 
@@ -53,6 +53,17 @@ def test_adapters_are_not_folded():
     calibration = calibrate(model, [tokens(2, 40, seed=1)], progress=False)
     with pytest.raises(ValueError, match=r"as v_proj, got peft.*Linear; attach with fold=False"):
         attach(model, calibration, fold=True)
+
+
+def test_an_adapter_is_not_written_as_a_model(tmp_path):
+    model = with_adapter()
+    attach(model, calibrate(model, [tokens(2, 40, seed=1)], progress=False))
+    with pytest.raises(ValueError, match="writes its adapter alone; save into the folder of its base model"):
+        save_pretrained(model, tmp_path)
+    assert not any(tmp_path.iterdir())
+    tiny().save_pretrained(tmp_path)
+    save_pretrained(model, tmp_path)
+    assert is_attached(from_pretrained(tmp_path))
 
 
 def quantized():

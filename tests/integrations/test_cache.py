@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from swan import Plan, PlanLayer, SwanCache, TopK, unpack
+from swan import Plan, PlanLayer, SwanCache, TopK, attach, calibrate, unpack
 from swan.integrations.transformers import cache_keyword
 from tests.tiny import (
     attached,
@@ -18,11 +18,13 @@ from tests.tiny import (
     greatest_difference,
     live_storages,
     logits_of,
+    tiny,
     tokens,
 )
 
 TEXT = {"input_ids": tokens(2, 60)}
 NEXT = {"input_ids": tokens(2, 5, seed=9)}
+THREE = {"gemma3": {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}}
 EXACT = Plan([PlanLayer(TopK(16, 8, bits=16), TopK(16, 5, bits=16))] * 2, buffer=8, sinks=2)  # no rounding to int8
 
 
@@ -328,14 +330,83 @@ def test_excluded_layers_stay_dense():
             pruned(model, exclude=exclude)
 
 
+def test_retention_does_not_count_excluded_layers():
+    """They do not compete for bytes: what is winnowed has no more than was asked for."""
+    model = tiny(num_hidden_layers=4)
+    attach(model, calibrate(model, [tokens(2, 200, seed=1)], progress=False))
+    for exclude in ((0,), (3,), (1, 2)):
+        cache = pruned(model, 0.33, exclude=exclude)
+        layers = [kv.plan_layer for kv in cache.winnowed.values()]
+        assert cache.retention == pytest.approx(sum(layer.retention for layer in layers) / len(layers))
+        assert 0.3 < cache.retention <= 0.33
+        cache.retention = 0.25
+        assert 0.2 < cache.retention <= 0.25
+
+
 def test_a_budget_counts_excluded_layers():
     model = attached()
     cache = SwanCache(model, budget=100_000, buffer=8, sinks=2, exclude=[0])
     logits_of(model, cache, chunk=7, **TEXT)
     assert cache.retention < 1
     assert cache.nbytes <= 100_000
+    with pytest.raises(ValueError, match="with 1 dense layers"):
+        logits_of(model, cache, chunk=7, input_ids=tokens(2, 100))
     with pytest.raises(ValueError, match="a budget needs layers of attention only; this model has others"):
         SwanCache(attached("lfm2"), budget=60_000)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("settings", [{}, {"exclude": [1]}], ids=["all", "one excluded"])
+def test_a_budget_holds_under_autocast(architecture, settings):
+    """Where keys come in float32 and are stored in bfloat16: as low a dial as in bfloat16, and no lower."""
+    budget = 45_000 if settings else 38_000
+    model = attached(architecture, num_hidden_layers=3, **THREE.get(architecture, {}))
+    cache, half = (SwanCache(model, budget=budget, buffer=8, sinks=2, **settings) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for chunk, text in ((None, tokens(1, 40)), (1, tokens(1, 30))):
+            logits_of(model, cache, chunk=chunk, input_ids=text)
+            assert cache.nbytes <= budget
+    assert cache.winnowed[2].buffer.keys.dtype == torch.bfloat16
+    if architecture == "llama" and not settings:
+        logits_of(model.to(torch.bfloat16), half, input_ids=tokens(1, 70))
+        assert 0.2 < cache.retention == half.retention < 1
+
+
+def test_autocast_is_as_close_as_a_dense_cache():
+    """Token by token on the history, in bfloat16, against float32."""
+    model = attached()
+    exact = logits_of(model, **TEXT)
+    errors = []
+    for cache in (DynamicCache(), everything(model)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            errors.append((logits_of(model, cache, chunk=1, **TEXT) - exact).abs().mean())
+    assert errors[1] < 1.5 * errors[0]
+
+
+@pytest.mark.parametrize("architecture", ["lfm2", "qwen3-next"])
+def test_hybrids(architecture):
+    """Effects by layer, a reset to other rows, and a full static cache."""
+    model = tiny(architecture)
+    attach(model, calibrate(model, [tokens(2, 200, seed=1)], progress=False))
+    cache = pruned(model)
+    for rows in (2, 3):
+        expected = logits_of(model, pruned(model), input_ids=tokens(rows, 30))
+        assert torch.equal(logits_of(model, cache, input_ids=tokens(rows, 30)), expected)
+        cache.reset()
+        assert cache.nbytes == 0
+    full = SwanCache(model, retention=0.5, static=True, max_length=30)
+    logits_of(model, full, input_ids=tokens(2, 30))
+    with pytest.raises(ValueError, match="the static cache holds 30 of 30 tokens, 1 more do not fit"):
+        logits_of(model, full, input_ids=tokens(2, 1))
+
+
+def test_a_static_cache_comes_back_in_place(model):
+    cache = SwanCache(model, retention=0.5, static=True, max_length=70)
+    logits_of(model, cache, **TEXT)
+    cache.offload()
+    logits_of(model, cache, **NEXT)
+    for kv in cache.winnowed.values():
+        assert all(hasattr(t, "_dynamo_static_input_type") for t in kv.tensors)
 
 
 def test_another_batch_needs_a_reset(model):

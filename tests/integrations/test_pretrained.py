@@ -59,5 +59,13 @@ def test_refusals(tmp_path):
         from_pretrained(tmp_path)
 
 
+def test_the_folder_of_another_model_is_refused(tmp_path):
+    tiny("qwen3").save_pretrained(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"of another model .*model_type: llama calibrated, qwen3 here"):
+        save_pretrained(attached(), tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_they_are_public():
     assert {"save_pretrained", "from_pretrained", "supported"} <= set(dir(swan))
