@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from swan import Plan
-from swan.cli.common import calibration_of, envelope
+from swan.cli.common import envelope
+from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.sources import load_model
 from swan.integrations import attached
 from swan.integrations.transformers import SwanCache, cache_keyword

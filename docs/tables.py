@@ -117,7 +117,7 @@ def decode(path: str) -> str:
     settings, rows = result["settings"], result["rows"]
     cells = [
         [
-            "dense" if row["form"] == "dense" else f"{row['form']}, {row['retention']:.2f}",
+            _stored(row),
             row["impl"],
             row["dtype"],
             f"{row['bytes'] / 1e6:.1f}",
@@ -141,6 +141,10 @@ def decode(path: str) -> str:
         f"Made by `{result['command']}`."
     )
     return table(columns, cells, "lll" + "r" * len(measured)) + "\n\n" + note
+
+
+def _stored(row: dict[str, Any]) -> str:
+    return "dense" if row["form"] == "dense" else f"{row['form']}, {row['retention']:.2f}"
 
 
 def model(path: str) -> str:
@@ -179,7 +183,7 @@ def capacity(path: str) -> str:
     cells = [
         [
             f"{row['length']}",
-            "dense" if row["form"] == "dense" else f"{row['form']}, {row['retention']:.2f}",
+            _stored(row),
             f"{row['batch']}",
             f"{row['median_ms']:.0f}",
             f"{row['tokens_per_second']:.0f}",
@@ -197,7 +201,7 @@ def prefill(path: str) -> str:
     cells = [
         [
             f"{row['length']}",
-            "dense" if row["form"] == "dense" else f"{row['form']}, {row['retention']:.2f}",
+            _stored(row),
             f"{row['median_ms']:.0f}",
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['peak_bytes'] / 1e6:.0f}",

@@ -60,7 +60,7 @@ def refusal(architecture: str, name: str) -> str | None:
 
 def use(function: Use) -> Use:
     """Register a use under its name."""
-    USES[function.__name__.replace("_", " ").strip()] = function
+    USES[function.__name__.replace("_", " ")] = function
     return function
 
 
@@ -108,14 +108,10 @@ SINGLE = {"input_ids": tokens(1, 40)}
 PADDED = {name: t for name, t in left_padded(40, 3, 21).items() if name != "position_ids"}
 
 
-def greedy_of(logits: Tensor) -> Tensor:
-    return logits.argmax(-1)
-
-
 @torch.no_grad()
 def forward(model: PreTrainedModel, cache: Cache | None, ids: Tensor, **more: object) -> Tensor:
     given = {} if cache is None else {cache_keyword(model): cache}
-    return greedy_of(model(ids, **given, **more).logits)
+    return model(ids, **given, **more).logits.argmax(-1)
 
 
 # generate -----------------------------------------------------------------------------------------
@@ -244,7 +240,7 @@ def autocast(model, new_cache):
 def mask_4d(model, new_cache):
     """A tree of drafts: two continuations of one prompt that do not see each other."""
     cache, ids = new_cache(), tokens(1, 26)
-    if not isinstance(cache, DynamicCache) and getattr(cache, "static", False):
+    if isinstance(cache, SwanCache) and cache.static:
         cache = everything(model, static=True, max_length=26)  # as many columns as the mask has
     start = forward(model, cache, ids[:, :20])
     mask = torch.ones(6, 26, dtype=torch.bool).tril(20)

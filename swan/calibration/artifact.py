@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from swan.calibration.bases import Basis, layer_bases
@@ -23,9 +21,9 @@ from swan.calibration.capture import (
     fingerprint,
     observing,
     unwrapped,
-)  # fmt: skip
+)
 from swan.calibration.effects import BUFFER, WINDOWS, Effects, beginning, measure_effects, tokens_of
-from swan.calibration.files import replacing
+from swan.calibration.files import read_tensors, write_tensors
 from swan.calibration.moments import Moments
 from swan.calibration.progress import track
 from swan.functional.rotation import check_basis
@@ -149,8 +147,7 @@ class Calibration:
             "tokens": self.tokens,
             "fingerprint": self.fingerprint,
         }
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"swan": json.dumps(about)})
+        write_tensors(path, tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
@@ -159,14 +156,7 @@ class Calibration:
         Raises:
             ValueError: the file is not a calibration, or its tensors are not finite or not orthogonal.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get("swan", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}); run swan.calibrate again") from error
-        if about.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a calibration of this version of swan; run swan.calibrate again")
+        about, tensors = read_tensors(path, FORMAT, "calibration", "run swan.calibrate again")
         measured = [tensors.pop(f"effects.{side}", None) for side in ("keys", "values")]
         effects = None if measured[0] is None or measured[1] is None else Effects(measured[0], measured[1])
         count = 1 + max(int(name.split(".")[1]) for name in tensors)

@@ -1,12 +1,18 @@
 """Files that are replaced whole or not at all."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-__all__ = ["replacing"]
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["read_tensors", "replacing", "write_tensors"]
 
 
 @contextlib.contextmanager
@@ -24,3 +30,32 @@ def replacing(path: str | Path) -> Iterator[str]:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write tensors as one safetensors file, with JSON values in its metadata."""
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"swan": json.dumps(about)})
+
+
+def read_tensors(path: str | Path, kind: str, what: str, again: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_tensors` was given.
+
+    Args:
+        path: the file.
+        kind: its ``about["format"]``.
+        what: the name of what is in it.
+        again: how to make another.
+
+    Raises:
+        ValueError: the file is not whole, or of another kind.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("swan", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); {again}") from error
+    if about.get("format") != kind:
+        raise ValueError(f"{path} is not a {what} of this version of swan; {again}")
+    return about, tensors

@@ -14,7 +14,6 @@ from swan.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
-    calibration_of,
     check_plot,
     console,
     envelope,
@@ -26,6 +25,7 @@ from swan.cli.common import (
 )
 from swan.evaluation import bench as benchmarks
 from swan.evaluation.bench import FORMS, IMPLS, SHAPES, Setup
+from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.machine import memory_bandwidth
 from swan.evaluation.sources import evaluation_text, token_windows
 

@@ -12,13 +12,13 @@ from swan.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
-    calibration_of,
     console,
     load,
     print_json,
     print_table,
     user_errors,
 )
+from swan.evaluation.calibrations import calibration_of
 
 
 def calibrate(

@@ -16,17 +16,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from swan.calibration import Basis, Calibration, calibrate
 from swan.calibration.files import replacing
 from swan.evaluation.machine import machine, versions
-from swan.evaluation.sources import MODELS, cache_folder, calibration_text, load_model, token_windows
+from swan.evaluation.sources import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["BasisName", "BasisOption", "Dtype", "DtypeOption", "JsonOption", "ModelArgument"]
-
-WINDOW = 1024  # tokens of a calibration window
 
 console = Console()
 messages = Console(stderr=True)
@@ -83,30 +80,6 @@ def load(name: str, dtype: Dtype) -> tuple["PreTrainedModel", "PreTrainedTokeniz
     device = "cuda" if torch.cuda.is_available() else None
     with messages.status(f"loading {name}"):
         return load_model(name, dtype=dtype.torch, device=device)
-
-
-def calibration_of(
-    name: str,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    path: Path | None = None,
-    basis: Basis = "joint",
-    tokens: int = 8192,
-    text: str = "python-topics",
-) -> Calibration:
-    """A calibration from a file, from the cache folder (embedded models), or made now."""
-    if path is not None:
-        return Calibration.load(path)
-    kept = cache_folder() / "calibrations" / f"{name}-{text}-{tokens}-{model.dtype}.safetensors"
-    if name in MODELS and text == "python-topics" and kept.is_file():
-        with contextlib.suppress(ValueError):
-            return Calibration.load(kept).with_basis(basis)
-    windows = token_windows(calibration_text(text), tokenizer, max(tokens // WINDOW, 1), min(tokens, WINDOW))
-    calibration = calibrate(model, list(windows.split(1)), basis)
-    if name in MODELS and text == "python-topics":
-        calibration.save(kept)
-    return calibration
 
 
 def envelope(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from swan.cli.common import (
     Dtype,
     DtypeOption,
     JsonOption,
-    calibration_of,
     console,
     load,
     mebibytes,
@@ -22,6 +21,7 @@ from swan.cli.common import (
     user_errors,
 )
 from swan.cli.generate import encode, stream
+from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.perplexity import Setting
 from swan.evaluation.perplexity import evaluate as evaluate_settings
 from swan.evaluation.sources import evaluation_text, token_windows

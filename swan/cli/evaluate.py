@@ -13,13 +13,13 @@ from swan.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
-    calibration_of,
     load,
     percent,
     print_json,
     print_table,
     user_errors,
 )
+from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.perplexity import Setting, default_sweep
 from swan.evaluation.perplexity import evaluate as evaluate_settings
 from swan.evaluation.sources import evaluation_text, token_windows

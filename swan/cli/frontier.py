@@ -15,7 +15,6 @@ from swan.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
-    calibration_of,
     check_plot,
     console,
     envelope,
@@ -24,6 +23,7 @@ from swan.cli.common import (
     user_errors,
     write_json,
 )
+from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.frontier import DEFAULT, RETENTIONS, average_seeds, compared, label, mark_frontier, methods
 from swan.evaluation.frontier import plot as plot_frontier
 from swan.evaluation.perplexity import Setting, evaluate

@@ -16,13 +16,13 @@ from swan.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
-    calibration_of,
     load,
     mebibytes,
     messages,
     print_json,
     user_errors,
 )
+from swan.evaluation.calibrations import calibration_of
 from swan.integrations import attach
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swan.calibration import Calibration, calibrate
-from swan.evaluation.sources import MODELS, calibration_text, load_model, model_folder, token_windows
+from swan.evaluation.calibrations import calibration_of
+from swan.evaluation.sources import MODELS, load_model, model_folder
 from swan.integrations import attach
 from swan.integrations.pretrained import attach_saved, has_calibration
 from swan.integrations.transformers import SwanCache, attachment_of, cache_keyword
@@ -29,7 +29,6 @@ except ImportError as error:
 
 __all__ = ["SwanLM"]
 
-WINDOWS, WINDOW = 8, 1024  # of the calibration text, where there is no calibration
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OF_LOADING = (
     "peft", "delta", "autogptq", "gptqmodel", "gguf_file", "parallelize", "revision", "subfolder", "trust_remote_code",
@@ -83,13 +82,11 @@ class SwanLM(HFLM):
         model, tokenizer = load_model(pretrained, dtype=DTYPES[dtype], device=device)
         folder_knows = pretrained not in MODELS and has_calibration(pretrained)
         if not self._dense:
-            if calibration is not None:
-                attach(model, Calibration.load(calibration))
-            elif folder_knows:
+            if calibration is None and folder_knows:
                 attach_saved(model, pretrained)
             else:
-                windows = token_windows(calibration_text(), tokenizer, WINDOWS, WINDOW)
-                attach(model, calibrate(model, list(windows.split(1))))
+                path = Path(calibration) if calibration else None
+                attach(model, calibration_of(pretrained, model, tokenizer, path=path))
         self._settings: dict[str, Any] = {"buffer": int(buffer), "sinks": int(sinks), "prefill": "windowed"}
         if wanted is not None or self._dense or attachment_of(model).plan is None:
             self._settings["retention"] = 0.26 if wanted is None else wanted

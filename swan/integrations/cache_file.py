@@ -1,17 +1,14 @@
 """Caches in safetensors files: what of each layer is written, and how it comes back."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from swan.calibration import Calibration
-from swan.calibration.files import replacing
+from swan.calibration.files import read_tensors, write_tensors
 from swan.modules import KVCache
 from swan.modules.buffer import keep_in_place
 from swan.packed import Layout, Packed
@@ -35,8 +32,7 @@ def write(path: str | Path, about: dict[str, Any], layers: list[State]) -> None:
     """Write a file; one that is there is replaced whole or not at all."""
     tensors = {f"{i}.{name}": t.contiguous().cpu() for i, (_, found) in enumerate(layers) for name, t in found.items()}
     about = {"format": FORMAT, **about, "layers": [plain for plain, _ in layers]}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"swan": json.dumps(about)})
+    write_tensors(path, tensors, about)
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], list[State]]:
@@ -45,14 +41,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[State]]:
     Raises:
         ValueError: the file is no cache of this version.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("swan", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); fill a cache and save it again") from error
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a cache of this version of swan; fill a cache and save it again")
+    about, tensors = read_tensors(path, FORMAT, "cache", "fill a cache and save it again")
     layers: list[State] = [(plain, {}) for plain in about.pop("layers")]
     for name, t in tensors.items():
         index, rest = name.split(".", 1)

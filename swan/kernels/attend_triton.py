@@ -36,14 +36,16 @@ from swan.kernels.gpu import (
     MOST_PARTS,
     Form,
     check_device,
+    columns_of,
     form_of,
     numbers_of,
     power_of_two,
+    scale_of,
     table_of,
     tl,
     triton,
 )
-from swan.packed import OCTAVE, OFFSET, Packed, mixing
+from swan.packed import Packed, mixing
 
 __all__ = ["attend"]
 
@@ -52,7 +54,6 @@ SPAN = 128  # tokens that are worth a program, at least
 PROGRAMS = 512  # that keep a large GPU busy: about 4 for each of its processors
 ROWS, PRODUCT_ROWS = 16, MOST_PARTS  # of queries in a program; and of a product, which has as many for each part
 WARPS = 4
-OCTAVE_, OFFSET_ = tl.constexpr(OCTAVE), tl.constexpr(OFFSET)
 LOG2_E, LN_2 = math.log2(math.e), tl.constexpr(math.log(2))
 
 
@@ -155,12 +156,12 @@ def _attend(
             *beside, *_seen(recent_mask, batch, heads), recent_partial,
             rows, blocks, d, dv, tokens, recents, span, splits, k_room, v_room, kv_heads, queries, scale * LOG2_E,
             *k_form.widths, k_form.bits, k_form.sparse, *v_form.widths, v_form.bits, v_form.sparse,
-            _power(d), _power(dv), R, G, dtype, precision, num_warps=WARPS,
+            columns_of(d), columns_of(dv), R, G, dtype, precision, num_warps=WARPS,
         )  # fmt: skip
         merge_kernel[every,](
             partial, recent_partial, partial_lse, v_table, out, recent_out, lse,
             splits, recent_splits, partial.shape[2], dv, len(v_table) - 3 * dv,
-            PROGRAMS, _power(dv), 16, bool(recent), num_warps=WARPS,
+            PROGRAMS, columns_of(dv), 16, bool(recent), num_warps=WARPS,
         )  # fmt: skip
     return out, recent_out, lse
 
@@ -191,11 +192,6 @@ def _planes(tensors: list[Tensor], form: Form) -> tuple[list[Tensor], int]:
     if any(t.stride() != (room * t.shape[2], t.shape[2], 1) for t in planes):  # not as a cache keeps them
         return [t.contiguous() for t in planes], planes[0].shape[1]
     return planes, room
-
-
-def _power(d: int) -> int:
-    """Columns of a dense vector: `tl.dot` needs 16."""
-    return max(power_of_two(d), 16)
 
 
 # Kernels ------------------------------------------------------------------------------------------
@@ -431,18 +427,13 @@ def _fields(
     part = tl.arange(0, G)
     place = tl.load(table + 3 * C + part, mask=part < C, other=0)
     exponent = tl.load(table + 4 * C + part, mask=part < C, other=0)[None, :]
-    return x, _scale(_bytes(scales, start + tl.arange(0, BLOCK), stop, tl.load(sizes + 2), place), exponent)
+    return x, scale_of(_bytes(scales, start + tl.arange(0, BLOCK), stop, tl.load(sizes + 2), place), exponent)
 
 
 @triton.jit
 def _bytes(pointer, token, stop, width, place):
     """Bytes of tokens [tokens, places]; after the last token that one again."""
     return tl.load((pointer + tl.minimum(token, stop - 1) * width)[:, None] + place[None, :]).to(tl.int32)
-
-
-@triton.jit
-def _scale(byte, exponent):
-    return tl.exp2((byte.to(tl.float32) - OFFSET_) / OCTAVE_ + exponent)
 
 
 @triton.jit
@@ -466,7 +457,7 @@ def _values(
     else:
         x = tl.load(values + (token * width + index), mask=kept, other=0).to(tl.float32)
     if BITS == 4:
-        scale = _scale(tl.load(scales + token), -4)
+        scale = scale_of(tl.load(scales + token), -4)
     elif BITS == 8:
         scale = tl.load(scales + token).to(tl.float32)
     else:

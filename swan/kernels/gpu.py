@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swan.packed import PARTS, Graded, Layout, TopK, code_bytes
+from swan.packed import OCTAVE, OFFSET, PARTS, Graded, Layout, TopK, code_bytes
 
 try:
     import triton
@@ -16,11 +16,12 @@ except ImportError as error:
     raise ImportError("impl='triton' needs Triton: pip install triton") from error
 
 __all__ = [
-    "INTERPRETED", "MOST_PARTS", "Form", "check_device", "form_of", "numbers_of", "power_of_two", "table_of", "tl",
-    "triton",
+    "INTERPRETED", "MOST_PARTS", "OCTAVE_", "OFFSET_", "Form", "check_device", "columns_of", "form_of", "numbers_of",
+    "power_of_two", "scale_of", "table_of", "tl", "triton",
 ]  # fmt: skip
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+OCTAVE_, OFFSET_ = tl.constexpr(OCTAVE), tl.constexpr(OFFSET)
 MOST_PARTS = 64  # of one width
 
 
@@ -105,7 +106,7 @@ def form_of(*numbers: int) -> Form:
     if isinstance(layout, TopK):
         values = code_bytes(layout.keep, 4) if layout.bits == 4 else layout.keep
         sizes = 0, values, int(layout.bits < 16), layout.position_bytes
-        return Form(layout.d, (0, 0, 0, max(power_of_two(layout.d), 16)), layout.bits, sizes[3] > 0, 1, sizes)
+        return Form(layout.d, (0, 0, 0, columns_of(layout.d)), layout.bits, sizes[3] > 0, 1, sizes)
     parts = [_parts(layout, bits) for bits in (4, 2, 1)]
     counts = [sum(part.width * 8 // part.bits for part in alike) for alike in parts] + [len(_whole(layout))]
     least = max(power_of_two(layout.d) // 2, 16)
@@ -159,3 +160,14 @@ def table_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 def power_of_two(number: int) -> int:
     """The least power of two that is not below a number."""
     return 1 << (number - 1).bit_length()
+
+
+def columns_of(d: int) -> int:
+    """Columns of a vector with `d` coordinates: `tl.dot` needs 16."""
+    return max(power_of_two(d), 16)
+
+
+@triton.jit
+def scale_of(byte, exponent):
+    """``2**exponent`` times what scale bytes stand for."""
+    return tl.exp2((byte.to(tl.float32) - OFFSET_) / OCTAVE_ + exponent)

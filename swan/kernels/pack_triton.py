@@ -13,13 +13,24 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from swan.kernels.gpu import check_device, form_of, numbers_of, power_of_two, table_of, tl, triton
-from swan.packed import OCTAVE, OFFSET, SCALE_DTYPE, Layout, Packed, check_vectors
+from swan.kernels.gpu import (
+    OCTAVE_,
+    OFFSET_,
+    check_device,
+    columns_of,
+    form_of,
+    numbers_of,
+    power_of_two,
+    scale_of,
+    table_of,
+    tl,
+    triton,
+)
+from swan.packed import SCALE_DTYPE, Layout, Packed, check_vectors
 
 __all__ = ["pack"]
 
 TILE = tl.constexpr(16)  # coordinates that are multiplied, or compared, with all at a time
-OCTAVE_, OFFSET_ = tl.constexpr(OCTAVE), tl.constexpr(OFFSET)
 WARPS = 4
 
 
@@ -69,7 +80,7 @@ def _pack(x: Tensor, mix: Tensor | None, numbers: list[int]) -> list[Tensor]:
             table = table_of(tuple(numbers), x.device)
             graded_kernel[vectors,](
                 x.contiguous(), mix, codes, values, scales, table, len(table) - d, d,
-                max(power_of_two(d), 16), *form.widths, power_of_two(max(form.sizes[2], 1)), num_warps=WARPS,
+                columns_of(d), *form.widths, power_of_two(max(form.sizes[2], 1)), num_warps=WARPS,
             )  # fmt: skip
     return tensors
 
@@ -104,7 +115,7 @@ def graded_kernel(
         byte = _scale_byte(tl.max(tl.where(own, tl.abs(y)[None, :], 0.0), 1))
         count = tl.load(table + 2)
         tl.store(scales + vector * count + tl.arange(0, G), byte.to(tl.uint8), mask=tl.arange(0, G) < count)
-        scale = tl.sum(tl.where(own, _scale(byte)[:, None], 0.0), 0)
+        scale = tl.sum(tl.where(own, scale_of(byte, 0)[:, None], 0.0), 0)
         u = y / tl.where(scale > 0, scale, 1.0) + 1
         codes += vector * tl.load(table)
         at = table + 5
@@ -174,7 +185,7 @@ def topk_kernel(
         tl.store(values + index, code.to(tl.int8), mask=kept)
     else:
         byte = _scale_byte(peak)
-        code = tl.minimum(tl.maximum(tl.floor((y / _scale(byte) + 1) * 8), 0.0), 15.0).to(tl.int32)
+        code = tl.minimum(tl.maximum(tl.floor((y / scale_of(byte, 0) + 1) * 8), 0.0), 15.0).to(tl.int32)
         place = tl.arange(0, W)[:, None]
         low, high = (index[None, :] == place) & kept[None, :], (index[None, :] == place + width) & kept[None, :]
         packed = tl.sum(tl.where(low, code[None, :], 0) + tl.where(high, code[None, :] << 4, 0), 1)
@@ -187,11 +198,6 @@ def _scale_byte(peak):
     """The byte of the smallest scale that is not below a peak, as float."""
     octaves = tl.ceil(tl.log2(tl.maximum(peak, 1e-30)) * OCTAVE_)
     return tl.minimum(tl.maximum(octaves, -OFFSET_), 255 - OFFSET_) + OFFSET_
-
-
-@triton.jit
-def _scale(byte):
-    return tl.exp2((byte - OFFSET_) / OCTAVE_)
 
 
 @triton.jit

@@ -596,11 +596,12 @@ class KVCache(nn.Module):
 def _packing(impl: Impl, k: Tensor, plan_layer: PlanLayer | None) -> Packing:
     if impl != "triton":
         return pack
-    from swan.kernels import pack_triton
+    from swan.kernels import gpu, pack_triton
 
-    if plan_layer is not None and not torch.compiler.is_compiling():
+    if plan_layer is not None and not torch.compiler.is_compiling():  # raises before anything is changed
+        gpu.check_device(k)
         for layout in (plan_layer.keys, plan_layer.values):
-            pack_triton.pack(k.new_zeros(1, 1, 0, layout.d), layout)  # raises before anything is changed
+            gpu.form_of(*gpu.numbers_of(layout))
     return pack_triton.pack
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from swan import Calibration, SwanAttention, calibrate
-from swan.calibration import artifact
+from swan.calibration import files
 from tests.tiny import calibration_of, tiny, tokens
 
 
@@ -195,7 +195,7 @@ def test_a_save_that_fails_leaves_the_old_file(calibration, saved, monkeypatch):
         raise OSError("no space left")
 
     before = saved.read_bytes()
-    monkeypatch.setattr(artifact, "save_file", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         calibration.with_basis("random").save(saved)
     assert saved.read_bytes() == before

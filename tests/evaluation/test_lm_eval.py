@@ -1,5 +1,6 @@
 """The model `swan` of lm-evaluation-harness: what it scores is what decoding gives, what it generates is generate's."""
 
+import functools
 import sys
 
 import pytest
@@ -116,8 +117,7 @@ def test_calibrations(folder, tmp_path, monkeypatch):
     plain = tmp_path / "plain"
     tiny(vocab_size=49152).save_pretrained(plain)
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(plain)
-    monkeypatch.setattr(lm_eval, "WINDOWS", 1)
-    monkeypatch.setattr(lm_eval, "WINDOW", 100)
+    monkeypatch.setattr(lm_eval, "calibration_of", functools.partial(lm_eval.calibration_of, tokens=100))
     assert SwanLM(str(plain), device="cpu")._settings["retention"] == 0.26  # calibrated now
 
 

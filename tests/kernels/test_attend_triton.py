@@ -68,7 +68,7 @@ def test_compiles_for_a_gpu(k_layout, v_layout, dtype, tmp_path, monkeypatch):
     types = {"q": code, "mask": "u8", "out": "fp32", "lse": "fp32", "k_table": "i32", "v_table": "i32"}
     types |= {"recent_q": code, "recent_keys": code, "recent_values": code, "recent_mask": "u8", "recent_out": "fp32"}
     constants = {"R": R, "G": G, "DTYPE": products, "PRECISION": precision}
-    constants |= {"D": module._power(k_layout.d), "DV": module._power(v_layout.d)}
+    constants |= {"D": gpu.columns_of(k_layout.d), "DV": gpu.columns_of(v_layout.d)}
     for name, layout in (("k", k_layout), ("v", v_layout)):
         form = gpu.form_of(*gpu.numbers_of(layout))
         numbers = *form.widths, form.bits, form.sparse
