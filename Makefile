@@ -17,7 +17,7 @@ DOCS := $(VENV)/.has-hf,cli,cpp,plot,docs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-matrix matrix check format docs docs-serve bench model dist clean
+.PHONY: help install demo test test-all test-matrix matrix check format docs docs-test docs-serve bench model dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -57,8 +57,12 @@ format: $(DEV) ## format, and fix what ruff can
 docs: $(DOCS) docs/vendor/katex ## build the pages into site/ (needs npm)
 	@$(MKDOCS) build --strict
 
-docs-serve: $(DOCS) docs/vendor/katex ## build the pages at each change and serve them
-	@$(MKDOCS) serve
+docs-test: docs ## check the built pages in a browser (needs chromium)
+	@rm -rf site-screenshots
+	@$(BIN)/pytest -qs -o addopts=-pno:cacheprovider docs/test_site.py
+
+docs-serve: $(DOCS) docs/vendor/katex ## serve the pages; at each change build the changed page only
+	@$(MKDOCS) serve --dirty
 
 bench: $(RUN) ## timings, written to benchmarks/results (needs a GPU)
 	@bash benchmarks/gpu.sh
@@ -68,7 +72,7 @@ dist: $(BIN)/pip ## build the wheel and the sdist into dist/
 	@$(BIN)/python -m build
 
 clean: ## remove all that make has made
-	rm -rf $(VENV) .venv-oldest .hypothesis .import_linter_cache .ruff_cache dist site docs/vendor
+	rm -rf $(VENV) .venv-oldest .hypothesis .import_linter_cache .ruff_cache dist site site-screenshots docs/vendor
 
 # Installation -------------------------------------------------------------------------------------
 

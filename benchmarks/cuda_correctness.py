@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def main() -> int:
     if args.json:
         settings = {"device": args.device, "quick": args.quick, "seconds": args.seconds}
         command = "python " + " ".join(sys.argv)
-        result = {"command": command, "versions": versions(), "machine": machine(), "settings": settings, "rows": rows}
+        about = {"command": command, "date": date.today().isoformat(), "versions": versions(), "machine": machine()}
+        result = about | {"settings": settings, "rows": rows}
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return 1 if failed else 0
 

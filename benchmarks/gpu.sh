@@ -39,6 +39,7 @@ import argparse
 import itertools
 import json
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -62,7 +63,8 @@ bandwidth = memory_bandwidth(args.device)
 settings = {"device": args.device, "seconds_per_row": seconds, "bandwidth": bandwidth, "lengths": lengths}
 settings |= {"batches": batches, **shape}
 command = "benchmarks/gpu.sh" + (f" --device {args.device}" if args.device != "cuda" else "") + " --quick" * args.quick
-result = {"command": command, "versions": versions(), "machine": machine(), "settings": settings, "rows": []}
+about = {"command": command, "date": date.today().isoformat(), "versions": versions(), "machine": machine()}
+result = about | {"settings": settings, "rows": []}
 columns = "{length:>7} {batch:>2} {form:8} {retention:4} {impl:9} {dtype:9}"
 print(f"memory bandwidth {bandwidth / 1e9:.0f} GB/s")
 

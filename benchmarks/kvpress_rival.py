@@ -31,6 +31,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,7 @@ def main() -> None:
     packages = ("torch", "transformers", "kvpress")
     result = {
         "command": f"benchmarks/kvpress_rival.py {args.model.name} {args.windows.name} --threads {args.threads}",
+        "date": date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         "machine": {"machine": platform.machine(), "cores": os.cpu_count()},
         "settings": {

@@ -12,8 +12,8 @@ BOXES = [  # x, y, width, colour, name, detail
     (4, TOP, 100, COMPUTE, "k, v", "after RoPE"),
     (130, TOP, 90, COMPUTE, "rotate", "by P"),
     (246, TOP, 214, DENSE, "dense buffer", "newest 128 tokens, 4 sinks"),
-    (486, TOP, 96, COMPUTE, "prune", "k largest"),
-    (608, TOP, 164, PACKED, "packed history", "8-bit values, bitmap"),
+    (486, TOP, 96, COMPUTE, "pack", "few bits, or few"),
+    (608, TOP, 164, PACKED, "packed history", "codes and scales"),
     (4, BOTTOM, 100, COMPUTE, "q", "after RoPE"),
     (130, BOTTOM, 90, COMPUTE, "rotate", "by P"),
     (246, BOTTOM, 526, COMPUTE, "attention", "one softmax over buffer, sinks and history; nothing is rebuilt"),
@@ -45,7 +45,7 @@ def draw() -> str:
         [
             '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 914 218" role="img" '
             'font-family="system-ui, sans-serif" text-anchor="middle" fill="#ffffff">',
-            "<title>Keys and values are rotated and enter a dense buffer; what leaves it is pruned into a packed "
+            "<title>Keys and values are rotated and enter a dense buffer; what leaves it is packed into the "
             "history; rotated queries attend to both, and the output is rotated back.</title>",
             f'<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="5" markerHeight="5" orient="auto">'
             f'<path d="M0 0 8 4 0 8z" fill="{LINE}"/></marker>',

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 BLUE, ORANGE, GREEN, GREY = "#4c6ef5", "#e8590c", "#0ca678", "#868e96"  # seen on white and on black
 INK = "#010203"  # becomes the text colour of the page
@@ -119,3 +120,103 @@ def prefill_forms(tokens: int = 12, buffer: int = 2, sinks: int = 1) -> str:
         "Dense form in two chunks of 4: the second chunk sees keys 1 and 2 packed. Windowed form: every query sees "
         "the newest 2 and the sink dense and the rest packed.",
     )
+
+
+def kept_coordinates(vectors: Any, panels_of_kept: Mapping[str, Any]) -> str:
+    """Vectors as rows of squares as large as their coordinates; those that are kept in colour."""
+    vectors = np.asarray(vectors)
+    rows, columns = np.indices(vectors.shape)
+    size = 110 * np.abs(vectors) / np.abs(vectors).max()
+    figure, axes = panels(len(panels_of_kept), height=2.6, sharey=True)
+    for axis, (title, kept) in zip(axes, panels_of_kept.items(), strict=True):
+        held = np.asarray(kept) != 0
+        for colour, label, cells in ((BLUE, "kept", held), (GREY, "pruned", ~held)):
+            alpha = 1 if colour == BLUE else 0.45
+            axis.scatter(columns[cells], rows[cells], s=size[cells], marker="s", color=colour, alpha=alpha, label=label)
+        axis.set(xlabel="coordinate", xticks=range(0, vectors.shape[1], 4), yticks=[])
+        axis.set(xlim=(-0.7, vectors.shape[1] - 0.3), ylim=(vectors.shape[0] - 0.3, -0.7))
+        axis.set_title(title, fontsize=10)
+        axis.spines[:].set_visible(False)
+    axes[0].set_ylabel("vector")
+    return svg(
+        figure,
+        f"{len(panels_of_kept)} panels with the same {len(vectors)} vectors, whose coordinates are larger towards the "
+        "left; squares are as large as the coordinates, those that are kept in blue. With top-k each vector keeps "
+        "others, with a graded layout all keep the same.",
+    )
+
+
+def staircase(values: Any, rounded: Mapping[int, Any]) -> str:
+    """Values against what is stored of them, a panel for each number of bits."""
+    values = np.asarray(values)
+    figure, axes = panels(len(rounded), height=2.9, sharey=True)
+    for axis, (bits, stored) in zip(axes, rounded.items(), strict=True):
+        axis.plot(values, values, color=GREY, linewidth=1)
+        axis.plot(values, np.asarray(stored), color=BLUE)
+        axis.set(title=f"{bits} bits", xlabel="mixed coordinate")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("stored")
+    steps = ", ".join(f"{2**bits} steps with {bits} bits" for bits in rounded)
+    return svg(figure, f"Stored against given value, from -1 to 1: staircases about the diagonal, {steps}.")
+
+
+def ring(slots: Sequence[Sequence[int]], sinks: int) -> str:
+    """Which token each slot of a buffer holds, a row for each step; negative where it holds nothing."""
+    table = np.asarray(slots)
+    steps, width = table.shape
+    figure, axes = panels(1, height=0.36 * steps + 0.7)
+    axis = axes[0]
+    for row, column in np.ndindex(steps, width):
+        token = table[row, column]
+        new = token == row
+        colour = ORANGE if new else GREEN if column < sinks else BLUE
+        x = column + 0.6 * (column >= sinks)
+        if token >= 0:
+            axis.text(x, row, str(token), ha="center", va="center", color="white")
+        face = colour if token >= 0 else "none"
+        axis.add_patch(Rectangle((x - 0.45, row - 0.45), 0.9, 0.9, facecolor=face, edgecolor=GREY, linewidth=0.8))
+    axis.set(xlim=(-0.6, width + 0.2), ylim=(steps - 0.4, -0.6), aspect="equal", xlabel="slot", ylabel="after token")
+    axis.set(xticks=[c + 0.6 * (c >= sinks) for c in range(width)], yticks=range(steps))
+    axis.set_xticklabels([f"sink {c}" if c < sinks else f"{c - sinks}" for c in range(width)])
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    size = width - sinks
+    return svg(
+        figure,
+        f"A table of the tokens in each slot after each of {steps} tokens. The ring of {size} slots fills; from "
+        f"then on each new token takes the place of the one that came {size} before it; the sink keeps the first.",
+    )
+
+
+def layers_of(plans: Mapping[str, Sequence[float]]) -> str:
+    """The retention of each layer, a stepped line for each plan."""
+    figure, axes = panels(1, height=2.9)
+    axis = axes[0]
+    styles = zip((BLUE, GREEN, ORANGE), ("-", "--", "-."), strict=True)
+    for (label, retentions), (colour, line) in zip(plans.items(), styles, strict=False):
+        layers = range(len(retentions))
+        axis.plot(layers, retentions, color=colour, linestyle=line, marker="o", markersize=4, label=label)
+    axis.set(xlabel="layer", ylabel="retention of the layer", xticks=layers[:: 1 + len(layers) // 12], ylim=(0, None))
+    axis.grid(alpha=0.25)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), title="plan")
+    return svg(
+        figure,
+        f"Retention of {len(layers)} layers in plans of {', '.join(plans)}: layers differ, and every layer has at "
+        "least as many bytes in a plan of more bytes as in one of fewer.",
+    )
+
+
+def growth(
+    tokens: Sequence[int], caches: Mapping[str, Sequence[float]], alt: str, *, xlabel: str = "tokens in the cache"
+) -> str:
+    """Bytes of caches against tokens, the first in grey."""
+    figure, axes = panels(1, height=3)
+    axis = axes[0]
+    size, unit = (2**20, "MiB") if max(map(max, caches.values())) > 2**21 else (2**10, "KiB")
+    styles = zip((GREY, BLUE, ORANGE), ("-", "--", "-."), strict=True)
+    for (label, sizes), (colour, line) in zip(caches.items(), styles, strict=False):
+        axis.plot(tokens, np.asarray(sizes) / size, color=colour, linestyle=line, label=label)
+    axis.set(xlabel=xlabel, ylabel=f"{unit} held", xlim=(0, None), ylim=(0, None))
+    axis.grid(alpha=0.25)
+    axis.legend()
+    return svg(figure, alt)

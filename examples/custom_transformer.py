@@ -44,7 +44,7 @@ class Transformer(nn.Module):
 def train(model: Transformer, data: Tensor, seconds: float) -> None:
     """Plain training: without a cache, SwanAttention is ordinary attention with gradients."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    begun, step = time.perf_counter(), 0
+    begun, step, reported = time.perf_counter(), 0, 0.0
     while (elapsed := time.perf_counter() - begun) < seconds:
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - elapsed / seconds) + 1e-5
         starts = torch.randint(len(data) - CONTEXT - 1, (8,))
@@ -54,8 +54,9 @@ def train(model: Transformer, data: Tensor, seconds: float) -> None:
         loss.backward()
         optimizer.step()
         step += 1
-        if step % 50 == 0:
-            print(f"step {step:4d}   loss {loss.item():.3f}")
+        if elapsed >= reported:
+            print(f"{elapsed:3.0f} s   step {step:4d}   loss {loss.item():.3f}")
+            reported += seconds / 6
 
 
 def build_caches(plan: swan.Plan, *, static: bool = False) -> list[swan.KVCache]:

@@ -88,7 +88,10 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class TopK:
-    """Each vector keeps its own ``keep`` largest coordinates: "winnowing".
+    r"""Each vector keeps its own ``keep`` largest coordinates: "winnowing".
+
+    $\hat x_i = x_i$ if $|x_i|$ is among the ``keep`` largest of the vector, else 0; with 8 or 4 bits what is kept is
+    rounded.
 
     Bytes per vector: ``keep * bits / 8 + positions + scale``, where positions take ``ceil(d / 8)``
     bytes as a bitmap or ``keep`` bytes as an index list (none when ``keep == d``), and the scale
@@ -207,6 +210,8 @@ class Graded:
         Graded(groups=((32, 16), (32, 0)))
         >>> Graded(((16, 5), (48, 3))).vector_bytes()
         30
+
+    Source: this library; mixing by a Hadamard matrix before rounding is known from QuaRot, arXiv:2404.00456.
     """
 
     form: ClassVar[str] = "graded"
@@ -299,15 +304,20 @@ class Graded:
 
 @dataclass(frozen=True)
 class PlanLayer:
-    """The layouts of one layer of a plan, for keys and values apart.
+    r"""The layouts of one layer of a plan, for keys and values apart.
+
+    A history token takes the share $\frac{\text{bytes(key)} + \text{bytes(value)}}{2\,(d_k + d_v)}$, its `retention`,
+    of its bfloat16 bytes.
 
     Args:
         keys: layout of the keys.
-        values: layout of the values.
+        values: layout of the values, of the same or another head dimension.
 
     Example:
         >>> PlanLayer(TopK(64, 40), TopK(64, 24)).retention
         0.328125
+
+    Source: arXiv:2511.18936 for `TopK`, this library for `Graded`.
     """
 
     keys: Layout
@@ -332,6 +342,13 @@ class Packed:
         positions: uint8 ``[batch, heads, tokens, position_bytes]`` or None.
         layout: how to read them.
         dtype: dtype of the vectors.
+
+    Example:
+        >>> packed = pack(torch.randn(1, 2, 100, 64), TopK(64, keep=32))
+        >>> packed.shape, packed.nbytes, packed.tokens(0, 10).shape
+        ((1, 2, 100, 64), 8400, (1, 2, 10, 64))
+
+    Source: the formats are those of `TopK` and `Graded`.
     """
 
     planes: tuple[Tensor, ...]
@@ -410,7 +427,7 @@ def pack(x: Tensor, layout: Layout) -> Packed:
 
 
 def unpack(packed: Packed) -> Tensor:
-    """The vectors that a `Packed` stores, pruned coordinates as zeros.
+    r"""The vectors that a `Packed` stores, pruned coordinates as zeros: $\hat x$ of `TopK` and `Graded`.
 
     Args:
         packed: what `pack` returned, or some of its tokens.
@@ -422,6 +439,8 @@ def unpack(packed: Packed) -> Tensor:
         >>> x = torch.randn(1, 2, 5, 64)
         >>> torch.equal(unpack(pack(x, TopK(64, keep=64, bits=16))), x)
         True
+
+    Source: arXiv:2511.18936.
     """
     values, matrix = unpack_mixed(packed), mixing(packed)
     return values if matrix is None else values @ matrix.mT

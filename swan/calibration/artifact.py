@@ -20,6 +20,7 @@ from swan.calibration.capture import (
     evaluating,
     fingerprint,
     observing,
+    tensor_parallel,
     unwrapped,
 )
 from swan.calibration.effects import BUFFER, WINDOWS, Effects, beginning, measure_effects, tokens_of
@@ -97,6 +98,12 @@ class Calibration:
         Args:
             basis: ``"joint"``, ``"pca"``, ``"random"`` or ``"identity"``.
             seed: seed of ``"random"``; each layer draws its own.
+
+        Returns:
+            Another calibration.
+
+        Raises:
+            ValueError: the basis is not known.
         """
         if (basis, seed) == (self.basis, self.seed):
             return self
@@ -185,11 +192,14 @@ def calibrate(
     effects: bool | None = None,
     progress: bool = True,
 ) -> Calibration:
-    """Run a model over some text; find an orthogonal basis for each layer and KV head, and what packing a layer does.
+    r"""Run a model over some text; find an orthogonal basis for each layer and KV head, and what packing a layer does.
 
-    Sums second moments of q, k (after RoPE) and v in float64; no activation is kept. Some 8,000 tokens of
-    ordinary text do. Then up to 4 windows of 1024 tokens are run forward and backward, which predicts the KL
-    divergence that each layer adds in each of some layouts; `Plan.for_retention` spends bytes accordingly.
+    Sums second moments $M_x = \sum_t x_t x_t^\top$ of q, k (after RoPE) and v in float64; no activation is kept. The
+    columns of the basis ``"joint"`` are the eigenvectors, largest eigenvalue first, of
+    $M_q / \mathrm{tr}\, M_q + M_k / \mathrm{tr}\, M_k$ for keys, and of the same sum of $M_v$ and
+    $\sum_h W_{O,h}^\top W_{O,h}$ for values. Some 8,000 tokens of ordinary text do. Then up to 4 windows of 1024 tokens
+    are run forward and backward, which predicts the KL divergence that each layer adds in each of some layouts;
+    `Plan.for_retention` spends bytes accordingly.
 
     Args:
         model: a model of your own built from `SwanAttention`, or a transformers decoder.
@@ -208,8 +218,8 @@ def calibrate(
 
     Raises:
         TypeError: the model has no attention that swan knows.
-        ValueError: no batch came, activations hold NaN or infinity, or the model changes its attention scores
-            in a way that swan does not know (softcap, learned sinks).
+        ValueError: no batch came, activations hold NaN or infinity, the model changes its attention scores
+            in a way that swan does not know (softcap, learned sinks), or is split over processes.
 
     Example:
         >>> import swan
@@ -221,6 +231,10 @@ def calibrate(
     Source: arXiv:2511.18936.
     """
     model = unwrapped(model)
+    if tensor_parallel(model)[1] > 1:
+        raise ValueError(
+            "each process holds only some heads of this model; calibrate it in one process, save, and load here"
+        )
     moments: dict[int, Moments] = {}
 
     def observe(index: int, seen: Observed) -> None:

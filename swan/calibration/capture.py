@@ -12,7 +12,7 @@ from swan.modules import SwanAttention
 
 __all__ = [
     "Observed", "attention_layers", "call", "config_fingerprint", "evaluating", "fingerprint", "observing",
-    "swan_layers", "unwrapped",
+    "swan_layers", "tensor_parallel", "unwrapped",
 ]  # fmt: skip
 
 
@@ -107,6 +107,16 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
     watch = _observe_swan(layers, observer) if layers else _observe_transformers(model, observer)
     with watch:
         yield
+
+
+def tensor_parallel(model: nn.Module) -> tuple[int, int]:
+    """Rank and size of a model's tensor parallelism: each rank has equal shares of the heads, in their order."""
+    ranks = getattr(model, "tp_size", None) or 1
+    if ranks == 1:
+        return 0, 1
+    mesh = cast(Any, model)._device_mesh
+    mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh
+    return mesh.get_local_rank(), ranks
 
 
 @contextlib.contextmanager

@@ -50,12 +50,18 @@ EXACT = 1e-9  # retentions are quotients
 
 @dataclass(frozen=True)
 class Plan:
-    """For each layer the layouts of keys and values; one buffer and one number of sinks.
+    r"""For each layer the layouts of keys and values; one buffer and one number of sinks.
+
+    Its `retention` is $\sum_l \text{bytes}_l \big/ \sum_l 2\,(d_{k,l} + d_{v,l})$ over the layers with a history: bytes
+    stored of a token over its bfloat16 bytes.
 
     Args:
         layers: one `PlanLayer` per layer; None keeps no history in that layer (a sliding window).
         buffer: recent tokens kept dense.
         sinks: first tokens kept dense.
+
+    Raises:
+        ValueError: `buffer` below 1 or `sinks` below 0.
 
     Example:
         >>> plan = Plan.for_retention(0.33, dims=[(64, 64)] * 2)
@@ -63,6 +69,8 @@ class Plan:
         PlanLayer(keys=Graded(groups=((16, 8), (48, 5))), values=Graded(groups=((16, 5), (48, 4))))
         >>> Plan.from_json(plan.to_json()) == plan
         True
+
+    Source: this library; steps along convex hulls of bytes and effect are Shoham and Gersho's (1988) bit allocation.
     """
 
     layers: tuple[PlanLayer | None, ...]

@@ -26,6 +26,7 @@ from swan.cli.common import (
 from swan.evaluation import bench as benchmarks
 from swan.evaluation.bench import FORMS, IMPLS, SHAPES, Setup
 from swan.evaluation.calibrations import calibration_of
+from swan.evaluation.figures import save
 from swan.evaluation.machine import memory_bandwidth
 from swan.evaluation.sources import evaluation_text, token_windows
 
@@ -74,7 +75,7 @@ def decode(
         chosen = _forms(form, retention)
         rows = benchmarks.bench_decode(lengths, setup, dtypes=dtypes, forms=chosen, impls=impl, bandwidth=bandwidth)
         if plot is not None:
-            benchmarks.plot_decode(rows, plot, _about(setup))
+            save(benchmarks.plot_decode(rows, _about(setup)), plot)
     if json:
         return print_json(_settings(setup, shape, lengths=lengths, bandwidth=bandwidth), rows)
     columns: dict[str, Callable[[Row], str]] = {

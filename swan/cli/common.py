@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import date
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,7 +86,8 @@ def load(name: str, dtype: Dtype) -> tuple["PreTrainedModel", "PreTrainedTokeniz
 def envelope(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The JSON object of a command."""
     command = shlex.join(["swan", *sys.argv[1:]])
-    return {"command": command, "versions": versions(), "machine": machine(), "settings": settings, "rows": list(rows)}
+    about = {"command": command, "date": date.today().isoformat(), "versions": versions(), "machine": machine()}
+    return about | {"settings": settings, "rows": list(rows)}
 
 
 def print_json(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:

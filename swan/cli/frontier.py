@@ -24,8 +24,17 @@ from swan.cli.common import (
     write_json,
 )
 from swan.evaluation.calibrations import calibration_of
-from swan.evaluation.frontier import DEFAULT, RETENTIONS, average_seeds, compared, label, mark_frontier, methods
-from swan.evaluation.frontier import plot as plot_frontier
+from swan.evaluation.figures import save
+from swan.evaluation.frontier import (
+    DEFAULT,
+    RETENTIONS,
+    average_seeds,
+    compared,
+    label,
+    mark_frontier,
+    methods,
+    plot_frontier,
+)
 from swan.evaluation.perplexity import Setting, evaluate
 from swan.evaluation.retrieval import evaluate_needles, needle_cases, summarize_needles
 from swan.evaluation.sources import evaluation_text, token_windows
@@ -93,7 +102,7 @@ def frontier(
     shown = average_seeds(result["rows"])
     mark_frontier(shown)
     if plot is not None:
-        plot_frontier(shown, plot, f"{model}, {len(tokens)} windows of {length} tokens")
+        save(plot_frontier(shown, f"{model}, {len(tokens)} windows of {length} tokens"), plot)
     if json:
         return print(json_module.dumps(result, indent=2))
     print_table(

@@ -4,16 +4,18 @@ import json
 import statistics
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swan.calibration import Calibration, Plan
 from swan.evaluation.baselines import rivals
-from swan.evaluation.figures import save
+from swan.evaluation.figures import finish
 from swan.evaluation.perplexity import Method, Setting
 from swan.packed import PlanLayer, TopK
 
-__all__ = ["DEFAULT", "RETENTIONS", "average_seeds", "compared", "label", "mark_frontier", "methods", "plot"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["DEFAULT", "RETENTIONS", "average_seeds", "compared", "label", "mark_frontier", "methods", "plot_frontier"]
 
 RETENTIONS = (0.5, 0.33, 0.26, 0.2, 0.15)
 NEAR = 0.985  # share of a rival's bytes from which on a default plan counts as one of as many
@@ -133,12 +135,11 @@ def label(row: dict[str, Any]) -> str:
     return row["form"] if bits is None else f"{row['form']}, {bits} bit"
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
+def plot_frontier(rows: Sequence[dict[str, Any]], title: str) -> "Figure":
     """KL divergence against retention, the default plans as a line.
 
     Args:
-        rows: averaged over seeds.
-        path: an image file that matplotlib knows.
+        rows: averaged over seeds, with what is on the frontier marked.
         title: of the plot.
     """
     from matplotlib.figure import Figure
@@ -158,4 +159,4 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     axes.set(
         yscale="log", xlabel="retention: bytes of the history over bf16", ylabel="KL from dense, nats", title=title
     )
-    return save(figure, path)
+    return finish(figure)

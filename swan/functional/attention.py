@@ -77,6 +77,8 @@ def dense_attention(
         >>> q, k, v = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16)
         >>> dense_attention(q, k, v, causal=True).shape
         torch.Size([1, 4, 3, 16])
+
+    Source: Vaswani et al., arXiv:1706.03762; grouped queries are arXiv:2305.13245.
     """
     if not torch.compiler.is_compiling():
         _check(q, k, v, mask)
@@ -138,13 +140,14 @@ def packed_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention over packed keys and values: `dense_attention` on what `unpack` would return.
 
-    At most 1024 tokens are unpacked at a time; their parts are merged by log-sum-exp, so the dense
-    history never exists (``impl="reference"`` is exempt).
+    $o_i = \sum_j p_{ij} \hat v_j$, $p_i = \mathrm{softmax}_j(s\, q_i \cdot \hat k_j)$, with $\hat k_j$ and $\hat v_j$
+    as they are stored. At most 1024 tokens are unpacked at a time; their parts are merged by log-sum-exp, so the
+    dense history never exists (``impl="reference"`` is exempt).
 
     Args:
         q: rotated queries.
-        k: packed rotated keys.
-        v: packed rotated values.
+        k: packed rotated keys, of the shape ``[batch, kv_heads, tokens, d]``.
+        v: packed rotated values, ``[batch, kv_heads, tokens, dv]``.
         mask: True where a query sees a token.
         scale: factor of the scores, ``d ** -0.5`` by default.
         impl: ``"cpp"`` (a kernel for CPUs), ``"triton"`` (one for GPUs), or as in `dense_attention`, for each tile;
@@ -157,6 +160,7 @@ def packed_attention(
 
     Raises:
         ValueError: shapes do not fit, ``impl="flex"``, or a kernel that does not read the layouts or run on the device.
+        TypeError: dtypes differ, or the mask is not boolean.
         RuntimeError: ``impl="cpp"`` and the kernel cannot be built.
 
     Example:
@@ -290,10 +294,14 @@ def swan_attention(
 ) -> Float[Tensor, "batch heads queries dv"]:
     r"""Attention over packed history and dense buffer together: one softmax, nothing rebuilt.
 
+    $o_i = \sum_{j \in H} p_{ij} \hat v_j + \sum_{j \in B} p_{ij} v_j$ with
+    $p_i = \mathrm{softmax}_{j \in H \cup B}(s\, q_i \cdot k_j)$: what `merge_attention` makes of `packed_attention`
+    over the history $H$, whose keys count as they are stored, and `dense_attention` over the buffer $B$.
+
     Args:
         q: rotated queries.
-        k_history: packed keys, or None where there is no history yet.
-        v_history: packed values, or None.
+        k_history: packed keys ``[batch, kv_heads, tokens, d]``, or None where there is no history yet.
+        v_history: packed values ``[batch, kv_heads, tokens, dv]``, or None.
         k_buffer: dense keys: the buffer and the sinks, in any order.
         v_buffer: dense values.
         history_mask: True where a query sees a history token.
@@ -305,7 +313,9 @@ def swan_attention(
         Output in the rotated coordinates of the values: `inverse_rotate` brings it back.
 
     Raises:
-        ValueError: shapes do not fit, or only one of the histories is given.
+        ValueError: shapes do not fit, only one of the histories is given, or `impl` cannot do what was asked for.
+        TypeError: dtypes differ, or a mask is not boolean.
+        RuntimeError: ``impl="cpp"`` and the kernel cannot be built.
 
     Example:
         >>> from swan import TopK, pack

@@ -48,8 +48,9 @@ def topk_prune(x: Float[Tensor, "... d"], keep: int) -> Float[Tensor, "... d"]:
 def graded_prune(x: Float[Tensor, "... d"], groups: tuple[tuple[int, int], ...]) -> Float[Tensor, "... d"]:
     r"""What a graded layout keeps of each vector: the same coordinates, group by group, with the group's bits.
 
-    16 bits keep a coordinate as it is, 0 prunes it; between, the group is mixed, rounded to $2^b$ steps of its own
-    scale, and mixed back (`Graded`). ``unpack(pack(x, Graded(groups)))`` is the same tensor.
+    16 bits keep a coordinate as it is, 0 prunes it; between, a group $x_g$ is mixed, rounded to $2^b$ steps of its own
+    scale $s$, and mixed back, $\hat x_g = R_b(x_g H)\, H^\top$ with $|R_b(y) - y| \le 2^{-b} s$ (`Graded`).
+    ``unpack(pack(x, Graded(groups)))`` is the same tensor.
 
     Args:
         x: vectors along the last axis, in a basis sorted by importance.
@@ -64,6 +65,8 @@ def graded_prune(x: Float[Tensor, "... d"], groups: tuple[tuple[int, int], ...])
     Example:
         >>> graded_prune(torch.tensor([3.0, -1.0, 0.5, -2.0]), ((2, 16), (2, 0)))
         tensor([ 3., -1.,  0.,  0.])
+
+    Source: this library; see `Graded`.
     """
     layout = Graded(groups)
     if layout.d != x.shape[-1]:

@@ -33,13 +33,16 @@ def save_pretrained(model: PreTrainedModel, directory: str | Path, plan: Plan | 
             folded values or an adapter; nothing is written then.
 
     Example:
-        ```python
-        swan.attach(model, swan.calibrate(model, batches))
-        swan.save_pretrained(model, "my-model", plan=swan.Plan.for_retention(0.33, calibration))
-
-        model = swan.from_pretrained("my-model")  # attached
-        model.generate(**inputs, past_key_values=swan.SwanCache(model))
-        ```
+        >>> import tempfile, torch, swan
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).eval()
+        >>> calibration = swan.calibrate(model, [torch.randint(97, (1, 100))], progress=False)
+        >>> swan.attach(model, calibration)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_pretrained(model, folder, plan=swan.Plan.for_retention(0.33, calibration))
+        ...     sorted(file.name for file in Path(folder).glob("swan*"))
+        ['swan_calibration.safetensors', 'swan_plan.json']
     """
     folder, attachment = Path(directory), attachment_of(model)
     if (folder / "config.json").is_file():
@@ -75,6 +78,19 @@ def from_pretrained(directory: str | Path, *, fold: bool = False, **kwargs: Any)
 
     Raises:
         ValueError: the folder holds no calibration, or one of another model.
+
+    Example:
+        >>> import tempfile, torch, swan
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).eval()
+        >>> calibration = swan.calibrate(model, [torch.randint(97, (1, 100))], progress=False)
+        >>> swan.attach(model, calibration)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_pretrained(model, folder, plan=swan.Plan.for_retention(0.33, calibration))
+        ...     again = from_pretrained(folder)  # attached
+        >>> swan.SwanCache(again).plan == swan.Plan.for_retention(0.33, calibration)
+        True
     """
     folder = Path(directory)
     if not has_calibration(folder):

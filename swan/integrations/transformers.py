@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from swan.calibration import Calibration, Plan
-from swan.calibration.capture import attention_layers, evaluating, unwrapped
+from swan.calibration.capture import attention_layers, evaluating, tensor_parallel, unwrapped
 from swan.calibration.effects import Effects
 from swan.calibration.moments import output_projection
 from swan.functional.rotation import fold_value_rotation, inverse_rotate, rotate
@@ -82,17 +82,18 @@ def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     attachment = _Attachment(calibration, _config(model)._attn_implementation, [])
     model._swan_attachment = attachment  # type: ignore[assignment]
+    rank, ranks = tensor_parallel(model)
     for index, bases in zip(sorted(layers), calibration.layers, strict=True):
         layer = layers[index]
+        key_basis, value_basis = (b.chunk(ranks)[rank] for b in (bases.key_basis, bases.value_basis))
         place = next((p for p in layer.parameters() if p.is_floating_point()), None)
         options: dict[str, Any] = (
             {"dtype": model.dtype} if place is None else {"dtype": place.dtype, "device": place.device}
         )
-        layer.register_buffer("swan_key_basis", bases.key_basis.to(**options), persistent=False)
+        layer.register_buffer("swan_key_basis", key_basis.to(**options), persistent=False)
         if fold:
-            attachment.folded += _fold(layer, bases.value_basis)
-        value_basis = None if fold else bases.value_basis.to(**options)
-        layer.register_buffer("swan_value_basis", value_basis, persistent=False)
+            attachment.folded += _fold(layer, value_basis)
+        layer.register_buffer("swan_value_basis", None if fold else value_basis.to(**options), persistent=False)
     model.set_attn_implementation(NAME)
     try:
         _try_cache(model)

@@ -18,9 +18,9 @@ class SwanAttention(nn.Module):
     r"""Multi-head causal self-attention with grouped queries, and a winnowed cache for decoding.
 
     Without a cache it is plain attention with gradients. With a `KVCache` it rotates queries and keys
-    with the key basis $P_K$ and values with $P_V$, attends on the cache, and rotates the output back:
-    the same function, until the cache prunes. Bases begin as the identity; `swan.calibrate` and
-    `swan.attach` set them.
+    with the key basis $P_K$ and values with $P_V$, attends on the cache, and rotates the output back,
+    $o = \mathrm{attend}(q P_K, k P_K, v P_V)\, P_V^\top$: the same function, until the cache prunes. Bases begin
+    as the identity; `swan.calibrate` and `swan.attach` set them.
 
     Args:
         dim: width of the model.

@@ -31,7 +31,12 @@ class StructuredPruner(nn.Module):
         self.layout = layout
 
     def forward(self, x: Tensor) -> Packed:
-        """Store `x` in the layout."""
+        """Store `x` in the layout.
+
+        Raises:
+            ValueError: `x` does not have 4 axes or its last one is not the layout's ``d``.
+            TypeError: `x` is not floating point.
+        """
         return pack(x, self.layout)
 
     def extra_repr(self) -> str:

@@ -38,11 +38,11 @@ class OrthoRotation(nn.Module):
         self.register_buffer("basis", basis.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Coordinates of `x` in the basis."""
+        """Coordinates of `x` in the basis; raises as `rotate` does."""
         return rotate(x, self.basis)
 
     def inverse(self, x: Tensor) -> Tensor:
-        """Back from coordinates in the basis."""
+        r"""Back from coordinates in the basis, $x = x' P_h^\top$; raises as `inverse_rotate` does."""
         return inverse_rotate(x, self.basis)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from swan import Calibration
 from swan.cli.app import app
 
 MODEL = "smollm2-135m"
-ENVELOPE = {"command", "versions", "machine", "settings", "rows"}
+ENVELOPE = {"command", "date", "versions", "machine", "settings", "rows"}
 
 
 def run(*arguments, status=0):

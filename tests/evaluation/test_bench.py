@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from swan.evaluation.bench import FORMS, SHAPES, Setup, add_speedups, bench_decode, common, decode, plot_decode
+from swan.evaluation.figures import save
 from swan.evaluation.machine import TooLong, at_most, last_level_cache, machine, peak_bytes, time_calls, versions
 
 COLUMNS = [
@@ -35,7 +36,7 @@ def test_rows_follow_the_schema(rows):
 
 
 def test_plots(rows, tmp_path):
-    assert plot_decode(rows, tmp_path / "new" / "decode.png", "tiny").stat().st_size > 10_000
+    assert save(plot_decode(rows, "tiny"), tmp_path / "new" / "decode.png").stat().st_size > 10_000
 
 
 def test_results_are_right_and_their_error_is_that_of_the_dtype(rows):

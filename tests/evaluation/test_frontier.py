@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from swan import calibrate
-from swan.evaluation.frontier import average_seeds, compared, label, mark_frontier, methods, plot
+from swan.evaluation.figures import save
+from swan.evaluation.frontier import average_seeds, compared, label, mark_frontier, methods, plot_frontier
 from swan.evaluation.perplexity import evaluate
 from tests.strategies import one_thread  # noqa: F401
 from tests.tiny import tiny, tokens
@@ -61,6 +62,6 @@ def test_of_a_hybrid_model_only_whole_layers_count():
 def test_plots(rows, tmp_path):
     shown = average_seeds(rows)
     mark_frontier(shown)
-    path = plot(shown, tmp_path / "new" / "frontier.png", "tiny")
+    path = save(plot_frontier(shown, "tiny"), tmp_path / "new" / "frontier.png")
     assert path.stat().st_size > 10_000
     assert torch.is_grad_enabled()

@@ -5,8 +5,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,10 +22,13 @@ from swan.evaluation.bench.common import (
     reason_in,
     relative_error,
 )
-from swan.evaluation.figures import save
+from swan.evaluation.figures import finish
 from swan.evaluation.machine import memory_bandwidth, peak_bytes
 from swan.functional.attention import dense_attention, swan_attention
 from swan.packed import Packed, PlanLayer, pack, unpack
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["DENSE", "IMPLS", "bench_decode", "kernel_on", "plot_decode"]
 
@@ -119,14 +121,13 @@ def bench_decode(
     return rows
 
 
-def plot_decode(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
+def plot_decode(rows: Sequence[dict[str, Any]], title: str) -> "Figure":
     """Time of a step against the tokens in the cache, and speed-up against retention at the longest.
 
     Of each cache the fastest impl and dtype is shown.
 
     Args:
         rows: of `bench_decode`.
-        path: an image file that matplotlib knows.
         title: of the plot.
 
     Raises:
@@ -135,10 +136,12 @@ def plot_decode(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     Example:
         >>> setup = Setup(heads=4, kv_heads=2, head_dim=32, buffer=32, repeats=3)
         >>> rows = bench_decode([96, 128], setup, impls=["sdpa", "tiles"])
-        >>> plot_decode(rows, Path("decode.png"), "tiny")  # doctest: +SKIP
+        >>> plot_decode(rows, "tiny").savefig("decode.png")  # doctest: +SKIP
     """
+    import matplotlib
     from matplotlib.figure import Figure
 
+    ink = matplotlib.rcParams["axes.edgecolor"]
     fastest: dict[tuple[str, float, int], dict[str, Any]] = {}
     for row in sorted((row for row in rows if row["median_ms"] is not None), key=lambda row: -row["median_ms"]):
         fastest[row["form"], row["retention"], row["length"]] = row
@@ -148,17 +151,17 @@ def plot_decode(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     times, speedups = figure.subplots(1, 2)
     for form, retention in dict.fromkeys(key[:2] for key in sorted(fastest)):
         own = sorted((key[2], row["median_ms"]) for key, row in fastest.items() if key[:2] == (form, retention))
-        style: Any = {"label": "dense", "color": "black"} if form == "dense" else {"label": f"{form}, {retention:.2f}"}
+        style: Any = {"label": "dense", "color": ink} if form == "dense" else {"label": f"{form}, {retention:.2f}"}
         times.plot(*zip(*own, strict=True), marker="o", markersize=4, **style)
     times.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms for a step of a layer", title=title)
     longest = max(length for *_, length in fastest)
     for form in dict.fromkeys(key[0] for key in sorted(fastest) if key[0] != "dense"):
         own = sorted((key[1], row["speedup"]) for key, row in fastest.items() if key[::2] == (form, longest))
         speedups.plot(*zip(*own, strict=True), marker="o", markersize=4, label=form)
-    speedups.axhline(1, color="black", linewidth=0.8)
+    speedups.axhline(1, color=ink, linewidth=0.8)
     speedups.set(xlabel="retention", ylabel="speed-up over the fastest dense", title=f"{longest} tokens")
     speedups.set_ylim(bottom=0)
-    return save(figure, path)
+    return finish(figure)
 
 
 def kernel_on(device: torch.device) -> str:
