@@ -6,28 +6,47 @@ The colours can be read on a white and on a dark page: all text stands on a fill
 from pathlib import Path
 
 COMPUTE, DENSE, PACKED, LINE = "#5b6678", "#3f51b5", "#b0501a", "#878e99"
-TOP, BOTTOM, HEIGHT = 16, 142, 60  # of the two rows: what is stored, and what is asked
+TOP, BOTTOM, HEIGHT = (
+    16,
+    142,
+    60,
+)  # of the two rows: what is stored, and what is asked
 
 BOXES = [  # x, y, width, colour, name, detail
     (4, TOP, 100, COMPUTE, "k, v", "after RoPE"),
     (130, TOP, 90, COMPUTE, "rotate", "by P"),
     (246, TOP, 214, DENSE, "dense buffer", "newest 128 tokens, 4 sinks"),
-    (486, TOP, 96, COMPUTE, "pack", "few bits, or few"),
+    (486, TOP, 96, COMPUTE, "pack", "in few bits"),
     (608, TOP, 164, PACKED, "packed history", "codes and scales"),
     (4, BOTTOM, 100, COMPUTE, "q", "after RoPE"),
     (130, BOTTOM, 90, COMPUTE, "rotate", "by P"),
-    (246, BOTTOM, 526, COMPUTE, "attention", "one softmax over buffer, sinks and history; nothing is rebuilt"),
+    (
+        246,
+        BOTTOM,
+        526,
+        COMPUTE,
+        "attention",
+        "one softmax over buffer, sinks and history; nothing is rebuilt",
+    ),
     (798, BOTTOM, 112, COMPUTE, "output", "rotated back"),
 ]
 ARROWS = [  # x1, y1, x2, y2
-    *((x, TOP + HEIGHT / 2, x + 26, TOP + HEIGHT / 2) for x in (104, 220, 460, 582)),
-    *((x, BOTTOM + HEIGHT / 2, x + 26, BOTTOM + HEIGHT / 2) for x in (104, 220, 772)),
+    *(
+        (x, TOP + HEIGHT / 2, x + 26, TOP + HEIGHT / 2)
+        for x in (104, 220, 460, 582)
+    ),
+    *(
+        (x, BOTTOM + HEIGHT / 2, x + 26, BOTTOM + HEIGHT / 2)
+        for x in (104, 220, 772)
+    ),
     (353, TOP + HEIGHT, 353, BOTTOM),
     (690, TOP + HEIGHT, 690, BOTTOM),
 ]
 
 
-def box(x: float, y: float, width: float, colour: str, name: str, detail: str) -> str:
+def box(
+    x: float, y: float, width: float, colour: str, name: str, detail: str
+) -> str:
     middle = x + width / 2
     return (
         f'<rect x="{x}" y="{y}" width="{width}" height="{HEIGHT}" rx="7" fill="{colour}"/>'

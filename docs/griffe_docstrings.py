@@ -19,4 +19,6 @@ class Docstrings(Extension):
         text = obj.docstring.value
         if not FENCED.search(text):
             text = EXAMPLE.sub(r"\1Examples:", text)
-        obj.docstring.value = ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+        obj.docstring.value = ARXIV.sub(
+            r"[arXiv:\1](https://arxiv.org/abs/\1)", text
+        )

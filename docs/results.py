@@ -7,12 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import figures
-from tables import table
-
 from swan.evaluation.bench import plot_decode
 from swan.evaluation.figures import save
-from swan.evaluation.frontier import average_seeds, compared, label, mark_frontier, plot_frontier
+from swan.evaluation.frontier import (
+    average_seeds,
+    compared,
+    label,
+    mark_frontier,
+    plot_frontier,
+)
+
+import figures
+from tables import table
 
 FOLDER = Path("benchmarks/results")
 
@@ -25,13 +31,23 @@ def load(name: str) -> dict[str, Any]:
 def made(result: dict[str, Any]) -> str:
     """By which command, when, on what and with what a result was made."""
     machine, versions = result["machine"], dict(result["versions"])
-    where = f"{machine.get('cpu') or machine.get('machine')}, {machine['cores']} cores"
+    where = (
+        f"{machine.get('cpu') or machine.get('machine')}, {machine['cores']} cores"
+    )
     if machine.get("gpu"):
         where = machine["gpu"]
-    used = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "swan")
+    used = ", ".join(
+        f"{name} {version}" for name, version in versions.items() if name != "swan"
+    )
     parts = result["settings"].get("runs", [])
-    runs = f" Runs: {'; '.join([parts] if isinstance(parts, str) else parts)}." if parts else ""
-    return f"Made by `{result['command']}` on {result['date']}; {where}; {used}.{runs}"
+    runs = (
+        f" Runs: {'; '.join([parts] if isinstance(parts, str) else parts)}."
+        if parts
+        else ""
+    )
+    return (
+        f"Made by `{result['command']}` on {result['date']}; {where}; {used}.{runs}"
+    )
 
 
 def runs() -> str:
@@ -44,23 +60,32 @@ def runs() -> str:
             [
                 f"`{path.name}`",
                 result["date"],
-                machine.get("gpu") or f"{machine.get('cpu') or machine.get('machine')}, {machine['cores']} cores",
+                machine.get("gpu")
+                or f"{machine.get('cpu') or machine.get('machine')}, {machine['cores']} cores",
                 f"{versions['torch']}, {versions['transformers']}",
                 f"`{result['command']}`",
             ]
         )
-    return table(("file", "date", "machine", "torch, transformers", "command"), cells)
+    return table(
+        ("file", "date", "machine", "torch, transformers", "command"), cells
+    )
 
 
 def default(model: str, retention: float) -> dict[str, Any]:
     """The default plan measured nearest to a retention."""
-    rows = [row for row in load(f"frontier-{model}")["rows"] if row["form"] == "swan"]
+    rows = [
+        row for row in load(f"frontier-{model}")["rows"] if row["form"] == "swan"
+    ]
     return min(rows, key=lambda row: abs(row["retention"] - retention))
 
 
 def step(form: str, retention: float, impl: str = "cpp") -> dict[str, Any]:
     """One decode step of attention over 32k tokens, in bfloat16."""
-    rows = [row for row in load("decode-cpu")["rows"] if row["dtype"] == "bfloat16" and row["median_ms"] is not None]
+    rows = [
+        row
+        for row in load("decode-cpu")["rows"]
+        if row["dtype"] == "bfloat16" and row["median_ms"] is not None
+    ]
     found = [row for row in rows if (row["form"], row["impl"]) == (form, impl)]
     return min(found, key=lambda row: abs(row["retention"] - retention))
 
@@ -86,26 +111,38 @@ def choose() -> str:
     smol, gemma = "smollm2-135m", "gemma3-270m"
     fast, top = step("graded", 0.27), step("topk", 0.5)
     rows = [
-        ("to halve the cache, and nobody may notice", "`retention=0.5`", cost(smol, 0.5)),
-        ("a third of the bytes: **begin here**", "`retention=0.33`", cost(smol, 0.33)),
+        (
+            "to halve the cache, and nobody may notice",
+            "`retention=0.5`",
+            cost(smol, 0.5),
+        ),
+        (
+            "a third of the bytes: **begin here**",
+            "`retention=0.33`",
+            cost(smol, 0.33),
+        ),
         (
             "a quarter, after a test on your task",
             "`retention=0.26`",
             f"{cost(smol, 0.26)}; {found(smol, 0.26)}; Gemma 3 270M: {cost(gemma, 0.26)}, {found(gemma, 0.26)}",
         ),
-        ("a fifth or less, where some loss is fine", "`retention=0.2`", cost(smol, 0.2)),
+        (
+            "a fifth or less, where some loss is fine",
+            "`retention=0.2`",
+            cost(smol, 0.2),
+        ),
         ("as small as it gets", "`retention=0.15`", cost(smol, 0.15)),
         (
             "a fixed amount of memory",
             '`budget="64MiB"`',
-            "dense until it is full, then the highest level that fits ([tutorial](tutorials/04-budget.md))",
+            "dense until it is full, then the highest level that fits ([tutorial](tutorials/04-budget/))",
         ),
         (
             "long contexts to decode faster on a CPU",
             "`retention=0.27`, `static=True` and `torch.compile`",
             f"attention over 32k tokens: {fast['median_ms']:.1f} ms, {fast['speedup']:.1f} times as fast as the "
             f"fastest "
-            "dense way ([speed](results/speed.md))",
+            "dense way ([speed](results/speed/))",
         ),
         (
             "the paper's form, or to compare with it",
@@ -118,12 +155,26 @@ def choose() -> str:
 
 def limits() -> str:
     """When not to use swan, with the figures behind each row."""
-    fp8 = next(row for row in load("frontier-smollm2-135m")["rows"] if row["form"] == "fp8")
-    models = {(row["form"], row["impl"], row["retention"]): row for row in load("model-cpu")["rows"]}
-    whole, quarter = models["graded", "compiled", 1.0], models["graded", "compiled", 0.26]
+    fp8 = next(
+        row for row in load("frontier-smollm2-135m")["rows"] if row["form"] == "fp8"
+    )
+    models = {
+        (row["form"], row["impl"], row["retention"]): row
+        for row in load("model-cpu")["rows"]
+    }
+    whole, quarter = (
+        models["graded", "compiled", 1.0],
+        models["graded", "compiled", 0.26],
+    )
     top = step("topk", 0.5)
-    prefills = {(row["form"], row["length"]): row["median_ms"] for row in load("prefill-cpu")["rows"]}
-    dearer = [100 * (prefills["graded", n] / prefills["dense", n] - 1) for n in (2048, 8192)]
+    prefills = {
+        (row["form"], row["length"]): row["median_ms"]
+        for row in load("prefill-cpu")["rows"]
+    }
+    dearer = [
+        100 * (prefills["graded", n] / prefills["dense", n] - 1)
+        for n in (2048, 8192)
+    ]
     pressed, eighth = _pressed(), default("smollm2-135m", 0.15)
     rows = [
         (
@@ -180,7 +231,9 @@ def _pressed() -> str:
     presses = load("kvpress-smollm2-135m")["rows"]
     swans = load("after-prompt-smollm2-135m")["rows"]
     least = min(swans, key=lambda row: row["retention"])
-    near = [row for row in presses if row["kept"] <= least["share_at_prompt"] + 0.02]
+    near = [
+        row for row in presses if row["kept"] <= least["share_at_prompt"] + 0.02
+    ]
     best = min(near, key=lambda row: row["kl"])
     return (
         f"KL {best['kl']:.4f} by {best['press']} in {best['kept']:.2f} of the prompt, {least['kl']:.4f} by swan in "
@@ -189,7 +242,11 @@ def _pressed() -> str:
 
 
 def _part(length: int, what: str, impl: str = "compiled") -> dict[str, Any]:
-    return next(r for r in load("step-cpu")["rows"] if (r["length"], r["what"], r["impl"]) == (length, what, impl))
+    return next(
+        r
+        for r in load("step-cpu")["rows"]
+        if (r["length"], r["what"], r["impl"]) == (length, what, impl)
+    )
 
 
 def steps() -> str:
@@ -198,19 +255,48 @@ def steps() -> str:
     cells = []
     for row in result["rows"]:
         if row["what"] == "step" and row["impl"] == "sdpa":
-            cells.append([f"{row['length']}", "dense", f"{row['median_ms']:.2f}", "", "", "1.00"])
+            cells.append(
+                [
+                    f"{row['length']}",
+                    "dense",
+                    f"{row['median_ms']:.2f}",
+                    "",
+                    "",
+                    "1.00",
+                ]
+            )
         if row["what"] == "step" and row["impl"] == "compiled":
-            around, attend = (_part(row["length"], what)["median_ms"] for what in ("rotate+update", "attend"))
+            around, attend = (
+                _part(row["length"], what)["median_ms"]
+                for what in ("rotate+update", "attend")
+            )
             times = [f"{t:.2f}" for t in (row["median_ms"], around, attend)]
-            cells.append([f"{row['length']}", _stored(row), *times, f"{row['speedup']:.2f}"])
-    columns = ("tokens", "cache, retention", "step, ms", "rotate and pack", "attend", "speed-up")
-    ends = next(row for row in result["rows"] if row["what"] == "break-even" and row["impl"] == "compiled")
+            cells.append(
+                [f"{row['length']}", _stored(row), *times, f"{row['speedup']:.2f}"]
+            )
+    columns = (
+        "tokens",
+        "cache, retention",
+        "step, ms",
+        "rotate and pack",
+        "attend",
+        "speed-up",
+    )
+    ends = next(
+        row
+        for row in result["rows"]
+        if row["what"] == "break-even" and row["impl"] == "compiled"
+    )
     note = (
         f"One layer, compiled, bfloat16. From {ends['length']:.0f} tokens on a step takes less time than a dense "
         f"one; by "
         f"multiply-adds alone it would be {ends['formula']:.0f}. {made(result)}"
     )
-    return table(columns, sorted(cells, key=lambda row: int(row[0])), "rlrrrr") + "\n\n" + note
+    return (
+        table(columns, sorted(cells, key=lambda row: int(row[0])), "rlrrrr")
+        + "\n\n"
+        + note
+    )
 
 
 def bases() -> str:
@@ -218,7 +304,9 @@ def bases() -> str:
     rows = [
         row
         for row in load("evaluate-smollm2")["rows"]
-        if row["form"] == "topk" and row["settings"]["keys"]["keep"] == 32 and row["settings"]["sinks"] == 4
+        if row["form"] == "topk"
+        and row["settings"]["keys"]["keep"] == 32
+        and row["settings"]["sinks"] == 4
     ]
     cells = [
         [
@@ -230,7 +318,11 @@ def bases() -> str:
         for row in sorted(rows, key=lambda row: row["kl"])
     ]
     note = f"Top 32 of 64 in 8 bits, keys and values, 8 windows of 1024 tokens. {made(load('evaluate-smollm2'))}"
-    return table(("basis", "perplexity", "KL", "same token"), cells, "lrrr") + "\n\n" + note
+    return (
+        table(("basis", "perplexity", "KL", "same token"), cells, "lrrr")
+        + "\n\n"
+        + note
+    )
 
 
 def forms() -> str:
@@ -238,7 +330,9 @@ def forms() -> str:
     rows = [
         row
         for row in load("evaluate-smollm2")["rows"]
-        if row["settings"].get("basis") == "joint" and row["settings"]["sinks"] == 4 and 0.2 < row["retention"] < 0.51
+        if row["settings"].get("basis") == "joint"
+        and row["settings"]["sinks"] == 4
+        and 0.2 < row["retention"] < 0.51
     ]
     cells = [
         [
@@ -249,11 +343,19 @@ def forms() -> str:
         ]
         for row in sorted(rows, key=lambda row: -row["retention"])
     ]
-    return table(("retention", "stored", "perplexity", "KL"), cells, "rlrr") + "\n\n" + made(load("evaluate-smollm2"))
+    return (
+        table(("retention", "stored", "perplexity", "KL"), cells, "rlrr")
+        + "\n\n"
+        + made(load("evaluate-smollm2"))
+    )
 
 
 def _topk_cost() -> str:
-    row = next(row for row in load("frontier-smollm2-135m")["rows"] if row["form"] == "swan topk")
+    row = next(
+        row
+        for row in load("frontier-smollm2-135m")["rows"]
+        if row["form"] == "swan topk"
+    )
     return (
         f"32 of 64 coordinates ({row['retention']:.2f}): perplexity {100 * row['perplexity_increase']:+.2f}&nbsp;%, "
         f"KL {row['kl']:.5f}"
@@ -266,11 +368,17 @@ def claims() -> str:
     paper = next(
         row
         for row in evaluated
-        if row["form"] == "topk" and row["settings"]["keys"]["positions"] == "index" and row["retention"] < 0.51
+        if row["form"] == "topk"
+        and row["settings"]["keys"]["positions"] == "index"
+        and row["retention"] < 0.51
     )
     half, fifth, third = (default("smollm2-135m", r) for r in (0.5, 0.2, 0.33))
     nothing, sinks = (row for row in evaluated if row["form"] == "window")
-    ends = next(r for r in load("step-cpu")["rows"] if r["what"] == "break-even" and r["impl"] == "compiled")
+    ends = next(
+        r
+        for r in load("step-cpu")["rows"]
+        if r["what"] == "break-even" and r["impl"] == "compiled"
+    )
     rows = [
         (
             "Close to the uncompressed model with 50 to 60&nbsp;% of memory saved per token",
@@ -294,7 +402,7 @@ def claims() -> str:
         ),
         (
             "One matrix for queries and keys, one for values and output, from an SVD",
-            "the basis `joint`; best of four in KL, though close to PCA ([bases](../concepts/bases.md))",
+            "the basis `joint`; best of four in KL, though close to PCA ([bases](../concepts/bases/))",
         ),
         (
             "Rotating values costs nothing once folded",
@@ -305,7 +413,10 @@ def claims() -> str:
             f"{ends['formula']:.0f} by that formula in the shape of an 8B model's layer at 0.27; in time "
             f"{ends['length']:.0f}, compiled on a CPU",
         ),
-        ("The level is set at run time", "`cache.retention = r`; in a static cache without recompiling"),
+        (
+            "The level is set at run time",
+            "`cache.retention = r`; in a static cache without recompiling",
+        ),
     ]
     return table(("the paper", "here"), rows, "ll")
 
@@ -319,17 +430,36 @@ def answers() -> str:
         step("dense", 1, "sdpa"),
     )
     leading, top = step("leading", 0.5), step("topk", 0.5)
-    models = {(row["form"], row["impl"], row["retention"]): row for row in load("model-cpu")["rows"]}
+    models = {
+        (row["form"], row["impl"], row["retention"]): row
+        for row in load("model-cpu")["rows"]
+    }
     quarter = models["graded", "compiled", 0.26]
-    held = {(row["form"], row["length"], round(row["retention"], 2)): row for row in load("capacity-cpu")["rows"]}
-    prefills = {(row["form"], row["length"]): row for row in load("prefill-cpu")["rows"]}
+    held = {
+        (row["form"], row["length"], round(row["retention"], 2)): row
+        for row in load("capacity-cpu")["rows"]
+    }
+    prefills = {
+        (row["form"], row["length"]): row for row in load("prefill-cpu")["rows"]
+    }
     compared_with = [
-        row for row in compared(average_seeds(load("frontier-smollm2-135m")["rows"])) if row["ratio"] is not None
+        row
+        for row in compared(average_seeds(load("frontier-smollm2-135m")["rows"]))
+        if row["ratio"] is not None
     ]
-    gemma = [row for row in compared(average_seeds(load("frontier-gemma3-270m")["rows"])) if row["ratio"] is not None]
+    gemma = [
+        row
+        for row in compared(average_seeds(load("frontier-gemma3-270m")["rows"]))
+        if row["ratio"] is not None
+    ]
     ratios = sorted(row["ratio"] for row in compared_with)
-    around, attend = (_part(8192, what)["median_ms"] for what in ("rotate+update", "attend"))
-    longest = {what: _part(32768, what)["median_ms"] for what in ("rotate+update", "attend")}
+    around, attend = (
+        _part(8192, what)["median_ms"] for what in ("rotate+update", "attend")
+    )
+    longest = {
+        what: _part(32768, what)["median_ms"]
+        for what in ("rotate+update", "attend")
+    }
     harness = load("lm-eval-smollm2-135m")["rows"]
     single = ", ".join(f"{row['scores']['niah_single_1']:.2f}" for row in harness)
     return f"""
@@ -346,7 +476,7 @@ takes {dense["median_ms"]:.1f} (FlexAttention {flex["median_ms"]:.0f}, SDPA as c
 fewer bytes. In 1 GiB at 32k tokens: {held["graded", 32768, 0.27]["tokens_per_second"]:.0f} tokens a second against
 {held["dense", 32768, 1.0]["tokens_per_second"]:.0f}. Prefill of 8192 tokens:
 {prefills["graded", 8192]["median_ms"]:.0f} ms against {prefills["dense", 8192]["median_ms"]:.0f} for a layer. [All of
-it](speed.md). On a GPU: **not measured**, none was at hand.
+it](speed/). On a GPU: **not measured**, none was at hand.
 
 ### 2. Against which baselines?
 
@@ -354,13 +484,13 @@ Dense SDPA and FlexAttention in time; in quality a sliding window, fp8, KIVI, ra
 (TurboQuant), top-k without rotation (Mustafar), low rank, both quantized caches of transformers, and token eviction
 by kvpress. In as many bytes or fewer swan's default plan has {ratios[0]:.2f} to {ratios[-1]:.2f} of the KL divergence
 of each of {len(ratios)} rivals on SmolLM2, and at most {max(row["ratio"] for row in gemma):.2f} on Gemma 3.
-[Tables](quality.md). Channel pruning (ThinK) frees no memory in kvpress, and KVQuant and Palu were not run.
+[Tables](quality/). Channel pruning (ThinK) frees no memory in kvpress, and KVQuant and Palu were not run.
 
 ### 3. How does the ratio count indices and buffer?
 
 Indices, scales and codes count in *retention*; buffer, sinks and slack too in `cache.compression`. The paper's lists
 of indices take a byte for each kept value; a bitmap takes \\(d/8\\); `graded` needs none.
-[Formulas](../concepts/forms.md).
+[Formulas](../concepts/forms/).
 
 ### 4. What do rotation and top-k cost at each step?
 
@@ -371,7 +501,7 @@ It does not grow with the length.
 
 ### 5. What happens in prefill?
 
-[Two forms](../concepts/prefill.md): dense within a chunk, or windowed, which is decoding in parallel. In both a tile
+[Two forms](../concepts/prefill/): dense within a chunk, or windowed, which is decoding in parallel. In both a tile
 of 1024 tokens at a time is packed. A prompt of 8192 tokens peaks at
 {prefills["graded", 8192]["peak_bytes"] / 1e6:.0f} MB for a layer (dense
 {prefills["dense", 8192]["peak_bytes"] / 1e6:.0f}), since rotated copies of that layer's q, k and v exist beside the
@@ -411,7 +541,11 @@ def evaluation() -> str:
         "standard error over windows. KL: in nats per token. Same token: share of positions whose likeliest next token "
         f"is the dense one. {made(result)}"
     )
-    return table(columns, [_evaluated(row) for row in result["rows"]], "lllrrrrr") + "\n\n" + note
+    return (
+        table(columns, [_evaluated(row) for row in result["rows"]], "lllrrrrr")
+        + "\n\n"
+        + note
+    )
 
 
 def frontier(model: str) -> str:
@@ -419,10 +553,24 @@ def frontier(model: str) -> str:
     result = load(f"frontier-{model}")
     rows = average_seeds(result["rows"])
     mark_frontier(rows)
-    columns = ("method", "retention", "whole cache", "perplexity", "KL, 1/1000 nats", "same token", "")
-    cells = [_frontier_cells(row) for row in sorted(rows, key=lambda row: -row["retention"])]
+    columns = (
+        "method",
+        "retention",
+        "whole cache",
+        "perplexity",
+        "KL, 1/1000 nats",
+        "same token",
+        "",
+    )
+    cells = [
+        _frontier_cells(row)
+        for row in sorted(rows, key=lambda row: -row["retention"])
+    ]
     settings, head = result["settings"], result["rows"][0]
-    texts, count = " and ".join(settings["texts"]), settings["windows"] * len(settings["texts"])
+    texts, count = (
+        " and ".join(settings["texts"]),
+        settings["windows"] * len(settings["texts"]),
+    )
     note = (
         f"{head['model']}, layers {settings['layers']}, on {texts}: {count} windows of {settings['length']} tokens, "
         f"{settings['dtype']}, buffer {settings['buffer']}, sinks {settings['sinks']}. ±: standard error over windows "
@@ -462,20 +610,35 @@ def rivals(model: str) -> str:
                 "-" if row["enough"] is None else f"{row['enough']:.3f}",
             ]
         )
-    columns = ("rival", "its retention", "its KL, 1/1000", "swan's retention", "KL", "ratio", "swan as good from")
+    columns = (
+        "rival",
+        "its retention",
+        "its KL, 1/1000",
+        "swan's retention",
+        "KL",
+        "ratio",
+        "swan as good from",
+    )
     return table(columns, rows, "lrrrrrr")
 
 
 def needles(model: str) -> str:
     """Needles found, by depth and length."""
     result = load(f"frontier-{model}")
-    lengths = [f"{part['length']} tokens" for part in result["needles"][0]["by_length"]]
-    depths = [f"depth {part['depth']:.1f}" for part in result["needles"][0]["by_depth"]]
+    lengths = [
+        f"{part['length']} tokens" for part in result["needles"][0]["by_length"]
+    ]
+    depths = [
+        f"depth {part['depth']:.1f}" for part in result["needles"][0]["by_depth"]
+    ]
     rows = [
         [
             "dense" if row["form"] == "dense" else f"{row['retention']:.2f}",
             f"{row['found']} of {row['cases']}",
-            *(f"{part['found']} of {part['cases']}" for part in (*row["by_length"], *row["by_depth"])),
+            *(
+                f"{part['found']} of {part['cases']}"
+                for part in (*row["by_length"], *row["by_depth"])
+            ),
             f"{row['nll']:.3f}",
         ]
         for row in result["needles"]
@@ -504,7 +667,15 @@ def decode() -> str:
         for row in sorted(rows, key=lambda row: row["dtype"])
         if row["median_ms"] is not None and row["impl"] != "tiles"
     ]
-    measured = ("MB read", "ms", "spread", "speed-up", "of bandwidth", "error", "peak MB")
+    measured = (
+        "MB read",
+        "ms",
+        "spread",
+        "speed-up",
+        "of bandwidth",
+        "error",
+        "peak MB",
+    )
     columns = ("cache, retention", "impl", "dtype", *measured)
     note = (
         f"{settings['heads']} query and {settings['kv_heads']} KV heads of {settings['head_dim']}, "
@@ -528,7 +699,11 @@ def decode_figure() -> str:
 
 
 def _stored(row: dict[str, Any]) -> str:
-    return "dense" if row["form"] == "dense" else f"{row['form']}, {row['retention']:.2f}"
+    return (
+        "dense"
+        if row["form"] == "dense"
+        else f"{row['form']}, {row['retention']:.2f}"
+    )
 
 
 def model() -> str:
@@ -551,7 +726,18 @@ def model() -> str:
         ]
         for row in result["rows"]
     ]
-    columns = ("cache", "impl", "tokens/s", "ms", "spread", "prompt, s", "MiB", "growth", "counted", "same token")
+    columns = (
+        "cache",
+        "impl",
+        "tokens/s",
+        "ms",
+        "spread",
+        "prompt, s",
+        "MiB",
+        "growth",
+        "counted",
+        "same token",
+    )
     note = (
         f"{settings['model']}, {settings['tokens']} tokens after {settings['prompt']}, {settings['dtype']}, "
         f"{settings['threads']} threads. Growth: of the memory of the process, in KiB per token, beside "
@@ -604,8 +790,16 @@ def after_prompt() -> str:
         notes.append(made(result))
         for row in result["rows"]:
             swan = "press" not in row
-            name = f"**swan, {row['retention']:.3f}**" if swan else f"{row['press']}, {row['kept']:.2f}"
-            at_prompt, at_end = (row["share_at_prompt"], row["share_at_end"]) if swan else _evicted_shares(row["kept"])
+            name = (
+                f"**swan, {row['retention']:.3f}**"
+                if swan
+                else f"{row['press']}, {row['kept']:.2f}"
+            )
+            at_prompt, at_end = (
+                (row["share_at_prompt"], row["share_at_end"])
+                if swan
+                else _evicted_shares(row["kept"])
+            )
             rows.append(
                 [
                     name,
@@ -617,7 +811,14 @@ def after_prompt() -> str:
                 ]
             )
     rows.sort(key=lambda row: float(row[1]), reverse=True)
-    columns = ("method", "bytes after the prompt", "at the end", "KL, 1/1000", "perplexity", "agreement")
+    columns = (
+        "method",
+        "bytes after the prompt",
+        "at the end",
+        "KL, 1/1000",
+        "perplexity",
+        "agreement",
+    )
     return table(columns, rows, "lrrrrr") + "\n\n" + " ".join(notes)
 
 
@@ -633,7 +834,9 @@ def harness() -> str:
         for row in result["rows"]
     ]
     note = f"{result['samples']} samples of {result['length']} tokens for each task. {made(result)}"
-    return table(("retention", *tasks), cells, "l" + "r" * len(tasks)) + "\n\n" + note
+    return (
+        table(("retention", *tasks), cells, "l" + "r" * len(tasks)) + "\n\n" + note
+    )
 
 
 def _evicted_shares(kept: float) -> tuple[float, float]:
@@ -644,7 +847,9 @@ def _evicted_shares(kept: float) -> tuple[float, float]:
 def _frontier_cells(row: dict[str, Any]) -> list[str]:
     seeds = "" if row["seeds"] == 1 else f", {row['seeds']} seeds"
     name = f"**{label(row)}**" if row["form"] == "swan" else label(row)
-    errors = ["" if row[e] is None else row[e] for e in ("standard_error", "kl_error")]
+    errors = [
+        "" if row[e] is None else row[e] for e in ("standard_error", "kl_error")
+    ]
     increase = f"{100 * row['perplexity_increase']:+.2f}&nbsp;%"
     kl = f"{1000 * row['kl']:.3f}"
     if row["form"] != "dense":
@@ -688,7 +893,9 @@ def _evaluated(row: dict[str, Any]) -> list[str]:
 
 def _layout(layout: dict[str, Any]) -> str:
     if layout["form"] == "graded":
-        return "graded " + " + ".join(f"{size} at {bits} bit" for size, bits in layout["groups"])
+        return "graded " + " + ".join(
+            f"{size} at {bits} bit" for size, bits in layout["groups"]
+        )
     index = ", index list" if layout["positions"] == "index" else ""
     return f"top {layout['keep']} of {layout['d']}, {layout['bits']} bit{index}"
 
@@ -696,4 +903,7 @@ def _layout(layout: dict[str, Any]) -> str:
 if __name__ == "__main__":
     smollm2 = average_seeds(load("frontier-smollm2-135m")["rows"])
     mark_frontier(smollm2)
-    save(plot_frontier(smollm2, "SmolLM2-135M, 16k tokens"), Path("docs/assets/frontier-smollm2-135m.png"))
+    save(
+        plot_frontier(smollm2, "SmolLM2-135M, 16k tokens"),
+        Path("docs/assets/frontier-smollm2-135m.png"),
+    )

@@ -24,7 +24,11 @@ from playwright.sync_api import Page, Route, expect, sync_playwright
 ROOT = Path(__file__).parents[1]
 SITE = Path(os.environ.get("SITE", ROOT / "site"))
 SCREENSHOTS = ROOT / "site-screenshots"
-BROWSERS = [os.environ["CHROMIUM"]] if "CHROMIUM" in os.environ else ["chromium", "chromium-browser", "google-chrome"]
+BROWSERS = (
+    [os.environ["CHROMIUM"]]
+    if "CHROMIUM" in os.environ
+    else ["chromium", "chromium-browser", "google-chrome"]
+)
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 FLAGS = [
     "--disable-background-networking",
@@ -40,11 +44,19 @@ if not (SITE / "index.html").is_file():
     pytest.exit(f"There is no built site in {SITE}: run `make docs`.", returncode=1)
 if CHROMIUM is None:
     advice = "run `apt-get install chromium` on Debian, or set CHROMIUM=/path"
-    pytest.exit(f"There is no browser ({', '.join(BROWSERS)}): {advice}.", returncode=1)
+    pytest.exit(
+        f"There is no browser ({', '.join(BROWSERS)}): {advice}.", returncode=1
+    )
 
-PAGES = sorted("/" + file.relative_to(SITE).as_posix().removesuffix("index.html") for file in SITE.rglob("index.html"))
+PAGES = sorted(
+    "/" + file.relative_to(SITE).as_posix().removesuffix("index.html")
+    for file in SITE.rglob("index.html")
+)
 DEVICES = {
-    "desktop": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light"},
+    "desktop": {
+        "viewport": {"width": 1280, "height": 800},
+        "color_scheme": "light",
+    },
     "phone": {"viewport": {"width": 400, "height": 800}, "color_scheme": "dark"},
 }
 SCHEMES = {"desktop": "default", "phone": "slate"}
@@ -72,30 +84,46 @@ class Visit:
         return set(self.page.eval_on_selector_all(selector, script))
 
 
-Opener = Callable[[str, str], AbstractContextManager[Visit]]  # of a page's path and a device
+Opener = Callable[
+    [str, str], AbstractContextManager[Visit]
+]  # of a page's path and a device
 
 
 def test_formulas_are_rendered(visit: Visit) -> None:
-    assert not visit.find(".arithmatex", "e => !e.querySelector('.katex') || e.querySelector('.katex-error')")
+    assert not visit.find(
+        ".arithmatex",
+        "e => !e.querySelector('.katex') || e.querySelector('.katex-error')",
+    )
     assert not visit.page.evaluate(RAW_FORMULAS)
 
 
 def test_images_are_loaded_and_described(visit: Visit) -> None:
     assert not visit.find("img", "e => !e.alt.trim() || !e.naturalWidth")
     description = "(e.getAttribute('aria-label') ?? e.querySelector(':scope > title')?.textContent ?? '')"
-    assert not visit.find("figure.plot svg, svg[role=img]", f"e => !{description}.trim()")
+    assert not visit.find(
+        "figure.plot svg, svg[role=img]", f"e => !{description}.trim()"
+    )
 
 
 def test_nothing_is_wider_than_the_window(visit: Visit) -> None:
     width = DEVICES[visit.device]["viewport"]["width"]
     assert visit.page.evaluate("document.scrollingElement.scrollWidth") <= width
-    assert not visit.find("article :not(svg *, .katex-mathml, .katex-mathml *)", STICKS_OUT)
+    assert not visit.find(
+        "article :not(svg *, .katex-mathml, .katex-mathml *)", STICKS_OUT
+    )
 
 
 def test_text_is_readable_in_the_scheme(visit: Visit) -> None:
-    assert visit.page.get_attribute("body", "data-md-color-scheme") == SCHEMES[visit.device]
+    assert (
+        visit.page.get_attribute("body", "data-md-color-scheme")
+        == SCHEMES[visit.device]
+    )
     (paper,) = visit.colours("body", "background-color")
-    assert luminance(rgba(paper)) < 0.1 if visit.device == "phone" else luminance(rgba(paper)) > 0.9
+    assert (
+        luminance(rgba(paper)) < 0.1
+        if visit.device == "phone"
+        else luminance(rgba(paper)) > 0.9
+    )
     for ink in visit.colours("article :is(p, li, td)"):
         assert contrast(ink, paper) >= 4.5
 
@@ -114,7 +142,9 @@ def test_page_has_one_heading(visit: Visit) -> None:
 
 def test_code_can_be_copied(visit: Visit) -> None:
     sources = ".highlight pre:has(> code):not(.result *, .doc-signature *)"
-    assert not visit.find(sources, "e => !e.querySelector('button[data-md-type=copy]')")
+    assert not visit.find(
+        sources, "e => !e.querySelector('button[data-md-type=copy]')"
+    )
 
 
 def test_nothing_went_wrong(visit: Visit) -> None:
@@ -150,7 +180,10 @@ def rgba(colour: str) -> tuple[float, float, float, float]:
 def luminance(colour: tuple[float, ...]) -> float:
     """Relative luminance by WCAG 2, from 0 (black) to 1 (white)."""
     shares = [value / 255 for value in colour[:3]]
-    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    linear = [
+        share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4
+        for share in shares
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -158,7 +191,9 @@ def contrast(ink: str, paper: str) -> float:
     """Contrast ratio by WCAG 2, from 1 to 21, of a colour that may let an opaque one shine through."""
     *front, alpha = rgba(ink)
     back = rgba(paper)[:3]
-    blend = tuple(alpha * f + (1 - alpha) * b for f, b in zip(front, back, strict=True))
+    blend = tuple(
+        alpha * f + (1 - alpha) * b for f, b in zip(front, back, strict=True)
+    )
     dark, light = sorted([luminance(blend), luminance(back)])
     return (light + 0.05) / (dark + 0.05)
 
@@ -174,13 +209,19 @@ def test_search_finds_a_page(opened: Opener) -> None:
         address = result.get_attribute("href")
         result.click()
         visit.page.wait_for_url(address)
-        expect(visit.page.locator(".md-content article")).to_contain_text(re.compile("retention", re.IGNORECASE))
+        expect(visit.page.locator(".md-content article")).to_contain_text(
+            re.compile("retention", re.IGNORECASE)
+        )
         assert not visit.problems
 
 
 def test_instant_navigation_renders_formulas(opened: Opener) -> None:
     # A page with formulas that is not the first: from there one page back, and here again.
-    path = next(path for path in PAGES if read(path).formulas and 'rel="prev"' in file_of(path).read_text())
+    path = next(
+        path
+        for path in PAGES
+        if read(path).formulas and 'rel="prev"' in file_of(path).read_text()
+    )
     with opened(path, "desktop") as visit:
         visit.page.route("**/sitemap.xml", local_sitemap)
         visit.page.reload()
@@ -189,9 +230,13 @@ def test_instant_navigation_renders_formulas(opened: Opener) -> None:
         visit.page.wait_for_url(lambda url: urlsplit(url).path != path)
         visit.page.locator(".md-footer__link--next").click()
         visit.page.wait_for_url(lambda url: urlsplit(url).path == path)
-        expect(visit.page.locator(".arithmatex:has(.katex)")).to_have_count(read(path).formulas)
+        expect(visit.page.locator(".arithmatex:has(.katex)")).to_have_count(
+            read(path).formulas
+        )
         test_formulas_are_rendered(visit)
-        assert visit.page.evaluate("window.isTheSame"), "the pages were loaded, not exchanged"
+        assert visit.page.evaluate("window.isTheSame"), (
+            "the pages were loaded, not exchanged"
+        )
         assert not visit.problems
 
 
@@ -199,14 +244,19 @@ def local_sitemap(route: Route) -> None:
     """Only pages that the sitemap names are exchanged, and it names them where they will be published."""
     sitemap = (SITE / "sitemap.xml").read_text()
     published = min(re.findall("<loc>(.*?)</loc>", sitemap), key=len)
-    route.fulfill(body=sitemap.replace(published, urljoin(route.request.url, "/")), content_type="application/xml")
+    route.fulfill(
+        body=sitemap.replace(published, urljoin(route.request.url, "/")),
+        content_type="application/xml",
+    )
 
 
 def test_scheme_is_toggled(opened: Opener) -> None:
     with opened("/", "desktop") as visit:
         for scheme in ("slate", "default"):
             visit.page.locator("[data-md-component=palette] label:visible").click()
-            expect(visit.page.locator("body")).to_have_attribute("data-md-color-scheme", scheme)
+            expect(visit.page.locator("body")).to_have_attribute(
+                "data-md-color-scheme", scheme
+            )
         assert not visit.problems
 
 
@@ -216,8 +266,14 @@ def test_scheme_is_toggled(opened: Opener) -> None:
 @pytest.mark.parametrize("path", PAGES)
 def test_links_lead_somewhere(path: str) -> None:
     links = read(path).links
-    assert not [link for link in links if is_internal(link) and not leads_somewhere(path, link)]
-    assert not [link for link in links if not is_internal(link) and not is_sound(link)]
+    assert not [
+        link
+        for link in links
+        if is_internal(link) and not leads_somewhere(path, link)
+    ]
+    assert not [
+        link for link in links if not is_internal(link) and not is_sound(link)
+    ]
 
 
 def is_internal(link: str) -> bool:
@@ -225,7 +281,10 @@ def is_internal(link: str) -> bool:
 
 
 def is_sound(link: str) -> bool:
-    return re.fullmatch(r"https://[\w-]+(\.[\w-]+)+([/?#][^\s<>\"\\]*)?", link) is not None
+    return (
+        re.fullmatch(r"https://[\w-]+(\.[\w-]+)+([/?#][^\s<>\"\\]*)?", link)
+        is not None
+    )
 
 
 def leads_somewhere(path: str, link: str) -> bool:
@@ -250,7 +309,9 @@ class Document(HTMLParser):
         self.formulas = self.images = 0
         self.feed(source)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(
+        self, tag: str, attrs: list[tuple[str, str | None]]
+    ) -> None:
         values = {name: value or "" for name, value in attrs}
         classes = values.get("class", "").split()
         if "href" in values and values.get("rel") != "canonical":
@@ -276,8 +337,12 @@ def summary() -> Iterator[None]:
     documents = [read(path) for path in PAGES]
     formulas = sum(document.formulas for document in documents)
     images = sum(document.images for document in documents)
-    links = sum(is_internal(link) for document in documents for link in document.links)
-    print(f"\n{len(PAGES)} pages, {formulas} formulas, {images} images and plots, {links} internal links")
+    links = sum(
+        is_internal(link) for document in documents for link in document.links
+    )
+    print(
+        f"\n{len(PAGES)} pages, {formulas} formulas, {images} images and plots, {links} internal links"
+    )
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -288,7 +353,9 @@ class QuietHandler(SimpleHTTPRequestHandler):
 @pytest.fixture(scope="session")
 def origin() -> Iterator[str]:
     """The address that serves the site."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=SITE)) as server:
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(QuietHandler, directory=SITE)
+    ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
@@ -309,7 +376,10 @@ def opened(origin: str) -> Iterator[Opener]:
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        contexts = {name: browser.new_context(base_url=origin, **device) for name, device in DEVICES.items()}
+        contexts = {
+            name: browser.new_context(base_url=origin, **device)
+            for name, device in DEVICES.items()
+        }
         yield open_page
         browser.close()
 
@@ -329,18 +399,36 @@ def watch(visit: Visit, origin: str) -> None:
         visit.problems.append(f"{kind}: {what}")
 
     page = visit.page
-    page.on("console", lambda message: message.type == "error" and note("console", message.text))
+    page.on(
+        "console",
+        lambda message: message.type == "error" and note("console", message.text),
+    )
     page.on("pageerror", lambda error: note("script", error))
-    page.on("request", lambda request: request.url.startswith(origin) or note("elsewhere", request.url))
+    page.on(
+        "request",
+        lambda request: (
+            request.url.startswith(origin) or note("elsewhere", request.url)
+        ),
+    )
     page.on("requestfailed", lambda request: note("failed", request.url))
-    page.on("response", lambda response: response.status >= 400 and note(str(response.status), response.url))
+    page.on(
+        "response",
+        lambda response: (
+            response.status >= 400 and note(str(response.status), response.url)
+        ),
+    )
 
 
 # pytest runs the tests of one page on one device one after the other, so each is opened once.
-@pytest.fixture(scope="module", params=[f"{device}:{path}" for path in PAGES for device in DEVICES])
+@pytest.fixture(
+    scope="module",
+    params=[f"{device}:{path}" for path in PAGES for device in DEVICES],
+)
 def visit(request: pytest.FixtureRequest, opened: Opener) -> Iterator[Visit]:
     device, path = request.param.split(":")
     with opened(path, device) as visit:
         name = path.strip("/").replace("/", ".") or "index"
-        visit.page.screenshot(path=SCREENSHOTS / f"{name}-{device}.png", full_page=True)
+        visit.page.screenshot(
+            path=SCREENSHOTS / f"{name}-{device}.png", full_page=True
+        )
         yield visit

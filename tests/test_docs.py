@@ -18,7 +18,6 @@ PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in sort
 SLOW = [name for name, text in PAGES.items() if "load_model(" in text or name == "tutorials/02-own-transformer.md"]
 
 
-@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     "page",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PAGES if CODE.search(PAGES[name])],

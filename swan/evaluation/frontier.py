@@ -159,4 +159,6 @@ def plot_frontier(rows: Sequence[dict[str, Any]], title: str) -> "Figure":
     axes.set(
         yscale="log", xlabel="retention: bytes of the history over bf16", ylabel="KL from dense, nats", title=title
     )
-    return finish(figure)
+    finish(figure)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # points are everywhere
+    return figure

@@ -178,15 +178,15 @@ class SwanCache(Cache):
         ```python
         swan.attach(model, swan.calibrate(model, batches))
         cache = swan.SwanCache(model, retention=0.33)
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, cache=cache)
         cache.retention = 0.25  # the dial: re-packs what is stored
 
         cache = swan.SwanCache(model, budget="64MiB", on_full="evict")  # the dial moves by itself
 
         cache = swan.SwanCache(model, levels=[0.5, 0.33], static=True, max_length=4096)
-        logits = model(**prompt, past_key_values=cache).logits
+        logits = model(**prompt, cache=cache).logits
         step = torch.compile(model, fullgraph=True)
-        step(logits[:, -1:].argmax(-1), past_key_values=cache)  # and so on: compiled once
+        step(logits[:, -1:].argmax(-1), cache=cache)  # and so on: compiled once
         cache.retention = 0.33  # compiles once more, and then never again
         ```
 
@@ -409,7 +409,7 @@ class SwanCache(Cache):
         Example:
             ```python
             cache = swan.SwanCache(model, retention=0.33)
-            model(**document, past_key_values=cache)
+            model(**document, cache=cache)
             cache.save("document.safetensors")
 
             cache = swan.SwanCache.load("document.safetensors", model)  # of an attached model, as often as you like
