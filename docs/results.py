@@ -289,8 +289,7 @@ def steps() -> str:
     )
     note = (
         f"One layer, compiled, bfloat16. From {ends['length']:.0f} tokens on a step takes less time than a dense "
-        f"one; by "
-        f"multiply-adds alone it would be {ends['formula']:.0f}. {made(result)}"
+        f"one; by multiply-adds alone it would be {ends['formula']:.0f}. {made(result)}"
     )
     return (
         table(columns, sorted(cells, key=lambda row: int(row[0])), "rlrrrr")
