@@ -22,13 +22,11 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
-from torch._dynamo import mark_static_address
 from torch.utils import _pytree as pytree
 
-__all__ = ["Graded", "Layout", "Packed", "PlanLayer", "TopK", "pack", "unpack"]
+from swan.compiling import constant_result, keep_in_place_if_compiling
 
-torch.compiler.allow_in_graph(rearrange)  # a single node where torch.compile traces: a decode step takes half the time
-torch.compiler.allow_in_graph(repeat)
+__all__ = ["Graded", "Layout", "Packed", "PlanLayer", "TopK", "pack", "unpack"]
 
 SCALE_DTYPE = torch.bfloat16  # the range of float32; its rounding is below half a step of int8
 MAX_DIM = 256
@@ -462,26 +460,26 @@ def unpack_mixed(packed: Packed) -> Tensor:
 class Mixes:
     """Mixing matrices by `mix_name`. As attributes of an object they are inputs of compiled code, not built in it.
 
-    Tensors that assume_constant_result returns would not do: two of them in a graph have the same name in torch 2.13.
+    Tensors that a `constant_result` function returns would not do: two of them in a graph have the same name in torch 2.13.
     """
 
 
 MIXES = Mixes()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def mix_name(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> str:
     """The attribute of `MIXES` with a matrix; built at the first call, also while torch.compile traces."""
-    return _mix_name(groups, dtype, device)
+    name = _mix_name(groups, dtype, device)
+    keep_in_place_if_compiling(getattr(MIXES, name))
+    return name
 
 
 @functools.cache
 @torch.inference_mode(False)  # the matrix may be used under autograd later
 def _mix_name(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> str:
     name = re.sub(r"\W+", "_", f"mix {groups} {dtype} {device}")
-    matrix = build_mix(groups, dtype, device)
-    mark_static_address(matrix, guard=False)
-    setattr(MIXES, name, matrix)
+    setattr(MIXES, name, build_mix(groups, dtype, device))
     return name
 
 

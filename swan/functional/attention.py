@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from swan.functional import reference
 from swan.kernels import Recent, attend_cpu, cpu
@@ -414,6 +413,8 @@ def _sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
 
 @functools.cache
 def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention)
 
 
@@ -424,6 +425,8 @@ def _flex(
         raise ValueError("impl='flex' has no log-sum-exp on the CPU; use impl='sdpa' or 'compiled'")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise ValueError("impl='flex' is for inference; use impl='sdpa' where gradients are needed")
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # imports the compiler
+
     kv_heads = k.shape[1]
     rows, seen = _group_rows(q, kv_heads), _group_mask(mask, q, kv_heads)
     score_mod = None if seen is None else _visible(seen.expand(q.shape[0], kv_heads, -1, -1))

@@ -8,6 +8,8 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from swan.compiling import constant_result
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -70,7 +72,7 @@ def inverse_rotate(
     return _apply(x, basis, "b h g t e, h d e -> b h g t d")
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace a generator; the same seed draws the same
+@constant_result  # torch.compile cannot trace a generator; the same seed draws the same
 def random_rotation(
     kv_heads: int, d: int, *, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> Float[Tensor, "kv_heads d d"]:

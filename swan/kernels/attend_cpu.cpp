@@ -669,10 +669,11 @@ std::tuple<at::Tensor, at::Tensor> attend(
 
 TORCH_LIBRARY_FRAGMENT(swan, m) {
   m.def(
-      "attend_cpu(Tensor q, Tensor[] k, int[] k_layout, Tensor[] v, int[] v_layout, SymInt tokens, Tensor? mask, "
+      SWAN_OPERATOR(attend_cpu)
+      "(Tensor q, Tensor[] k, int[] k_layout, Tensor[] v, int[] v_layout, SymInt tokens, Tensor? mask, "
       "float scale, Tensor[] mixes, Tensor[] recent, Tensor? recent_mask) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(swan, CPU, m) {
-  m.impl("attend_cpu", &attend);
+  m.impl(SWAN_OPERATOR(attend_cpu), &attend);
 }

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from swan.kernels import Recent
-from swan.kernels.cpu import build, built
+from swan.kernels.cpu import build, built, operator
 from swan.packed import Graded, Layout, Packed, TopK, mixing
 
 __all__ = ["MOST_ROWS", "attend", "reads"]
@@ -60,9 +60,9 @@ def attend(
     keys, values = _numbers(k.layout), _numbers(v.layout)
     arguments = q, _planes(k), keys, _planes(v), values, k.shape[2], mask, scale
     if recent is None:
-        return torch.ops.swan.attend_cpu(*arguments, [], [], None)
+        return operator("attend")(*arguments, [], [], None)
     mixes = [q.new_empty(0) if matrix is None else matrix for matrix in (mixing(k), mixing(v))]
-    return torch.ops.swan.attend_cpu(*arguments, mixes, [recent.keys, recent.values], recent.mask)
+    return operator("attend")(*arguments, mixes, [recent.keys, recent.values], recent.mask)
 
 
 def reads(layout: Layout) -> bool:

@@ -1,79 +1,136 @@
-"""The kernels for CPUs: C++ sources, compiled on the machine that uses them."""
+"""The kernels for CPUs: C++ sources, compiled on the machine that uses them, for its widest instruction set."""
 
 import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from swan.compiling import constant_result
 from swan.packed import code_bytes
 
-__all__ = ["build", "built"]
+__all__ = ["build", "built", "instruction_sets", "library", "operator", "variant", "variants"]
 
 SOURCES = [Path(__file__).with_name(name) for name in ("attend_cpu.cpp", "pack_cpu.cpp")]
 HEADERS = [Path(__file__).with_name(name) for name in ("attend_cpu_avx512.h", "cpu_common.h")]
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-NAME = "swan_cpu"
+FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+
+# Variants of the kernels, the fastest first: what the CPU must have (names of `torch.cpu.get_capabilities`), and how
+# the compiler is told.
+VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "avx512": (
+        ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vbmi", "avx512_vnni"),
+        ("-march=x86-64-v4", "-mavx512vbmi", "-mavx512vnni", "-mtune=native"),
+    ),
+    "avx2": (("avx2", "fma3", "f16c", "bmi2"), ("-march=x86-64-v3", "-mtune=native")),
+    "generic": ((), ()),
+}
 
 
-@torch.compiler.assume_constant_result
-def built() -> bool:
-    """Whether the kernels are there; builds them at the first call, also while torch.compile traces."""
-    return _built_once()
+def instruction_sets() -> tuple[str, ...]:
+    """Names of the instruction sets that a variant needs and the CPU has."""
+    has = torch.cpu.get_capabilities()
+    needed = dict.fromkeys(name for needs, _ in VARIANTS.values() for name in needs)
+    return tuple(name for name in needed if has.get(name))
 
 
 @functools.cache
-def _built_once() -> bool:
+def variants() -> tuple[str, ...]:
+    """Names of the variants that this CPU can run, the fastest first."""
+    has = instruction_sets()
+    return tuple(name for name, (needs, _) in VARIANTS.items() if all(each in has for each in needs))
+
+
+@constant_result
+def variant() -> str:
+    """Name of the variant in use: the fastest, or the one that the environment variable SWAN_CPU names.
+
+    Raises:
+        ValueError: SWAN_CPU names no variant that this CPU can run.
+    """
+    chosen = os.environ.get("SWAN_CPU") or variants()[0]
+    if chosen not in variants():
+        raise ValueError(f"SWAN_CPU must be one of {', '.join(variants())} on this CPU, got {chosen!r}")
+    return chosen
+
+
+def operator(name: str) -> Any:
+    """The operator of a kernel (``"attend"`` or ``"pack"``) in the variant in use, once it is built."""
+    return getattr(torch.ops.swan, f"{name}_cpu_{variant()}")
+
+
+@constant_result
+def built() -> bool:
+    """Build the kernels at the first call, also while torch.compile traces; return whether they are there."""
+    return _built_once(variant())
+
+
+@functools.cache
+def _built_once(name: str) -> bool:
     try:
-        build()
-    except (RuntimeError, OSError):
+        build(name)
+    except (RuntimeError, OSError) as error:
+        warnings.warn(
+            f"{error}. Until then swan packs and attends with tensor code, which decodes several times more slowly "
+            "over long contexts",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return False
     return True
 
 
-def build() -> None:
-    """Compile the kernels with the C++ compiler of the machine, and keep them beside torch's other extensions.
+def library(name: str | None = None) -> Path:
+    """The file of a compiled variant (that in use by default): in TORCH_EXTENSIONS_DIR, or where torch keeps others.
+
+    Its name changes with the sources, the flags, the CPU and the versions of torch and Python.
+    """
+    from torch.utils import cpp_extension
+
+    name = name or variant()
+    text = [path.read_text() for path in (*SOURCES, *HEADERS)]
+    about = [*text, *FLAGS, name, *VARIANTS[name][1], torch.__version__, sys.version, platform.machine(), _cpu()]
+    digest = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return Path(root) / f"swan_cpu_{name}-{digest}.so"
+
+
+def build(name: str | None = None) -> None:
+    """Compile a variant of the kernels, that in use by default, or load what was compiled before.
+
+    Compiling says on stderr that it begins, and how long it took.
 
     Raises:
         RuntimeError: there is no compiler, or it fails.
     """
-    try:
-        from torch.utils import cpp_extension
-    except (ImportError, AssertionError) as error:  # setuptools asserts that pip was not imported before it
-        raise RuntimeError(f"torch cannot build swan's CPU kernels: setuptools does not load ({error!r})") from error
-    if hasattr(torch.ops.swan, "attend_cpu"):
+    name = name or variant()
+    if hasattr(torch.ops.swan, f"attend_cpu_{name}"):
         return
-    text = [path.read_text() for path in (*SOURCES, *HEADERS)]
-    about = [*text, *FLAGS, torch.__version__, sys.version, platform.machine(), _cpu()]
-    digest = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
-    library = Path(cpp_extension.get_default_build_root()) / f"{NAME}-{digest}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # of its own: no lock is left by a killed build
-            settings = {"extra_cflags": FLAGS, "extra_ldflags": ["-fopenmp"], "is_python_module": False}
-            try:
-                cpp_extension.load(NAME, [str(path) for path in SOURCES], build_directory=folder, **settings)
-            except (RuntimeError, OSError) as error:
-                raise RuntimeError(
-                    "swan's CPU kernels need a C++ compiler and ninja (pip install 'swan-attention[cpp]'), or use "
-                    f"impl='compiled': {error}"
-                ) from error
-            shutil.copy(Path(folder) / f"{NAME}.so", f"{folder}/copy")
-            os.replace(f"{folder}/copy", library)
+    try:
+        file = library(name)
+    except (ImportError, AssertionError) as error:  # setuptools asserts that pip was not imported before it
+        raise RuntimeError(_not_built(f"setuptools does not load ({error!r})")) from error
+    if file.exists():
+        torch.ops.load_library(str(file))
     else:
-        torch.ops.load_library(str(library))
+        _compile(name, file)
 
-    @torch.library.register_fake("swan::attend_cpu")
+    @torch.library.register_fake(f"swan::attend_cpu_{name}")
     def _(q, k, k_layout, v, v_layout, tokens, mask, scale, mixes, recent, recent_mask):  # pyright: ignore
         dv = v_layout[1] if v_layout[0] else sum(v_layout[1::2])
         return q.new_empty(*q.shape[:3], dv, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 
-    @torch.library.register_fake("swan::pack_cpu")
+    @torch.library.register_fake(f"swan::pack_cpu_{name}")
     def _(x, groups):  # pyright: ignore
         coded = [(size, bits) for size, bits in zip(groups[::2], groups[1::2], strict=True) if 1 <= bits <= 8]
         width = sum(code_bytes(size, bits) for size, bits in coded)
@@ -81,9 +138,43 @@ def build() -> None:
         return codes, scales
 
 
+def _compile(name: str, file: Path) -> None:
+    """Compile and load a variant, and leave it in a file."""
+    from torch.utils import cpp_extension
+
+    compiler = os.environ.get("CXX", "c++")  # what torch takes
+    if shutil.which(compiler) is None:
+        raise RuntimeError(_not_built(f"there is no C++ compiler {compiler!r}"))
+    print(f"swan: compiling its CPU kernels ({name}), once on this machine ...", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    flags = [*FLAGS, *VARIANTS[name][1], f"-DSWAN_VARIANT={name}"]
+    settings = {"extra_cflags": flags, "extra_ldflags": ["-fopenmp"], "is_python_module": False}
+    module = f"swan_cpu_{name}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # of its own: no lock is left by a killed build
+        try:
+            cpp_extension.load(module, [str(path) for path in SOURCES], build_directory=folder, **settings)
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            raise RuntimeError(_not_built(_first_error(error))) from error
+        shutil.copy(Path(folder) / f"{module}.so", f"{folder}/copy")
+        os.replace(f"{folder}/copy", file)
+    print(f"swan: compiled in {time.perf_counter() - start:.0f} s: {file}", file=sys.stderr, flush=True)
+
+
+def _not_built(reason: str) -> str:
+    return (
+        f"swan's CPU kernels were not built: {reason}; they need a C++ compiler (Debian's g++, Apple's clang) and ninja "
+        "(pip install 'swan-attention[cpp]')"
+    )
+
+
+def _first_error(error: BaseException) -> str:
+    """The first error that the compiler printed, or else the first line of the message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if re.search(r"\berror:", line)), lines[0] if lines else repr(error))
+
+
 def _cpu() -> str:
-    """What the compiler sees of the CPU: a folder may be shared by several machines."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.machine()
-    return next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    """What tells CPUs apart: a folder may be shared by several machines, and code is tuned for one."""
+    has = torch.cpu.get_capabilities()
+    return " ".join(sorted(str(name) for name, value in has.items() if value))

@@ -12,6 +12,11 @@
 #include <immintrin.h>
 #endif
 
+// The name of an operator in the variant that is compiled: several of them may be loaded together.
+#define SWAN_TEXT_OF(x) #x
+#define SWAN_TEXT(x) SWAN_TEXT_OF(x)
+#define SWAN_OPERATOR(name) #name "_" SWAN_TEXT(SWAN_VARIANT)
+
 namespace swan {
 
 // Of a code, high bits first.

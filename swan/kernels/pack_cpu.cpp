@@ -80,6 +80,6 @@ std::tuple<at::Tensor, at::Tensor> pack(const at::Tensor& x, at::IntArrayRef gro
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(swan, m) { m.def("pack_cpu(Tensor x, int[] groups) -> (Tensor, Tensor)"); }
+TORCH_LIBRARY_FRAGMENT(swan, m) { m.def(SWAN_OPERATOR(pack_cpu) "(Tensor x, int[] groups) -> (Tensor, Tensor)"); }
 
-TORCH_LIBRARY_IMPL(swan, CPU, m) { m.impl("pack_cpu", &pack); }
+TORCH_LIBRARY_IMPL(swan, CPU, m) { m.impl(SWAN_OPERATOR(pack_cpu), &pack); }

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch._dynamo import mark_static_address
 
-__all__ = ["DenseBuffer", "Evicted", "keep_in_place"]
+from swan.compiling import keep_in_place
+
+__all__ = ["DenseBuffer", "Evicted"]
 
 NOWHERE = 2**62  # the column of a slot that holds nothing: later than every query
 
@@ -179,13 +180,6 @@ class DenseBuffer(nn.Module):
             return Evicted(k, v, torch.where(held, column - self.sinks, -1))
         skip = min(max(max(int(self.first), self.sinks) - (length - self.size), 0), k.shape[2])
         return Evicted(k[:, :, skip:], v[:, :, skip:], None)
-
-
-def keep_in_place(*tensors: Tensor) -> None:
-    """Tell the compiler that these stay where they are: CUDA graphs then need no copies of them."""
-    if not torch.compiler.is_compiling():
-        for t in tensors:
-            mark_static_address(t, guard=False)
 
 
 def _write_sinks(stored: Tensor, new: Tensor, source: tuple[Tensor, Tensor]) -> None:

@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from swan.compiling import keep_in_place
 from swan.functional.attention import Impl, dense_attention, swan_attention
 from swan.kernels.pack_cpu import pack
-from swan.modules.buffer import DenseBuffer, keep_in_place
+from swan.modules.buffer import DenseBuffer
 from swan.packed import Layout, Packed, PlanLayer, unpack
 
 __all__ = ["KVCache", "Prefill"]

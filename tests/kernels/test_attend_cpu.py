@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 
 from swan import Graded, TopK, pack, packed_attention, swan_attention
 from swan.functional import reference
-from swan.kernels import Recent, attend_cpu, cpu
+from swan.kernels import Recent, attend_cpu
 from swan.packed import mixing, unpack_mixed
 from tests.strategies import (
     DTYPES,
@@ -29,8 +27,7 @@ from tests.strategies import (
     seeds,
 )
 
-if not cpu.built():  # says why
-    cpu.build()
+pytestmark = pytest.mark.usefixtures("cpu_variant")
 
 
 def layouts_of(d: int):
@@ -245,14 +242,3 @@ def test_others_refuse():
         attend_cpu.attend(q, indexed, fine, None, 1.0)
     with pytest.raises(ValueError, match=r"not torch\.float64"):
         attend_cpu.attend(q.double(), fine, fine, None, 1.0)
-
-
-@pytest.mark.slow
-def test_without_avx512():
-    """The same tests on the code for other CPUs."""
-    code = (
-        "from swan.kernels import cpu; import pytest, sys; "
-        "cpu.FLAGS[1] = '-march=x86-64-v3'; "
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'layout or groups or together', sys.argv[1]]))"
-    )
-    subprocess.run([sys.executable, "-c", code, __file__], check=True)

@@ -9,6 +9,8 @@ from swan import Graded, TopK, unpack
 from swan.kernels.pack_cpu import pack
 from tests.strategies import assert_packed, coded_layouts, dtypes, normal, seeds
 
+pytestmark = pytest.mark.usefixtures("cpu_variant")
+
 
 @given(seeds, dtypes, st.integers(1, 300), st.sampled_from([7, 24, 64, 128]).flatmap(coded_layouts), st.floats(-12, 12))
 def test_packs_as_tensor_code_does(seed, dtype, tokens, layout, power):

@@ -1,0 +1,33 @@
+"""Says to torch.compile what it cannot see, without importing the compiler: that takes longer than all of swan."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["constant_result", "keep_in_place", "keep_in_place_if_compiling"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_result(fn: F) -> F:
+    """Mark a function to be called once while torch.compile traces: `torch.compiler.assume_constant_result`."""
+    fn._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return fn
+
+
+def keep_in_place(*tensors: Tensor) -> None:
+    """Tell the compiler that these stay where they are: CUDA graphs then need no copies of them."""
+    if not torch.compiler.is_compiling():
+        from torch._dynamo import mark_static_address
+
+        for t in tensors:
+            mark_static_address(t, guard=False)
+
+
+def keep_in_place_if_compiling(tensor: Tensor) -> None:
+    """`keep_in_place` where the compiler is loaded, for what eager code builds too; called in constant functions."""
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.mark_static_address(tensor, guard=False)
