@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -460,7 +460,7 @@ def unpack_mixed(packed: Packed) -> Tensor:
 class Mixes:
     """Mixing matrices by `mix_name`. As attributes of an object they are inputs of compiled code, not built in it.
 
-    Tensors that a `constant_result` function returns would not do: two of them in a graph have the same name in torch 2.13.
+    Tensors returned by a `constant_result` function would not do: two in a graph have the same name in torch 2.13.
     """
 
 
@@ -505,11 +505,15 @@ def hadamard(size: int, device: torch.device) -> Tensor:
 
 def quantize_group(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale byte ``[..., 1]`` and codes of `bits` bits: ``|x - x_hat| <= 2 ** -bits * scale``."""
-    peak = x.abs().amax(dim=-1, keepdim=True).float()
-    scale = (peak.log2() * OCTAVE).ceil().clamp(-OFFSET, 255 - OFFSET) + OFFSET
-    scale = scale.to(torch.uint8)
+    scale = scale_byte(x)
     steps = x.float() / scale_of(scale) * 2 ** (bits - 1)
     return scale, (steps.floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def scale_byte(x: Tensor) -> Tensor:
+    """The byte ``[..., 1]`` of the smallest scale that is not below any coordinate."""
+    peak = x.abs().amax(dim=-1, keepdim=True).float()
+    return ((peak.log2() * OCTAVE).ceil().clamp(-OFFSET, 255 - OFFSET) + OFFSET).to(torch.uint8)
 
 
 def dequantize_group(code: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import random
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from swan.calibration.capture import (
     tensor_parallel,
     unwrapped,
 )
-from swan.calibration.effects import BUFFER, WINDOWS, Effects, beginning, measure_effects, tokens_of
+from swan.calibration.effects import BUFFER, WINDOWS, Effects, Sensed, beginning, effects_of, sense, tokens_of
 from swan.calibration.files import read_tensors, write_tensors
 from swan.calibration.moments import Moments
 from swan.calibration.progress import track
@@ -194,11 +194,12 @@ def calibrate(
 ) -> Calibration:
     r"""Run a model over some text; find an orthogonal basis for each layer and KV head, and what packing a layer does.
 
-    Sums second moments $M_x = \sum_t x_t x_t^\top$ of q, k (after RoPE) and v in float64; no activation is kept. The
-    columns of the basis ``"joint"`` are the eigenvectors, largest eigenvalue first, of
-    $M_q / \mathrm{tr}\, M_q + M_k / \mathrm{tr}\, M_k$ for keys, and of the same sum of $M_v$ and
-    $\sum_h W_{O,h}^\top W_{O,h}$ for values. Some 8,000 tokens of ordinary text do. Then up to 4 windows of 1024 tokens
-    are run forward and backward, which predicts the KL divergence that each layer adds in each of some layouts;
+    Sums second moments $M_x = \sum_t x_t x_t^\top$ of q, k (after RoPE) and v in float64. The columns of the basis
+    ``"joint"`` are the eigenvectors, largest eigenvalue first, of $M_q / \mathrm{tr}\, M_q + M_k / \mathrm{tr}\, M_k$
+    for keys, and of the same sum of $M_v$ and $\sum_h W_{O,h}^\top W_{O,h}$ for values. Some 8,000 tokens of ordinary
+    text do. Up to 4 windows of 1024 tokens are run backward too, which predicts the KL divergence that each layer adds
+    in each of some layouts; their keys, values and gradients stay in memory until the bases are known. No other
+    activation is kept.
     `Plan.for_retention` spends bytes accordingly.
 
     Args:
@@ -211,7 +212,7 @@ def calibrate(
         effects: measure effects. By default for transformers models and texts of more than 64 tokens: it takes the
             memory of a backward pass by activations, and a warning says if that fails. True also for a model of your
             own whose output is logits ``[batch, tokens, vocabulary]``.
-        progress: show a progress bar (needs rich).
+        progress: show a progress bar, or lines on stderr where there is no terminal.
 
     Returns:
         The calibration: give it to `swan.attach`.
@@ -235,45 +236,87 @@ def calibrate(
         raise ValueError(
             "each process holds only some heads of this model; calibrate it in one process, save, and load here"
         )
+    about = fingerprint(model)
+    transformer = about["kind"] == "transformers"
+    body = cast(nn.Module, model.base_model) if transformer else model  # without its head, which is of no interest
     moments: dict[int, Moments] = {}
+    wanted, chosen, draw, count = effects or (effects is None and transformer), [], random.Random(seed), 0
 
     def observe(index: int, seen: Observed) -> None:
         if index not in moments:
             moments[index] = Moments.begin(seen.k, seen.v, seen.module)
         moments[index].add(seen.q, seen.k, seen.v, seen.real)
 
-    about, count, kept = fingerprint(model), 0, []
-    wanted = effects or (effects is None and about["kind"] == "transformers")
-    draw = random.Random(seed)
-    body = cast(nn.Module, model.base_model) if about["kind"] == "transformers" else model  # the head is of no interest
-    with evaluating(model), observing(model, observe):
-        for batch in track(batches, "calibrating", show=progress):
+    def run(batch: Any) -> None:
+        with observing(model, observe):
             call(body, batch)
-            if wanted and (place := draw.randrange(count + 1) if count >= WINDOWS else count) < WINDOWS:
-                kept[place : place + 1] = [beginning(batch)]  # each batch is as likely to be among them
+
+    with evaluating(model):
+        for batch in track(batches, "calibrating", show=progress):
             count += 1
+            if wanted and count <= WINDOWS:
+                chosen.append(batch)  # to run at the end, backward too
+                continue
+            if wanted and (place := draw.randrange(count)) < WINDOWS:  # each batch is as likely to be chosen
+                batch, chosen[place] = chosen[place], batch
+            run(batch)
+        sensed, trouble = _backward(model, chosen, run, observe, seed, progress)
     if count == 0:
         raise ValueError("no batch came; give calibrate at least one")
     if not moments:
         raise TypeError(f"{type(model).__name__} has no attention that swan knows: none was observed")
-    ordered = tuple(moments[i] for i in sorted(moments))
-    for index, layer in enumerate(ordered):
-        layer.check(f"layer {index}")
-    found = _from_moments(ordered, basis, seed, json.loads(json.dumps(about)))
-    if effects or (wanted and max(map(tokens_of, kept)) > BUFFER):
-        bases = [(layer.key_basis, layer.value_basis) for layer in found.layers]
-        try:
-            with evaluating(model):
-                measured = measure_effects(model, kept, bases, seed=seed, progress=progress)
-        except RuntimeError as error:
-            if effects:
-                raise
-            warnings.warn(
-                f"plans will be the same for all layers, their effects were not measured: {error}", stacklevel=2
-            )
-        else:
-            found = dataclasses.replace(found, effects=measured)
-    return found
+    ordered = {index: moments[index] for index in sorted(moments)}
+    for row, layer in enumerate(ordered.values()):
+        layer.check(f"layer {row}")
+    calibration = _from_moments(tuple(ordered.values()), basis, seed, json.loads(json.dumps(about)))
+    if trouble is not None:
+        if effects:
+            raise trouble
+        if not isinstance(trouble, ValueError):
+            reason = f"plans will be the same for all layers, their effects were not measured: {trouble}"
+            warnings.warn(reason, stacklevel=2)
+    if not sensed:
+        return calibration
+    bases = {index: (x.key_basis, x.value_basis) for index, x in zip(ordered, calibration.layers, strict=True)}
+    tokens = sum(tokens_of(beginning(batch)) for batch in chosen)
+    device = next(iter(model.parameters())).device
+    return dataclasses.replace(calibration, effects=effects_of(sensed, bases, tokens, device))
+
+
+def _backward(
+    model: nn.Module,
+    batches: Sequence[Any],
+    run: Callable[[Any], None],
+    observe: Callable[[int, Observed], None],
+    seed: int,
+    progress: bool,
+) -> tuple[list[dict[int, Sensed]], Exception | None]:
+    """Run batches forward, all of them observed once, and the beginning of each backward.
+
+    Returns:
+        What each layer felt in each batch, empty where that failed, and why it did.
+    """
+    generator, sensed = torch.Generator().manual_seed(seed), []
+    trouble: Exception | None = None
+    if batches and max(map(tokens_of, batches)) <= BUFFER:
+        trouble = ValueError(
+            f"effects are measured on tokens beyond the buffer: give texts of more than {BUFFER} tokens"
+        )
+    for batch in track(batches, "measuring effects", show=progress):
+        part = beginning(batch)
+        if trouble is None:
+            try:
+                layers, felt = sense(model, part, generator)
+            except RuntimeError as error:
+                trouble = error
+            else:
+                sensed.append(felt)
+                if part is batch:
+                    for index, seen in layers.items():
+                        observe(index, seen)
+                    continue
+        run(batch)
+    return ([] if trouble else sensed), trouble
 
 
 def _from_moments(moments: tuple[Moments, ...], basis: Basis, seed: int, fingerprint: dict[str, Any]) -> Calibration:

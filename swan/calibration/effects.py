@@ -9,19 +9,20 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from swan.calibration.capture import Observed, attention_layers, call, observing
-from swan.calibration.progress import track
+from swan.calibration.capture import Observed, call, observing
 from swan.functional.rotation import rotate
-from swan.packed import Graded, pack, unpack
+from swan.packed import Graded, scale_byte, scale_of
 
 __all__ = [
     "KEYS",
     "VALUES",
     "Effects",
     "Groups",
+    "Sensed",
     "beginning",
+    "effects_of",
     "graded",
-    "measure_effects",
+    "sense",
     "sensitivities",
     "tokens_of",
 ]
@@ -57,7 +58,8 @@ VALUES: tuple[Groups, ...] = (
 )
 BUFFER, SINKS = 64, 4  # tokens that a query sees dense
 WINDOWS, TOKENS = 4, 1024  # how much text `calibrate` measures on, at most
-QUERIES = 512  # rows of a score matrix at a time
+QUERIES = 64  # rows of a score matrix at a time
+DRAWN = 64  # words drawn at a time
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,60 @@ def graded(d: int, groups: Groups) -> Graded:
     return Graded(tuple((size, bits) for size, (_, bits) in zip(sizes, groups, strict=True) if size))
 
 
-def measure_effects(
-    model: nn.Module, batches: Sequence[Any], bases: Sequence[tuple[Tensor, Tensor]], *, seed: int, progress: bool
+@dataclass(frozen=True)
+class Sensed:
+    """Keys and values of one layer for one text, and the gradients of `sensitivities` by each; on the CPU."""
+
+    k: Tensor
+    v: Tensor
+    by_key: Tensor
+    by_value: Tensor
+
+
+def sense(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[dict[int, Observed], dict[int, Sensed]]:
+    """Run a model forward and backward.
+
+    Args:
+        model: in evaluation mode; its output is logits ``[batch, tokens, vocabulary]`` or has them as ``logits``.
+        batch: as for `calibrate`; `beginning` keeps it small.
+        generator: of the draws, on the CPU.
+
+    Returns:
+        What each layer did in the forward pass, by its index, and what each without a sliding window felt.
+
+    Raises:
+        RuntimeError: every layer has a sliding window, or there is no backward pass through the model.
+    """
+    layers: dict[int, Observed] = {}
+    with torch.enable_grad(), observing(model, layers.__setitem__):
+        output = call(model, batch)
+        full = {index: seen for index, seen in layers.items() if not seen.sliding}
+        if not full:
+            raise RuntimeError("every layer attends to a sliding window only")
+        logits = getattr(output, "logits", output)
+        out = [seen.out for seen in full.values()]
+        gradients = torch.autograd.grad(logits, out, _likelihood_gradient(logits, generator, full))
+    sensed = {}
+    for (index, seen), gradient in zip(full.items(), gradients, strict=True):
+        by_key, by_value = sensitivities(seen, gradient)
+        sensed[index] = Sensed(*(t.detach().cpu() for t in (seen.k, seen.v, by_key, by_value)))
+    return layers, sensed
+
+
+def _likelihood_gradient(logits: Tensor, generator: torch.Generator, layers: Mapping[int, Observed]) -> Tensor:
+    """Gradient by the logits of the log-likelihood of words drawn from them: one there, less their probabilities."""
+    gradient = logits.detach().float().softmax(-1)
+    words = gradient.flatten(0, 1)
+    parts = [torch.multinomial(rows.cpu(), 1, generator=generator) for rows in words.split(DRAWN)]
+    drawn = torch.cat(parts).to(words.device)
+    words.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=words.dtype))
+    if (real := next(iter(layers.values())).real) is not None:
+        gradient *= real[..., None]
+    return gradient.to(logits.dtype)
+
+
+def effects_of(
+    texts: Sequence[dict[int, Sensed]], bases: Mapping[int, tuple[Tensor, Tensor]], tokens: int, device: torch.device
 ) -> Effects:
     r"""Predict, for each layer and candidate, the KL divergence from the dense model.
 
@@ -98,34 +152,22 @@ def measure_effects(
     Fisher information is the second derivative of the KL divergence. One backward pass serves all.
 
     Args:
-        model: in evaluation mode; its output is logits ``[batch, tokens, vocabulary]`` or has them as ``logits``.
-        batches: as for `calibrate`; `beginning` keeps them small.
-        bases: key and value basis of each layer.
-        seed: of the draws.
-        progress: show a progress bar.
+        texts: what `sense` found in each text.
+        bases: key and value basis of each layer by its index (of hybrids not all layers have one).
+        tokens: tokens in all texts.
+        device: where to compute.
 
     Returns:
-        The effects.
-
-    Raises:
-        ValueError: no text is longer than the buffer of 64 tokens.
-        RuntimeError: every layer has a sliding window, or there is no backward pass through the model.
+        The effects, a row for each of the bases in the order of their indices.
     """
-    if max(map(tokens_of, batches)) <= BUFFER:
-        raise ValueError(f"effects are measured on tokens beyond the buffer: give texts of more than {BUFFER} tokens")
-    tables = [torch.full((len(bases), len(side)), torch.nan) for side in (KEYS, VALUES)]
-    generator, tokens = torch.Generator().manual_seed(seed), 0
-    rows = {index: row for row, index in enumerate(sorted(attention_layers(model)))}  # of hybrids not all layers
-    for batch in track(batches, "measuring effects", show=progress):
-        for index, (seen, gradient) in _run(model, batch, generator).items():
-            row = rows.get(index, index)
-            sides = zip(tables, (seen.k, seen.v), sensitivities(seen, gradient), bases[row], strict=True)
-            for (table, x, h, basis), candidates in zip(sides, (KEYS, VALUES), strict=True):
-                basis = basis.to(x.device)
-                added = _kl(rotate(x.float(), basis), rotate(h, basis), candidates)
-                table[row] = table[row].nan_to_num(0) + added.cpu()
-        tokens += tokens_of(batch)
-    return Effects(*(table / tokens for table in tables))
+    keys, values = (torch.full((len(bases), len(side)), torch.nan) for side in (KEYS, VALUES))
+    rows = {index: row for row, index in enumerate(sorted(bases))}
+    for sensed in texts:
+        for index, layer in sensed.items():
+            row, (key_basis, value_basis) = rows[index], bases[index]
+            keys[row] = keys[row].nan_to_num(0) + _kl(layer.k, layer.by_key, key_basis, KEYS, device)
+            values[row] = values[row].nan_to_num(0) + _kl(layer.v, layer.by_value, value_basis, VALUES, device)
+    return Effects(keys / tokens, values / tokens)
 
 
 def tokens_of(batch: Any) -> int:
@@ -152,48 +194,65 @@ def sensitivities(seen: Observed, gradient: Tensor) -> tuple[Tensor, Tensor]:
     key = torch.arange(tokens, device=k.device)
     for start in range(0, tokens, QUERIES):
         rows = slice(start, start + QUERIES)
-        query = key[rows, None]
-        visible = (key <= query) if seen.mask is None else seen.mask[:, :, None, rows]
-        packed = (query - key >= BUFFER) & (key >= SINKS)
-        scores = einsum(q[..., rows, :], k, "b h g i d, b h j d -> b h g i j") * seen.scale
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0) * packed
-        by_value += einsum(weights, g[..., rows, :], "b h g i j, b h g i d -> b h j d")
-        change = einsum(g[..., rows, :], v, "b h g i d, b h j d -> b h g i j")
+        seen_keys = slice(0, start + QUERIES if seen.mask is None else tokens)  # a causal query sees none after it
+        columns, query = key[seen_keys], key[rows, None]
+        visible = (columns <= query) if seen.mask is None else seen.mask[:, :, None, rows]
+        packed = (query - columns >= BUFFER) & (columns >= SINKS)
+        scores = einsum(q[..., rows, :], k[:, :, seen_keys], "b h g i d, b h j d -> b h g i j") * seen.scale
+        weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1).nan_to_num_(0).mul_(packed)
+        by_value[:, :, seen_keys] += einsum(weights, g[..., rows, :], "b h g i j, b h g i d -> b h j d")
+        change = einsum(g[..., rows, :], v[:, :, seen_keys], "b h g i d, b h j d -> b h g i j")
         change -= einsum(g[..., rows, :], out[..., rows, :], "b h g i d, b h g i d -> b h g i")[..., None]
-        by_key += einsum(weights * change, q[..., rows, :], "b h g i j, b h g i d -> b h j d") * seen.scale
+        change *= weights
+        by_key[:, :, seen_keys] += einsum(change, q[..., rows, :], "b h g i j, b h g i d -> b h j d") * seen.scale
     return by_key, by_value
 
 
-def _kl(x: Tensor, h: Tensor, candidates: Sequence[Groups]) -> Tensor:
-    """Half the sum over tokens of the squared first-order change, for each candidate."""
-    errors = [unpack(pack(x, layout)) - x for layout in (graded(x.shape[-1], groups) for groups in candidates)]
-    return torch.stack([(h * error).sum(-1).square().sum() / 2 for error in errors])
+def _kl(x: Tensor, h: Tensor, basis: Tensor, candidates: Sequence[Groups], device: torch.device) -> Tensor:
+    """Half the sum over tokens of the squared first-order change, for each candidate, on the CPU.
+
+    Candidates share groups, so the change through each is worked out once.
+    """
+    basis = basis.to(device)
+    x, h = (rotate(t.to(device).float(), basis) for t in (x, h))
+    spans = [_spans(graded(x.shape[-1], groups)) for groups in candidates]
+    changes: dict[tuple[int, int, int], Tensor] = {}
+    for (start, stop), same in itertools.groupby(sorted(set(itertools.chain(*spans))), key=lambda span: span[:2]):
+        bits = [each for _, _, each in same]
+        through = _changes(x[..., start:stop], h[..., start:stop], bits)
+        changes |= {(start, stop, each): change for each, change in zip(bits, through, strict=True)}
+    totals = [torch.stack([changes[span] for span in each]).sum(0) for each in spans]
+    return torch.stack([total.square().sum() / 2 for total in totals]).cpu()
 
 
-def _run(model: nn.Module, batch: Any, generator: torch.Generator) -> dict[int, tuple[Observed, Tensor]]:
-    """What each layer without a sliding window did, and the gradient of its output."""
-    layers: dict[int, Observed] = {}
+def _spans(layout: Graded) -> list[tuple[int, int, int]]:
+    """``(start, stop, bits)`` of each group, those pruned too."""
+    stops = itertools.accumulate(size for size, _ in layout.groups)
+    return [(stop - size, stop, bits) for stop, (size, bits) in zip(stops, layout.groups, strict=True)]
 
-    def observe(index: int, seen: Observed) -> None:
-        if not seen.sliding:
-            layers[index] = seen
 
-    with torch.enable_grad(), observing(model, observe):
-        output = call(model, batch)
-        if not layers:
-            raise RuntimeError("every layer attends to a sliding window only")
-        log_p = getattr(output, "logits", output).float().log_softmax(-1)
-        drawn = torch.multinomial(log_p.detach().exp().flatten(0, 1).cpu(), 1, generator=generator)
-        likelihood = log_p.gather(-1, drawn.to(log_p.device).view(*log_p.shape[:2], 1))[..., 0]
-        real = next(iter(layers.values())).real
-        total = likelihood.sum() if real is None else (likelihood * real).sum()
-        gradients = torch.autograd.grad(total, [seen.out for seen in layers.values()])
-    return dict(zip(layers, zip(layers.values(), gradients, strict=True), strict=True))
+def _changes(x: Tensor, h: Tensor, bits: Sequence[int]) -> list[Tensor]:
+    r"""First-order change $h \cdot (\hat x - x)$ of each token, for a group stored with each count of bits up to 8.
+
+    As `Graded` stores it: codes of the mixed group over its scale; steps are all of one size.
+    """
+    mix = Graded(((x.shape[-1], 8),)).mix(x.dtype, x.device)
+    assert mix is not None
+    x, h = x @ mix, h @ mix
+    scale = scale_of(scale_byte(x))
+    fraction = x / scale
+    below_one = fraction.clamp(max=1 - 2.0**-9)  # the largest coordinate has the code below that of 1
+    changes = []
+    for each in bits:
+        steps = (below_one * 2.0 ** (each - 1)).floor_().add_(0.5).mul_(2.0 ** (1 - each)) if each else 0
+        changes.append(torch.linalg.vecdot(h, steps - fraction) * scale[..., 0])
+    return changes
 
 
 def beginning(batch: Any) -> Any:
-    """The first row and at most `TOKENS` tokens of a batch."""
-    if isinstance(batch, Mapping):
-        named = cast("Mapping[str, Any]", batch)
-        return {n: t[:1, :TOKENS].clone() if isinstance(t, Tensor) and t.ndim > 1 else t for n, t in named.items()}
-    return batch[:1, :TOKENS].clone()  # not a view that keeps the whole batch
+    """The first row and at most `TOKENS` tokens of a batch; the batch itself if that is all of it."""
+    named = cast("Mapping[str, Any]", batch if isinstance(batch, Mapping) else {"input_ids": batch})
+    part = {n: t[:1, :TOKENS] if isinstance(t, Tensor) and t.ndim > 1 else t for n, t in named.items()}
+    if all(not isinstance(t, Tensor) or part[n].shape == t.shape for n, t in named.items()):
+        return batch
+    return part if isinstance(batch, Mapping) else part["input_ids"]

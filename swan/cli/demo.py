@@ -22,6 +22,7 @@ from swan.cli.common import (
 )
 from swan.cli.generate import encode, stream
 from swan.evaluation.calibrations import calibration_of
+from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.perplexity import Setting
 from swan.evaluation.perplexity import evaluate as evaluate_settings
 from swan.evaluation.sources import evaluation_text, token_windows
@@ -35,7 +36,7 @@ def demo(
     model: Annotated[str, typer.Option(help="As in `swan generate`.")] = "smollm2-135m",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate each time.")] = 64,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 1024 tokens to score.")] = 4,
-    dtype: DtypeOption = Dtype.bfloat16,
+    dtype: DtypeOption = Dtype.auto,
     out: Annotated[Path, typer.Option(help="Folder of the plot.")] = Path(),
     json: JsonOption = False,
 ) -> None:
@@ -59,7 +60,9 @@ def demo(
         rows = [row | {k: s[k] for k in SCORES} for row, s in zip(rows, scored, strict=True)]
         plot = _plot(rows, out / "swan-demo.png")
     if json:
-        return print_json({"model": model, "dtype": dtype, "tokens": tokens, "windows": windows}, rows)
+        return print_json(
+            {"model": model, "dtype": dtype_name(network.dtype), "tokens": tokens, "windows": windows}, rows
+        )
     print_table(
         f"{model}, {dtype.value}, prompt of {inputs.shape[1]} tokens and {tokens} generated",
         ("retention", "bytes", "of dense", "tokens/s", "perplexity", "increase", "agree"),

@@ -20,6 +20,7 @@ from swan.cli.common import (
     user_errors,
 )
 from swan.evaluation.calibrations import calibration_of
+from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.perplexity import Setting, default_sweep
 from swan.evaluation.perplexity import evaluate as evaluate_settings
 from swan.evaluation.sources import evaluation_text, token_windows
@@ -37,7 +38,7 @@ def evaluate(
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept dense.")] = 4,
     basis: BasisOption = BasisName.joint,
     calibration: CalibrationOption = None,
-    dtype: DtypeOption = Dtype.float32,
+    dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:
     """Score a text with compression active, as if decoded token by token."""
@@ -50,7 +51,13 @@ def evaluate(
         rows = evaluate_settings(network, tokens, sweep or default_sweep(found.dims, buffer=buffer, sinks=sinks), found)
     rows = [{"model": model, "text": text, **row} for row in rows]
     if json:
-        settings = {"windows": windows, "length": length, "buffer": buffer, "sinks": sinks, "dtype": dtype}
+        settings = {
+            "windows": windows,
+            "length": length,
+            "buffer": buffer,
+            "sinks": sinks,
+            "dtype": dtype_name(network.dtype),
+        }
         return print_json(settings | {"calibration": repr(found)}, rows)
     print_table(
         f"{model} on {text}, {windows} windows of {length} tokens, buffer {buffer}",

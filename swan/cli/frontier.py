@@ -24,6 +24,7 @@ from swan.cli.common import (
     write_json,
 )
 from swan.evaluation.calibrations import calibration_of
+from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.figures import save
 from swan.evaluation.frontier import (
     DEFAULT,
@@ -57,7 +58,7 @@ def frontier(
     rivals: Annotated[bool, typer.Option(help="Score the rivals too.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="Short windows, one seed, few needles: minutes.")] = False,
     calibration: CalibrationOption = None,
-    dtype: DtypeOption = Dtype.float32,
+    dtype: DtypeOption = Dtype.auto,
     plot: Annotated[Path | None, typer.Option(help="Image file to draw.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write, after each window too.")] = None,
     json: JsonOption = False,
@@ -81,7 +82,7 @@ def frontier(
         if quick:
             compared_methods = [m for m in compared_methods if m.basis is not None]  # those of transformers are slow
         settings = {"texts": texts, "windows": windows, "length": length, "buffer": buffer, "sinks": sinks}
-        settings |= {"dtype": dtype, "calibration": repr(found), "layers": _layers(network)}
+        settings |= {"dtype": dtype_name(network.dtype), "calibration": repr(found), "layers": _layers(network)}
 
         def keep(scored: list[dict[str, Any]]) -> dict[str, Any]:
             rows = [{"model": model, "text": "+".join(texts), **row} for row in scored]

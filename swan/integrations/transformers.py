@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal, NoReturn, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from swan.calibration import Calibration, Plan
 from swan.calibration.capture import attention_layers, evaluating, tensor_parallel, unwrapped
@@ -60,6 +62,7 @@ class _Attachment:
     implementation: str
     folded: list[tuple[nn.Parameter, Tensor]]  # parameters and what they were
     plan: Plan | None = None  # of caches that are told nothing else
+    hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
 
 
 def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False) -> None:
@@ -95,6 +98,7 @@ def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False)
             attachment.folded += _fold(layer, value_basis)
         layer.register_buffer("swan_value_basis", None if fold else value_basis.to(**options), persistent=False)
     model.set_attn_implementation(NAME)
+    attachment.hooks += _accept_cache(model)
     try:
         _try_cache(model)
     except Exception as error:
@@ -114,6 +118,9 @@ def detach(model: PreTrainedModel) -> None:
     for layer in attention_layers(model).values():
         del layer.swan_key_basis, layer.swan_value_basis
     model.set_attn_implementation(attachment.implementation)
+    for hook in attachment.hooks:
+        hook.remove()
+    vars(model).pop("generate", None)
     del model._swan_attachment
 
 
@@ -125,6 +132,33 @@ def is_attached(model: nn.Module) -> bool:
 def cache_keyword(model: nn.Module) -> str:
     """Name under which this version of transformers takes a cache: ``past_key_values``, or ``cache``."""
     return "cache" if "cache" in inspect.signature(unwrapped(model).forward).parameters else "past_key_values"
+
+
+def _accept_cache(model: PreTrainedModel) -> list[RemovableHandle]:
+    """Let a model of transformers before 5.24 take a cache under its later name too: ``cache``."""
+    if cache_keyword(model) == "cache":
+        return []
+    vars(model)["generate"] = MethodType(_generate, model)
+    parts = dict.fromkeys((model, cast(nn.Module, model.base_model)))
+    return [part.register_forward_pre_hook(_with_old_name, with_kwargs=True) for part in parts]
+
+
+def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    _, kwargs = _with_old_name(model, args, kwargs)
+    return type(model).generate(model, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+
+_generate.__name__ = "generate"  # a pickled method is found again by its name
+
+
+def _with_old_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if "cache" not in kwargs:
+        return args, kwargs
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError("give the cache as cache or as past_key_values, not as both")
+    kwargs = dict(kwargs)
+    kwargs["past_key_values"] = kwargs.pop("cache")
+    return args, kwargs
 
 
 class SwanCache(Cache):

@@ -19,7 +19,7 @@ import torch
 from swan.compiling import constant_result
 from swan.packed import code_bytes
 
-__all__ = ["build", "built", "instruction_sets", "library", "operator", "variant", "variants"]
+__all__ = ["build", "built", "instruction_sets", "library", "missing", "operator", "variant", "variants"]
 
 SOURCES = [Path(__file__).with_name(name) for name in ("attend_cpu.cpp", "pack_cpu.cpp")]
 HEADERS = [Path(__file__).with_name(name) for name in ("attend_cpu_avx512.h", "cpu_common.h")]
@@ -94,15 +94,32 @@ def library(name: str | None = None) -> Path:
     """The file of a compiled variant (that in use by default): in TORCH_EXTENSIONS_DIR, or where torch keeps others.
 
     Its name changes with the sources, the flags, the CPU and the versions of torch and Python.
-    """
-    from torch.utils import cpp_extension
 
+    Raises:
+        RuntimeError: setuptools, which torch needs for that, does not load.
+    """
     name = name or variant()
     text = [path.read_text() for path in (*SOURCES, *HEADERS)]
     about = [*text, *FLAGS, name, *VARIANTS[name][1], torch.__version__, sys.version, platform.machine(), _cpu()]
     digest = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or _cpp_extension().get_default_build_root()
     return Path(root) / f"swan_cpu_{name}-{digest}.so"
+
+
+def missing() -> str | None:
+    """Say what is missing to compile the kernels, or None."""
+    compiler = os.environ.get("CXX", "c++")  # what torch takes
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler {compiler!r}"
+    return None if _cpp_extension().is_ninja_available() else "there is no ninja"
+
+
+def _cpp_extension() -> Any:
+    try:
+        from torch.utils import cpp_extension
+    except (ImportError, AssertionError) as error:  # setuptools asserts that pip was not imported before it
+        raise RuntimeError(_not_built(f"setuptools does not load ({error!r})")) from error
+    return cpp_extension
 
 
 def build(name: str | None = None) -> None:
@@ -116,11 +133,7 @@ def build(name: str | None = None) -> None:
     name = name or variant()
     if hasattr(torch.ops.swan, f"attend_cpu_{name}"):
         return
-    try:
-        file = library(name)
-    except (ImportError, AssertionError) as error:  # setuptools asserts that pip was not imported before it
-        raise RuntimeError(_not_built(f"setuptools does not load ({error!r})")) from error
-    if file.exists():
+    if (file := library(name)).exists():
         torch.ops.load_library(str(file))
     else:
         _compile(name, file)
@@ -140,11 +153,8 @@ def build(name: str | None = None) -> None:
 
 def _compile(name: str, file: Path) -> None:
     """Compile and load a variant, and leave it in a file."""
-    from torch.utils import cpp_extension
-
-    compiler = os.environ.get("CXX", "c++")  # what torch takes
-    if shutil.which(compiler) is None:
-        raise RuntimeError(_not_built(f"there is no C++ compiler {compiler!r}"))
+    if reason := missing():
+        raise RuntimeError(_not_built(reason))
     print(f"swan: compiling its CPU kernels ({name}), once on this machine ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
     flags = [*FLAGS, *VARIANTS[name][1], f"-DSWAN_VARIANT={name}"]
@@ -153,7 +163,7 @@ def _compile(name: str, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # of its own: no lock is left by a killed build
         try:
-            cpp_extension.load(module, [str(path) for path in SOURCES], build_directory=folder, **settings)
+            _cpp_extension().load(module, [str(path) for path in SOURCES], build_directory=folder, **settings)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             raise RuntimeError(_not_built(_first_error(error))) from error
         shutil.copy(Path(folder) / f"{module}.so", f"{folder}/copy")
@@ -163,7 +173,7 @@ def _compile(name: str, file: Path) -> None:
 
 def _not_built(reason: str) -> str:
     return (
-        f"swan's CPU kernels were not built: {reason}; they need a C++ compiler (Debian's g++, Apple's clang) and ninja "
+        f"swan's CPU kernels were not built: {reason}; they need a C++ compiler (such as g++) and ninja "
         "(pip install 'swan-attention[cpp]')"
     )
 

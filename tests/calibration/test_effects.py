@@ -7,9 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from swan import Calibration, Graded, Plan, PlanLayer, SwanAttention, calibrate
+from swan import Calibration, Graded, Plan, PlanLayer, SwanAttention, calibrate, pack, random_rotation, rotate, unpack
 from swan.calibration.capture import Observed
-from swan.calibration.effects import BUFFER, KEYS, SINKS, VALUES, Effects, graded, measure_effects, sensitivities
+from swan.calibration.effects import (
+    BUFFER,
+    KEYS,
+    SINKS,
+    VALUES,
+    Effects,
+    _kl,
+    _likelihood_gradient,
+    graded,
+    sensitivities,
+)
 from swan.evaluation.perplexity import Setting, evaluate
 from tests.strategies import one_thread  # noqa: F401
 from tests.tiny import VOCABULARY, tiny, tokens
@@ -140,11 +150,59 @@ def test_are_saved_and_belong_to_the_basis(tmp_path):
 
 def test_measuring_leaves_no_gradients():
     model = tiny()
-    calibration = calibrate(model, [tokens(1, 2 * BUFFER)])
+    calibrate(model, [tokens(1, 2 * BUFFER)])
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    bases = [(layer.key_basis, layer.value_basis) for layer in calibration.layers]
-    again = measure_effects(model, [tokens(1, 2 * BUFFER)], bases, seed=0, progress=False)
-    torch.testing.assert_close(again.keys, calibration.effects.keys)
+
+
+@pytest.mark.parametrize("d", [16, 40, 64, 256])
+def test_changes_by_groups_are_those_of_packed_vectors(d):
+    """Half of the sum of (h · error)² with each candidate packed and unpacked whole, in float64 but for the codes."""
+    x, h, basis = torch.randn(2, 3, 50, d), torch.randn(2, 3, 50, d), random_rotation(3, d, seed=0)
+    for candidates in (KEYS, VALUES):
+        found = _kl(x, h, basis, candidates, x.device)
+        rotated, by = rotate(x, basis), rotate(h, basis).double()
+        for each, groups in zip(found, candidates, strict=True):
+            error = unpack(pack(rotated, graded(d, groups))).double() - rotated.double()
+            torch.testing.assert_close(each.double(), (by * error).sum(-1).square().sum() / 2, rtol=1e-3, atol=0)
+
+
+def test_words_are_drawn_from_the_predictions():
+    """The gradient of a text of one word is that word less its probability, of as many draws as predicted."""
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.0]).expand(1, 20_000, 4)
+    seen = Observed(nn.Identity(), *[torch.zeros(1, 1, 1, 1)] * 4, None, 1.0, False)
+    gradient = _likelihood_gradient(logits, torch.Generator().manual_seed(0), {0: seen})
+    p = logits[0, 0].softmax(-1)
+    drawn = (gradient[0] + p).round()
+    torch.testing.assert_close(gradient[0], drawn - p)
+    assert torch.equal(drawn.sum(-1), torch.ones(20_000))
+    assert ((drawn.mean(0) - p).abs() < 5 * (p * (1 - p) / 20_000).sqrt()).all()  # five standard errors
+
+
+@pytest.mark.parametrize("rows", [1, 2], ids=["whole", "with more rows"])
+def test_each_batch_counts_once_in_the_moments(rows):
+    """Those run backward too, and those of which only the beginning is."""
+    model, ids = tiny().double(), tokens(6 * rows, 2 * BUFFER).split(rows)
+    both, alone = calibrate(model, ids), calibrate(model, ids, effects=False)
+    assert both.effects is not None and both.tokens == alone.tokens == 6 * rows * 2 * BUFFER
+    for a, b in zip(both.moments, alone.moments, strict=True):
+        for name in "qkv":
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-6, atol=1e-6)
+
+
+def test_a_failing_backward_pass_leaves_the_moments(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    model, ids = tiny(), [tokens(1, 2 * BUFFER, seed) for seed in range(3)]
+    wanted = calibrate(model, ids, effects=False)
+    monkeypatch.setattr("swan.calibration.effects.sensitivities", fails)
+    with pytest.warns(UserWarning, match="not measured: out of memory"):
+        found = calibrate(model, ids)
+    assert found.effects is None and found.tokens == wanted.tokens
+    for a, b in zip(found.moments, wanted.moments, strict=True):
+        torch.testing.assert_close(a.k, b.k, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        calibrate(model, ids, effects=True)
 
 
 # Plans --------------------------------------------------------------------------------------------

@@ -146,8 +146,7 @@ def test_batches_sum_up(model):
 
 @pytest.mark.parametrize("model", [OwnModel(), tiny()], ids=["own", "llama"])
 def test_activations_do_not_stay(model):
-    """Between batches nothing is alive but the moments, however many batches have come (and 4 beginnings of them, for
-    effects)."""
+    """Between batches nothing is alive but the moments, however many batches have come."""
     held = []
 
     def batches():

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from swan.calibration import Plan
 from swan.evaluation.baselines import Float8
+from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.machine import TooLong, at_most, last_level_cache, time_calls
 from swan.packed import Graded, PlanLayer, TopK
 
-__all__ = ["FORMS", "SHAPES", "Form", "Setup", "add_speedups", "check_forms", "dtype_name", "forms_on", "reason_in"]
+__all__ = ["FORMS", "SHAPES", "Form", "Setup", "add_speedups", "check_forms", "forms_on", "reason_in"]
 
 T = TypeVar("T")
 Form = tuple[str, float]  # name and retention
@@ -155,11 +156,6 @@ def add_speedups(rows: Sequence[dict[str, Any]]) -> None:
         same = [other for other in done if all(other[c] == row[c] for c in ("what", "length", "batch"))]
         dense = [other["median_ms"] for other in same if other["form"] == "dense"]
         row["speedup"] = min(dense) / row["median_ms"] if dense else None
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Such as bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def bench_model(
 
     Example:
         ```python
-        model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16)
+        model, tokenizer = load_model("smollm2-135m", dtype="auto")
         prompt = token_windows(evaluation_text("qasper"), tokenizer, 1, 7500)
         rows = bench_model(model, prompt, Calibration.load("smollm2.safetensors"))
         ```
