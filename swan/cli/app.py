@@ -1,5 +1,7 @@
 """Commands and their options; each command is a file of its own."""
 
+import logging
+
 import typer
 
 from swan.cli.bench import bench
@@ -9,6 +11,10 @@ from swan.cli.evaluate import evaluate
 from swan.cli.frontier import frontier
 from swan.cli.generate import generate
 from swan.cli.info import info
+
+# transformers imports torchao where it is installed, which logs each library of other devices that it cannot load.
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 app = typer.Typer(
     help="Smaller key-value caches by rotation and winnowing (SWAN, arXiv:2511.18936).",

@@ -1,7 +1,9 @@
 """`swan demo`: the whole path on a small real model."""
 
+import contextlib
 import importlib.util
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,25 +48,26 @@ def demo(
         if importlib.util.find_spec("matplotlib") is None:
             raise ImportError("the plot of the demo needs matplotlib: pip install 'swan-attention[plot]'")
         begun = time.perf_counter()
-        network, tokenizer = load(model, dtype)
-        _say(show, f"{model} loaded; calibrating on the language reference of Python (8192 tokens)")
-        calibration = calibration_of(model, network, tokenizer)
-        text = evaluation_text("qasper")
-        inputs = encode(tokenizer, QUESTION + text[:6000])
+        with _step(show, f"loading {model}"):
+            network, tokenizer = load(model, dtype)
+        with _step(show, "calibrating on 8192 tokens of Python's language reference (kept for the next time)"):
+            calibration = calibration_of(model, network, tokenizer)
+        with _step(show, "reading research papers"):
+            text = evaluation_text("qasper")
+            inputs = encode(tokenizer, QUESTION + text[:6000])
         rows = [_generate(network, tokenizer, inputs, calibration, r, tokens, show) for r in (None, *RETENTIONS)]
-        _say(show, f"scoring {windows} windows of 1024 tokens of research papers, as if decoded token by token")
         plans = [Plan.for_retention(r, calibration) for r in RETENTIONS]
-        scored = evaluate_settings(
-            network, token_windows(text, tokenizer, windows, 1024), [Setting(p) for p in plans], calibration
-        )
+        with _step(show, f"scoring {windows} windows of 1024 tokens of the papers, as if decoded token by token"):
+            scored = evaluate_settings(
+                network, token_windows(text, tokenizer, windows, 1024), [Setting(p) for p in plans], calibration
+            )
         rows = [row | {k: s[k] for k in SCORES} for row, s in zip(rows, scored, strict=True)]
         plot = _plot(rows, out / "swan-demo.png")
     if json:
-        return print_json(
-            {"model": model, "dtype": dtype_name(network.dtype), "tokens": tokens, "windows": windows}, rows
-        )
+        settings = {"model": model, "dtype": dtype_name(network.dtype), "tokens": tokens, "windows": windows}
+        return print_json(settings, rows)
     print_table(
-        f"{model}, {dtype.value}, prompt of {inputs.shape[1]} tokens and {tokens} generated",
+        f"{model}, {dtype_name(network.dtype)}, prompt of {inputs.shape[1]} tokens and {tokens} generated",
         ("retention", "bytes", "of dense", "tokens/s", "perplexity", "increase", "agree"),
         [
             [
@@ -80,7 +83,8 @@ def demo(
         ],
     )
     console.print(
-        "of dense: buffer of 128 recent tokens and 4 sinks included. agree: the same likeliest next token.\n"
+        f"of dense: of the bytes of a dense {dtype_name(network.dtype)} cache; buffer of 128 recent tokens and 4 sinks "
+        "included. agree: the same likeliest next token.\n"
         f"plot: {plot}    took {time.perf_counter() - begun:.0f} s"
     )
 
@@ -96,9 +100,12 @@ def _generate(
 
     from swan.integrations.transformers import SwanCache
 
-    _say(show, "\n[bold]dense cache[/]" if retention is None else f"\n[bold]retention {retention}[/]")
+    what = "on the dense cache" if retention is None else f"on a cache of retention {retention}"
     inputs = inputs.to(model.device)
-    with attached(model, None if retention is None else calibration):
+    with (
+        _step(show, f"generating {tokens} tokens {what}"),
+        attached(model, None if retention is None else calibration),
+    ):
         dense = DynamicCache(config=model.config)
         cache = dense if retention is None else SwanCache(model, retention=retention)
         row = stream(model, tokenizer, inputs, cache, tokens, show=show)
@@ -132,6 +139,12 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> Path:
     return path
 
 
-def _say(show: bool, text: str) -> None:
+@contextlib.contextmanager
+def _step(show: bool, what: str) -> Iterator[None]:
+    """Say that a step begins, and how long it took."""
+    begun = time.perf_counter()
     if show:
-        console.print(text, highlight=False)
+        console.print(f"\n[bold]{what}[/]", highlight=False)
+    yield
+    if show:
+        console.print(f"[dim]{time.perf_counter() - begun:.1f} s[/]", highlight=False)

@@ -145,7 +145,7 @@ def _accept_cache(model: PreTrainedModel) -> list[RemovableHandle]:
 
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     _, kwargs = _with_old_name(model, args, kwargs)
-    return type(model).generate(model, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+    return cast(Any, type(model)).generate(model, *args, **kwargs)
 
 
 _generate.__name__ = "generate"  # a pickled method is found again by its name

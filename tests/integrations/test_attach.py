@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from swan import Plan, SwanAttention, SwanCache, attach, calibrate, detach
 from swan.integrations.architectures import ARCHITECTURES as KNOWN
-from swan.integrations.transformers import is_attached
+from swan.integrations.transformers import cache_keyword, is_attached
 from tests.matrix import REFUSED, model_type
 from tests.tiny import (
     ARCHITECTURES,
@@ -315,3 +315,28 @@ def test_own_model_cannot_be_folded(own):
 def test_own_model_refuses_the_calibration_of_another(own):
     with pytest.raises(ValueError, match="another model"):
         attach(own, calibrate(nn.Sequential(SwanAttention(32, heads=4)), [torch.randn(1, 5, 32)]))
+
+
+# The name of the argument --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+def test_a_cache_is_taken_under_both_names(name, copied):
+    """Since 5.24 transformers calls the argument cache and takes the old name too; before, `attach` adds the new one."""
+    model, ids = attached(), tokens(1, 20)
+    if copied:
+        model = copy.deepcopy(model)
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    caches = [everything(model) for _ in range(3)]
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, **{name: caches[0]}), expected)
+    for part, cache in ((model, caches[1]), (model.base_model, caches[2])):
+        part(ids, **{name: cache})
+    assert [cache.get_seq_length() for cache in caches] == [23, 20, 20]
+    if cache_keyword(model) == "past_key_values":
+        with pytest.raises(ValueError, match="as cache or as past_key_values, not as both"):
+            model(ids, cache=caches[1], past_key_values=caches[1])
+    before = set(vars(tiny()))
+    detach(model)
+    assert set(vars(model)) <= before | {"_attn_implementation"} and not model._forward_pre_hooks
