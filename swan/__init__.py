@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import swan.waiting  # isort: skip  # noqa: F401  # before torch is loaded
 from swan.functional import dense_attention as dense_attention
 from swan.functional import fold_value_rotation as fold_value_rotation
 from swan.functional import graded_prune as graded_prune

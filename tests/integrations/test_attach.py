@@ -324,7 +324,7 @@ def test_own_model_refuses_the_calibration_of_another(own):
 @pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
 @pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
 def test_a_cache_is_taken_under_both_names(name, copied):
-    """Since 5.24 transformers calls the argument cache and takes the old name too; before, `attach` adds the new one."""
+    """Since 5.24 transformers calls the argument cache and takes the old name too; before, `attach` adds it."""
     model, ids = attached(), tokens(1, 20)
     if copied:
         model = copy.deepcopy(model)
