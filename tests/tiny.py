@@ -2,13 +2,15 @@
 
 import copy
 import gc
+from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from swan import Calibration, SwanCache, attach, calibrate
+from swan.evaluation.sources import model_folder
 from swan.integrations.transformers import cache_keyword
 from swan.packed import MIXES, _mix_name
 
@@ -101,6 +103,15 @@ def tiny(architecture: str = "llama", seed: int = 0, **changes: object) -> PreTr
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
+
+
+def save_with_words(folder: Path, seed: int = 0, **changes: object) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Write a tiny model with the tokenizer of the default model, and so its vocabulary, into a folder."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder("smollm2-135m"))
+    model = tiny(seed=seed, vocab_size=len(tokenizer), **changes)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    return model, tokenizer
 
 
 def attached(architecture: str = "llama", seed: int = 0, fold: bool = False, **changes: object) -> PreTrainedModel:

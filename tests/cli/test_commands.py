@@ -1,14 +1,20 @@
-"""Every command on the real default model, as a user types it."""
+"""Every command as a user types it: on a tiny model with real words, some on the real default model too."""
 
+import functools
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from swan import Calibration
+from swan import Calibration, calibrate
 from swan.cli.app import app
+from swan.evaluation import calibrations
+from swan.evaluation.sources import calibration_text, token_windows
+from swan.kernels import cpu
+from tests.tiny import save_with_words
 
-MODEL = "smollm2-135m"
+REAL = "smollm2-135m"
 ENVELOPE = {"command", "date", "versions", "machine", "settings", "rows"}
 
 
@@ -24,27 +30,58 @@ def run_json(*arguments):
     return result
 
 
-def test_calibrate(tmp_path):
-    out = tmp_path / "calibration.safetensors"
-    result = run_json("calibrate", MODEL, "--tokens", "128", "--out", str(out))
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folder of a tiny model, and the options that give it its calibration."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model, tokenizer = save_with_words(folder, head_dim=32)  # a rival quantizes groups of 32 coordinates
+    windows = token_windows(calibration_text(), tokenizer, windows=1, length=200)
+    file = folder / "calibration.safetensors"
+    calibrate(model, [windows], progress=False).save(file)
+    return str(folder), ("--calibration", str(file))
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    return ("--text", str(file))
+
+
+def test_the_real_model_is_calibrated_and_generates(tmp_path):
+    out = str(tmp_path / "calibration.safetensors")
+    result = run_json("calibrate", REAL, "--tokens", "128", "--out", out, "--dtype", "float32")
     assert len(result["rows"]) == 30
     assert Calibration.load(out).tokens == 128
-    shown = run("generate", MODEL, "Hello", "--tokens", "3", "--calibration", str(out))
-    assert "of dense" in shown.stderr
-
-
-def test_generate():
-    dense = run_json("generate", MODEL, "Name three colours.", "--tokens", "8", "--dense")
-    (row,) = run_json("generate", MODEL, "Name three colours.", "--tokens", "8", "--retention", "1")["rows"]
-    assert row["token_ids"] == dense["rows"][0]["token_ids"]
+    arguments = ("generate", REAL, "Name three colours.", "--tokens", "8", "--dtype", "float32")
+    dense = run_json(*arguments, "--dense")["rows"][0]
+    (row,) = run_json(*arguments, "--retention", "1", "--calibration", out)["rows"]
+    assert row["token_ids"] == dense["token_ids"]
     assert row["new_tokens"] == 8
-    assert row["text"] in run("generate", MODEL, "Name three colours.", "--tokens", "8", "--dense").stdout
 
 
-def test_evaluate(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
-    arguments = ("evaluate", MODEL, "--text", str(text), "--windows", "2", "--length", "100", "--retention", "0.5")
+def test_generate(tiny):
+    folder, calibration = tiny
+    shown = run("generate", folder, "Hello", "--tokens", "3", *calibration)
+    assert "of dense" in shown.stderr
+    assert "dtype: float32, the model's own" in shown.stderr.replace("\n", " ")
+    result = run_json("generate", folder, "Hello", "--tokens", "3", "--dense")
+    assert result["rows"][0]["text"] in run("generate", folder, "Hello", "--tokens", "3", "--dense").stdout
+    assert result["settings"]["dtype"] == "float32"
+    assert run_json("generate", folder, "Hello", "--tokens", "3", "--dense", "--dtype", "bfloat16")["settings"][
+        "dtype"
+    ] == "bfloat16"  # fmt: skip
+
+
+def test_calibrates_what_has_no_calibration(tiny, monkeypatch):
+    short = functools.partial(calibrations.calibration_of, tokens=100)
+    monkeypatch.setattr("swan.cli.generate.calibration_of", short)
+    (row,) = run_json("generate", tiny[0], "Hello", "--tokens", "3", "--retention", "0.5")["rows"]
+    assert row["retention"] <= 0.5
+
+
+def test_evaluate(tiny, text):
+    arguments = ("evaluate", tiny[0], *tiny[1], *text, "--windows", "2", "--length", "100", "--retention", "0.5")
     rows = run_json(*arguments)["rows"]
     assert [row["form"] for row in rows] == ["dense", "graded"]
     for field in ("model", "text", "settings", "retention", "compression", "perplexity", "kl", "agreement"):
@@ -53,18 +90,18 @@ def test_evaluate(tmp_path):
     assert "perplexity" in run(*arguments).stdout
 
 
-def test_generate_within_a_budget():
-    (row,) = run_json("generate", MODEL, "Name three colours.", "--tokens", "8", "--budget", "20MiB")["rows"]
+def test_generate_within_a_budget(tiny):
+    arguments = ("generate", tiny[0], "Name three colours.", *tiny[1])
+    (row,) = run_json(*arguments, "--tokens", "8", "--budget", "20MiB")["rows"]
     assert row["nbytes"] <= 20 * 2**20
     assert row["retention"] == 1
-    result = run("generate", MODEL, "Name three colours.", "--budget", "1MiB", status=1)
-    assert "the budget of 1048576 bytes is full" in result.stderr.replace("\n", " ")
+    result = run(*arguments, "--budget", "10kB", status=1)
+    assert "the budget of 10000 bytes is full" in result.stderr.replace("\n", " ")
 
 
-def test_frontier(tmp_path):
-    text, out = tmp_path / "text.txt", tmp_path / "new" / "frontier.json"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
-    arguments = ("frontier", MODEL, "--text", str(text), "--windows", "1", "--length", "130", "--seeds", "1")
+def test_frontier(tiny, text, tmp_path):
+    out = tmp_path / "new" / "frontier.json"
+    arguments = ("frontier", tiny[0], *tiny[1], *text, "--windows", "1", "--length", "130", "--seeds", "1")
     shown = run(
         *arguments, "--needles", "0", "--retention", "0.5", "--plot", str(tmp_path / "f.png"), "--out", str(out)
     )
@@ -74,6 +111,42 @@ def test_frontier(tmp_path):
     assert [row["form"] for row in result["rows"]][:2] == ["dense", "swan"]
     assert {"fp8", "kivi", "random-rotation", "window", "low rank"} <= {row["form"] for row in result["rows"]}
     assert (tmp_path / "f.png").is_file()
+
+
+def test_demo(tiny, tmp_path, monkeypatch):
+    calibration = Calibration.load(tiny[1][1])
+    monkeypatch.setattr("swan.cli.demo.calibration_of", lambda *_: calibration)
+    arguments = ("demo", "--model", tiny[0], "--tokens", "3", "--windows", "1", "--out", str(tmp_path))
+    shown = run(*arguments).stdout
+    for step in (
+        "loading",
+        "calibrating",
+        "generating 3 tokens on the dense cache",
+        "retention 0.25",
+        "scoring 1 window",
+    ):
+        _, found, after = shown.partition(step)
+        assert found and " s\n" in after  # each says how long it took
+    assert "of the bytes of a dense float32 cache" in shown.replace("\n", " ")
+    assert (tmp_path / "swan-demo.png").is_file()
+
+
+def test_info(monkeypatch, tmp_path):
+    monkeypatch.setenv("SWAN_CPU", "generic")
+    monkeypatch.setenv("SWAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    result = run_json("info")
+    assert result["settings"]["cpu_variant"] == "generic"
+    assert result["settings"]["cache_folder"] == str(tmp_path / "cache")
+    assert result["settings"]["default_model"]["fetched"] is False
+    assert result["settings"]["native_dtypes"][0] == "float32"
+    assert [row["kernel"] for row in result["rows"]] == [*(f"cpp {name}" for name in cpu.variants()), "triton"]
+    assert not any(row["built"] for row in result["rows"])
+    shown = run("info").stdout
+    for said in ("torch", torch.__version__, "native dtypes", "in use", "cpp generic", str(tmp_path / "cache")):
+        assert said in shown
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "not built: there is no C++ compiler 'no-such-compiler'; install" in run("info").stdout
 
 
 LAYER = ("--shape", "4/2/32", "--buffer", "32", "--form", "topk")
@@ -105,9 +178,9 @@ def test_bench_a_layer(command, options, shown):
     assert shown in run(*arguments).stdout
 
 
-def test_bench_model():
-    arguments = ("bench", "model", MODEL, "--prompt", "200", "--tokens", "2", "--impl", "eager", "--no-quantized")
-    rows = run_json(*arguments, "--retention", "0.5")["rows"]
+def test_bench_model(tiny):
+    arguments = ("bench", "model", *tiny[:1], *tiny[1], "--prompt", "200", "--tokens", "2", "--impl", "eager")
+    rows = run_json(*arguments, "--no-quantized", "--retention", "0.5")["rows"]
     assert [(row["form"], row["retention"]) for row in rows] == [("dense", 1.0), ("graded", 1.0), ("graded", 0.5)]
 
 
@@ -115,14 +188,18 @@ def test_bench_model():
     ("arguments", "message"),
     [
         (("generate", "./nowhere.gguf", "x"), "does not exist"),
-        (("generate", MODEL, "x", "--retention", "1.5"), "above 0 and at most 1"),
-        (("evaluate", MODEL, "--text", "nowhere.txt"), "nowhere.txt"),
-        (("generate", MODEL, "x", "--calibration", "nowhere.safetensors"), "nowhere.safetensors"),
+        (("generate", "TINY", "x", "--retention", "1.5"), "above 0 and at most 1"),
+        (("evaluate", "TINY", "--text", "nowhere.txt"), "nowhere.txt"),
+        (("generate", "TINY", "x", "--calibration", "nowhere.safetensors"), "nowhere.safetensors"),
         (("bench", "decode", "--shape", "8x8"), "such as 32/8/128, got '8x8'"),
         (("bench", "capacity", "--memory", "much"), "'64MiB'"),
     ],
 )
-def test_errors_are_sentences(arguments, message):
-    result = run(*arguments, status=1)
+def test_errors_are_sentences(tiny, arguments, message):
+    folder, calibration = tiny
+    given = [folder if argument == "TINY" else argument for argument in arguments]
+    if "--retention" in given:
+        given += calibration
+    result = run(*given, status=1)
     assert message in result.stderr.replace("\n", "")
     assert "Traceback" not in result.output

@@ -4,14 +4,14 @@ import functools
 import sys
 
 import pytest
-import transformers
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from swan import Plan, SwanCache, attach, calibrate, from_pretrained, save_pretrained
 from swan.evaluation import lm_eval, sources
 from swan.evaluation.lm_eval import SwanLM
-from tests.tiny import generated, logits_of, tiny
+from tests.tiny import generated, logits_of, save_with_words
 
 CONTEXT = ("In the beginning there was a cache, and the cache was without form, and void; " * 4).strip()
 SETTINGS = {"buffer": 8, "sinks": 2}
@@ -21,9 +21,7 @@ SETTINGS = {"buffer": 8, "sinks": 2}
 def folder(tmp_path_factory):
     """A tiny model with a real tokenizer and a calibration beside it."""
     path = tmp_path_factory.mktemp("model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(sources.model_folder("smollm2-135m"))
-    tokenizer.save_pretrained(path)
-    model = tiny(vocab_size=49152)
+    model, tokenizer = save_with_words(path)
     ids = tokenizer(CONTEXT, return_tensors="pt").input_ids
     attach(model, calibrate(model, [ids], progress=False))
     save_pretrained(model, path)
@@ -101,7 +99,7 @@ def test_what_is_stored_where_no_retention_is_given(folder, tmp_path):
     ("options", "message"),
     [
         ({"peft": "adapter"}, "does not take peft; write such a model to a folder first"),
-        ({"dtype": "auto"}, "dtype must be one of float32, bfloat16, float16, got 'auto'"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
         ({"retention": "little"}, "little"),
     ],
     ids=["peft", "dtype", "retention"],
@@ -115,10 +113,16 @@ def test_calibrations(folder, tmp_path, monkeypatch):
     file = folder / "swan_calibration.safetensors"
     assert SwanLM(str(folder), calibration=str(file), device="cpu").model.config.vocab_size == 49152
     plain = tmp_path / "plain"
-    tiny(vocab_size=49152).save_pretrained(plain)
-    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(plain)
+    save_with_words(plain)
     monkeypatch.setattr(lm_eval, "calibration_of", functools.partial(lm_eval.calibration_of, tokens=100))
     assert SwanLM(str(plain), device="cpu")._settings["retention"] == 0.26  # calibrated now
+
+
+def test_the_dtype_is_the_models_own_where_it_is_native(folder, capsys):
+    assert SwanLM(str(folder), retention="dense", device="cpu").model.dtype == torch.float32
+    assert "swan: dtype float32, the model's own" in capsys.readouterr().err
+    assert SwanLM(str(folder), retention="dense", device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+    assert capsys.readouterr().err == ""
 
 
 def test_the_command_names_folders_of_embedded_models(monkeypatch):
