@@ -121,13 +121,13 @@ def assert_equal(found, expected):
         assert torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b
 
 
-LONG = ("packed_attention", "packed_attention over tiles", "swan_attention")  # when every size is a symbol
+LONG = ("packed_attention", "packed_attention over tiles", "swan_attention")  # to trace, when every size is a symbol
 
 
 @pytest.mark.parametrize(
     ("name", "dynamic"),
     [
-        pytest.param(name, dynamic, marks=slow if dynamic and name in LONG else (), id=f"{name}-{dynamic}")
+        pytest.param(name, dynamic, marks=slow if dynamic == (name in LONG) else (), id=f"{name}-{dynamic}")
         for name in FUNCTIONS
         for dynamic in (False, True)
     ],

@@ -3,8 +3,15 @@
 import os
 from typing import Any
 
+import pytest
+
 INTERPRET = "TRITON_INTERPRET"
 DEVICE = "cpu" if os.environ.get(INTERPRET) == "1" else "cuda"
+
+
+def slow(*values: Any) -> Any:
+    """A parameter of tests that `make test-all` alone runs: the interpreter takes a while for each."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def compile_for_gpu(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, folder, monkeypatch):

@@ -16,7 +16,7 @@ from swan import Graded, Packed, TopK, pack, swan_attention
 from swan.functional import reference
 from swan.kernels import Recent
 from swan.packed import PARTS, mixing, unpack_mixed
-from tests.kernels.gpu import DEVICE, compile_for_gpu
+from tests.kernels.gpu import DEVICE, compile_for_gpu, slow
 from tests.strategies import (
     any_graded,
     assert_lse_within,
@@ -110,7 +110,7 @@ def compare(q, k, v, mask=None):
     return out, lse
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=ids)
+@pytest.mark.parametrize("dtype", [slow(F32), BF16, slow(F16)], ids=ids)
 @pytest.mark.parametrize("bits", [*PARTS, 16])
 def check_every_number_of_bits(bits, dtype):
     compare(*inputs(Graded(((5, bits), (11, 4))), Graded(((9, 0), (7, bits))), dtype, tokens=40, batch=1))
@@ -163,14 +163,14 @@ def check_ragged_rows():
     compare(q, k, v, mask)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [slow(False), True])
 @pytest.mark.parametrize(
     ("layouts", "heads", "queries", "tokens", "recents", "dtype"),
     [
         ((Graded(((8, 5), (8, 3))), Graded(((16, 4),))), (4, 2), 1, 130, 12, BF16),
         ((Graded(((5, 16), (12, 2))), TopK(20, 7, 8)), (6, 2), 3, 40, 300, F32),
         ((TopK(40, 9, 4), Graded(((33, 3),))), (1, 1), 1, 0, 5, F16),
-        ((Graded(((16, 4),)), Graded(((16, 2),))), (40, 2), 1, 30, 65, F32),  # more rows than a program takes
+        slow((Graded(((16, 4),)), Graded(((16, 2),))), (40, 2), 1, 30, 65, F32),  # more rows than a program takes
         ((Graded(((16, 4),)), Graded(((16, 2),))), (2, 1), 1, 3, 0, F32),
     ],
     ids=str,

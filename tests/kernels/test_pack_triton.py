@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from swan import Graded, KVCache, PlanLayer, TopK, unpack
 from swan.packed import PARTS, scale_of
-from tests.kernels.gpu import DEVICE, compile_for_gpu
+from tests.kernels.gpu import DEVICE, compile_for_gpu, slow
 from tests.strategies import any_graded, assert_packed, dtypes, ids, normal, seeds
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -82,7 +82,7 @@ def compare_topk(found, expected, x, layout):
     assert (difference == 0).all() if layout.bits == 8 else (difference.abs() <= 1).all()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=ids)
+@pytest.mark.parametrize("dtype", [slow(F32), BF16, slow(F16)], ids=ids)
 @pytest.mark.parametrize("bits", [*PARTS, 16])
 def check_every_number_of_bits(bits, dtype):
     compare(normal(bits, 2, 2, 5, 40).to(dtype), Graded(((9, bits), (11, 4), (20, 0 if bits == 16 else bits))))
@@ -111,7 +111,7 @@ def distinct(seed, dtype, *shape):
     return (order * torch.rand(shape, generator=generator).sub(0.5).sign() / 32).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=ids)
+@pytest.mark.parametrize("dtype", [slow(F32), BF16, slow(F16)], ids=ids)
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize(("d", "keep"), [(16, 1), (40, 7), (130, 100), (24, 24)])
 def check_topk(d, keep, bits, dtype):
