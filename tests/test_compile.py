@@ -29,6 +29,7 @@ from swan import (
     topk_prune,
     unpack,
 )
+from tests.compilers import needs_cxx
 from tests.strategies import (
     U32,
     assert_within,
@@ -232,6 +233,7 @@ def uninitialized_as_it_is():
     torch.use_deterministic_algorithms(False)
 
 
+@needs_cxx
 @slow
 def test_inductor_packs_and_attends(uninitialized_as_it_is):
     q, k, v = inputs(70)
@@ -243,6 +245,7 @@ def test_inductor_packs_and_attends(uninitialized_as_it_is):
     assert_within(torch.compile(function, fullgraph=True)(q, k, v), function(q, k, v), 2 * bound)
 
 
+@needs_cxx
 def test_inductor_packs_what_eager_code_packs(uninitialized_as_it_is):
     """To the bit: a scale that is not rounded before it divides would move codes by a step. And it can be cached."""
     counters.clear()
@@ -258,6 +261,7 @@ def test_inductor_packs_what_eager_code_packs(uninitialized_as_it_is):
     assert found["total"] == 1 and not found["autograd_cache_bypass"]
 
 
+@needs_cxx
 @slow
 def test_inductor_decodes_on_a_static_cache(uninitialized_as_it_is):
     plan_layer = PlanLayer(TopK(D, 6, bits=16), GRADED)  # a rounding may not move a value to another step of int8

@@ -13,15 +13,20 @@ sys.path.append(str(ROOT / "docs"))
 
 import tables  # noqa: E402
 
+from tests.compilers import needs_cxx  # noqa: E402
+
 CODE = re.compile(r'^```python exec="on"[^\n]*\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
 SLOW = [name for name, text in PAGES.items() if "load_model(" in text or name == "tutorials/02-own-transformer.md"]
+COMPILED = [name for name, text in PAGES.items() if "torch.compile(" in text]
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PAGES if CODE.search(PAGES[name])],
-)
+def page_param(name: str):
+    marks = [mark for mark, names in ((pytest.mark.slow, SLOW), (needs_cxx, COMPILED)) if name in names]
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("page", [page_param(name) for name in PAGES if CODE.search(PAGES[name])])
 def test_the_code_of_a_page_runs(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -8,6 +8,7 @@ import torch
 from swan.evaluation.bench import FORMS, SHAPES, Setup, add_speedups, bench_decode, common, decode, plot_decode
 from swan.evaluation.figures import save
 from swan.evaluation.machine import TooLong, at_most, last_level_cache, machine, peak_bytes, time_calls, versions
+from tests.compilers import needs_cxx
 
 COLUMNS = [
     "what", "impl", "form", "retention", "length", "batch", "dtype", "median_ms", "spread", "bytes",
@@ -113,6 +114,7 @@ def test_what_is_timed_if_nothing_is_asked_for(monkeypatch):
     assert all(set(shape) == {"heads", "kv_heads", "head_dim"} for shape in SHAPES.values())
 
 
+@needs_cxx
 def test_the_kernel_and_fp8():
     rows = timed(impls=["cpp", "tiles"], forms=[("graded", 0.27), ("fp8", 0.5)])
     assert [(row["form"], row["impl"]) for row in rows] == [("graded", "cpp"), ("graded", "tiles"), ("fp8", "tiles")]

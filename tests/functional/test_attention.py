@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from swan import TopK, dense_attention, merge_attention, pack, packed_attention, swan_attention, unpack
 from swan.functional import attention, reference
+from tests.compilers import needs_cxx
 from tests.strategies import (
     DTYPES,
     HEADS,
@@ -119,6 +120,7 @@ def test_gradients_are_the_reference_ones(impl):
         assert_within(a, b, bound, name)
 
 
+@needs_cxx
 @pytest.mark.slow
 def test_flex_is_its_reference():
     torch.use_deterministic_algorithms(False)  # compiled C++ fills nothing
