@@ -7,6 +7,7 @@ KATEX  := katex@0.16.22
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip -qq --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile # threads of two processes would fight
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 # A stamp .venv/.has-EXTRAS stands for "swan is installed with these extras".
@@ -31,14 +32,14 @@ model: $(RUN) ## fetch the default model into the cache folder
 	@$(BIN)/python -m swan.evaluation.sources smollm2-135m
 
 test: $(TEST) ## tests and docstring examples, in minutes
-	@$(BIN)/pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-all: $(TEST) ## every test, with more random examples
-	@HYPOTHESIS_PROFILE=deep $(BIN)/pytest
+	@HYPOTHESIS_PROFILE=deep $(PYTEST)
 
 test-matrix: $(TEST) .venv-oldest/.has-test ## the tests of transformers on its newest and its oldest version
-	@$(BIN)/pytest tests/integrations
-	@.venv-oldest/bin/pytest tests/integrations
+	@$(PYTEST) tests/integrations
+	@$(subst $(BIN),.venv-oldest/bin,$(PYTEST)) tests/integrations
 
 matrix: $(TEST) ## print what works on which architecture, dynamic and static
 	@$(BIN)/python -m tests.matrix

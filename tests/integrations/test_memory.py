@@ -37,7 +37,7 @@ def test_what_is_alive_is_what_the_cache_counts(model):
 
     def alive():
         forget_mixes()  # small matrices, one for each layout, kept for all caches of the process
-        return sum(size for place, size in live_storages().items() if place not in before)
+        return sum(size for _, size in live_storages().items() - before.items())
 
     cache = SwanCache(model, retention=0.5)
     read(model, cache, STEPS)

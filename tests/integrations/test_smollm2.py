@@ -164,7 +164,7 @@ def test_six_thousand_tokens_in_a_fifth_of_their_bytes():
                 logits = model(**given, logits_to_keep=1).logits
             assert logits.isfinite().all()
             del given, logits
-            held.append(sum(size for place, size in live_storages().items() if place not in before))
+            held.append(sum(size for _, size in live_storages().items() - before.items()))
             start += size
 
     sizes = [512] * 11 + [500, *[1] * 12]
