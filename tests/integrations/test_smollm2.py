@@ -151,7 +151,7 @@ def test_a_chat_of_twenty_turns_is_one_long_prompt(model, smollm2, way):
 def test_six_thousand_tokens_in_a_fifth_of_their_bytes():
     """What is alive after each forward, from the first chunk to single steps; with measured effects.
 
-    A fifth of the bytes in bfloat16. The model runs in float32, which every CPU multiplies: its buffer takes twice that.
+    A fifth of the bytes in bfloat16; the model runs in float32, which every CPU multiplies.
     """
     model, tokenizer = load_model("smollm2-135m")
     attach(model, calibrate(model, token_windows(calibration_text(), tokenizer, 1, 1024).split(1), progress=False))
