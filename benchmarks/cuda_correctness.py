@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import swan
-from swan import Graded, KVCache, Packed, PlanLayer, SwanAttention, TopK, pack, unpack
+from swan import Graded, KVCache, LayerPlan, Packed, SwanAttention, TopK, pack, unpack
 from swan import functional as F
 from swan.evaluation.machine import TooLong, at_most, machine, versions
 from swan.functional import reference
@@ -395,7 +395,7 @@ def pushed(c: Compile, k: Tensor) -> Tensor:
 def decoded(c: Compile, q: Tensor, k: Tensor, v: Tensor, layout: Any, static: bool, impl: Any) -> Tensor:
     """A prompt of 250 tokens, then one by one; compiled steps only with a static cache."""
     cache = KVCache(
-        PlanLayer(layout, layout), buffer=32, sinks=3, prefill="windowed", static=static,
+        LayerPlan(layout, layout), buffer=32, sinks=3, prefill="windowed", static=static,
         max_length=TOKENS if static else None,
     )  # fmt: skip
 
@@ -431,7 +431,7 @@ def swan_attention_module(c: Compile, x: Tensor, weights: dict[str, Tensor], cac
     if not cached:
         return c(module)(x)
     everything = TopK(D, D, bits=16)
-    cache = KVCache(PlanLayer(everything, everything), buffer=8, sinks=1, static=True, max_length=x.shape[1])
+    cache = KVCache(LayerPlan(everything, everything), buffer=8, sinks=1, static=True, max_length=x.shape[1])
     step = c(module)
     return torch.cat([module(x[:, :20], cache), *(step(t, cache) for t in x[:, 20:].split(1, dim=1))], dim=1)
 

@@ -80,7 +80,7 @@ GROUPS = {
             "swan_attention",
         ),
     ),
-    "Storage": ("TopK", "Graded", "PlanLayer", "Packed", "pack", "unpack"),
+    "Storage": ("TopK", "Graded", "LayerPlan", "Packed", "pack", "unpack"),
     "Modules": (
         "OrthoRotation",
         "StructuredPruner",

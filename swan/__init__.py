@@ -19,12 +19,12 @@ from swan.modules import KVCache as KVCache
 from swan.modules import OrthoRotation as OrthoRotation
 from swan.modules import StructuredPruner as StructuredPruner
 from swan.modules import SwanAttention as SwanAttention
-from swan.packed import Graded as Graded
-from swan.packed import Packed as Packed
-from swan.packed import PlanLayer as PlanLayer
-from swan.packed import TopK as TopK
-from swan.packed import pack as pack
-from swan.packed import unpack as unpack
+from swan.storage import Graded as Graded
+from swan.storage import LayerPlan as LayerPlan
+from swan.storage import Packed as Packed
+from swan.storage import TopK as TopK
+from swan.storage import pack as pack
+from swan.storage import unpack as unpack
 
 if TYPE_CHECKING:
     from swan.calibration import Calibration as Calibration

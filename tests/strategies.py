@@ -9,9 +9,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swan import Graded, Packed, PlanLayer, TopK, pack, random_rotation, unpack
+from swan import Graded, LayerPlan, Packed, TopK, pack, random_rotation, unpack
 from swan.functional import reference
-from swan.packed import PARTS, scale_of, unpack_mixed
+from swan.storage.codes import PARTS, scale_of
+from swan.storage.packed import unpack_mixed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(3, 3), (4, 2), (6, 2), (5, 1)]  # query and KV heads: MHA, GQA, MQA
@@ -99,7 +100,7 @@ def layouts(d, bits=(8, 16)):
 
 @st.composite
 def plan_layers(draw, d, dv, bits=(8, 16)):
-    return PlanLayer(draw(layouts(d, bits)), draw(layouts(dv, bits)))
+    return LayerPlan(draw(layouts(d, bits)), draw(layouts(dv, bits)))
 
 
 @st.composite
@@ -169,7 +170,7 @@ def assert_lse_within(actual: Tensor, expected: Tensor, bound: float) -> None:
 
 
 def stored(x: Tensor, layout) -> Tensor:
-    """What a cache remembers of `x` (tests/test_packed.py checks that it is right)."""
+    """What a cache remembers of `x` (tests/storage/test_packed.py checks that it is right)."""
     return unpack(pack(x, layout))
 
 
@@ -200,9 +201,9 @@ def assert_packed(found: Packed, x: Tensor, mixed: Tensor, rounding: Tensor | fl
 
     Each scale is the smallest that covers its group, each coordinate the nearest step or, at an edge, its neighbour.
     """
-    assert isinstance(found.layout, Graded)
+    assert isinstance(found.format, Graded)
     values, scale = unpack_mixed(found).double(), 0
-    for start, stop, bits in found.layout.stored:
+    for start, stop, bits in found.format.stored:
         if bits == 16:
             assert torch.equal(unpack(found)[..., start:stop], x[..., start:stop])
             continue

@@ -11,8 +11,8 @@ from swan import (
     DenseBuffer,
     Graded,
     KVCache,
+    LayerPlan,
     OrthoRotation,
-    PlanLayer,
     StructuredPruner,
     SwanAttention,
     TopK,
@@ -41,7 +41,7 @@ from tests.strategies import (
 
 D = 16
 TOPK, INDEX, GRADED = TopK(D, 6), TopK(D, 6, positions="index"), Graded(((4, 16), (8, 0), (4, 16)))
-PLAN = PlanLayer(TOPK, GRADED)
+PLAN = LayerPlan(TOPK, GRADED)
 slow = pytest.mark.slow
 dynamic_or_not = pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
 
@@ -249,7 +249,7 @@ def test_inductor_packs_and_attends(uninitialized_as_it_is):
 def test_inductor_packs_what_eager_code_packs(uninitialized_as_it_is):
     """To the bit: a scale that is not rounded before it divides would move codes by a step. And it can be cached."""
     counters.clear()
-    caches = [KVCache(PlanLayer(TopK(64, 26), TopK(64, 26)), buffer=8, static=True, max_length=64) for _ in range(2)]
+    caches = [KVCache(LayerPlan(TopK(64, 26), TopK(64, 26)), buffer=8, static=True, max_length=64) for _ in range(2)]
     q, k, v = qkv(0, 1, (2, 2), 50, 50, 64, 64, torch.float32)
     compiled_step = torch.compile(step_cache, fullgraph=True)
     for part in (slice(20), *(slice(t, t + 1) for t in range(20, 50))):
@@ -264,7 +264,7 @@ def test_inductor_packs_what_eager_code_packs(uninitialized_as_it_is):
 @needs_cxx
 @slow
 def test_inductor_decodes_on_a_static_cache(uninitialized_as_it_is):
-    plan_layer = PlanLayer(TopK(D, 6, bits=16), GRADED)  # a rounding may not move a value to another step of int8
+    plan_layer = LayerPlan(TopK(D, 6, bits=16), GRADED)  # a rounding may not move a value to another step of int8
     x, plain, cache = normal(0, 2, 40, 32), static_cache(plan_layer=plan_layer), static_cache(plan_layer=plan_layer)
     for each in (plain, cache):
         LAYER(x[:, :5], each)

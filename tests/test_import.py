@@ -24,7 +24,7 @@ def test_importing_swan_imports_neither_the_compiler_nor_an_extra():
     code = """
 import sys, torch, swan
 print(*[name for name in ("torch._dynamo", "sympy", "triton", "transformers", "rich", "typer") if name in sys.modules])
-layer = swan.PlanLayer(swan.Graded(((32, 4),)), swan.TopK(32, 8))
+layer = swan.LayerPlan(swan.Graded(((32, 4),)), swan.TopK(32, 8))
 cache = swan.KVCache(layer, buffer=4)
 for tokens in (9, 1):
     cache.update(*torch.randn(2, 1, 2, tokens, 32))

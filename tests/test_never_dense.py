@@ -5,17 +5,17 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swan import Graded, KVCache, PlanLayer, TopK, pack, packed_attention
+from swan import Graded, KVCache, LayerPlan, TopK, pack, packed_attention
 from swan.functional.attention import TILE, Impl
 from tests.strategies import normal, one_thread  # noqa: F401
 
 D, KV_HEADS, HEADS, HISTORY, BUFFER, SINKS = 64, 2, 4, 20_000, 32, 4
 CHUNK = 200
 PLANS = {
-    "topk 8": PlanLayer(TopK(D, 24), TopK(D, 16, positions="index")),
-    "topk 16": PlanLayer(TopK(D, 24, bits=16), TopK(D, 16, bits=16)),
-    "graded": PlanLayer(Graded.leading(D, 32), Graded(((16, 16), (32, 0), (16, 16)))),
-    "all of it": PlanLayer(TopK(D, D, bits=16), TopK(D, D)),
+    "topk 8": LayerPlan(TopK(D, 24), TopK(D, 16, positions="index")),
+    "topk 16": LayerPlan(TopK(D, 24, bits=16), TopK(D, 16, bits=16)),
+    "graded": LayerPlan(Graded.leading(D, 32), Graded(((16, 16), (32, 0), (16, 16)))),
+    "all of it": LayerPlan(TopK(D, D, bits=16), TopK(D, D)),
 }
 every_plan = pytest.mark.parametrize("plan_layer", PLANS.values(), ids=PLANS)
 
@@ -40,7 +40,7 @@ class Allocations(TorchDispatchMode):
         return max(self.sizes.values())
 
 
-def filled_cache(plan_layer: PlanLayer, static: bool) -> KVCache:
+def filled_cache(plan_layer: LayerPlan, static: bool) -> KVCache:
     room = {"static": True, "max_length": HISTORY + 4 * CHUNK} if static else {}
     cache = KVCache(plan_layer, buffer=BUFFER, sinks=SINKS, prefill="windowed", **room)
     cache.update(*normal(0, 2, 1, KV_HEADS, HISTORY, D))
@@ -79,7 +79,7 @@ def test_steps_stay_within_a_tile(impl, static, tokens, plan_layer):
 @every_plan
 @torch.no_grad()
 def test_repacking_stays_within_a_tile(plan_layer):
-    lower = PlanLayer(TopK(D, 8), TopK(D, 8))
+    lower = LayerPlan(TopK(D, 8), TopK(D, 8))
     cache = filled_cache(plan_layer, static=False)
     with Allocations() as seen:
         cache.repack(lower)

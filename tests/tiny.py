@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from swan import Calibration, SwanCache, attach, calibrate
 from swan.evaluation.sources import model_folder
 from swan.integrations.transformers import cache_keyword
-from swan.packed import MIXES, _mix_name
+from swan.storage.mixing import MIXES, _name
 
 VOCABULARY = 97
 
@@ -200,7 +200,7 @@ def live_storages() -> dict[int, int]:
 
 def forget_mixes() -> None:
     """Free the mixing matrices of `Graded` layouts, which are kept for all caches of the process."""
-    _mix_name.cache_clear()
+    _name.cache_clear()
     vars(MIXES).clear()
 
 

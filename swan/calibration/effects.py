@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from swan.calibration.capture import Observed, call, observing
 from swan.functional.rotation import rotate
-from swan.packed import Graded, scale_byte, scale_of
+from swan.storage import Graded
+from swan.storage.codes import scale_byte, scale_of
 
 __all__ = [
     "KEYS",
@@ -215,7 +216,7 @@ def _kl(x: Tensor, h: Tensor, basis: Tensor, candidates: Sequence[Groups], devic
     """
     basis = basis.to(device)
     x, h = (rotate(t.to(device).float(), basis) for t in (x, h))
-    spans = [_spans(graded(x.shape[-1], groups)) for groups in candidates]
+    spans = [graded(x.shape[-1], groups).spans for groups in candidates]
     changes: dict[tuple[int, int, int], Tensor] = {}
     for (start, stop), same in itertools.groupby(sorted(set(itertools.chain(*spans))), key=lambda span: span[:2]):
         bits = [each for _, _, each in same]
@@ -223,12 +224,6 @@ def _kl(x: Tensor, h: Tensor, basis: Tensor, candidates: Sequence[Groups], devic
         changes |= {(start, stop, each): change for each, change in zip(bits, through, strict=True)}
     totals = [torch.stack([changes[span] for span in each]).sum(0) for each in spans]
     return torch.stack([total.square().sum() / 2 for total in totals]).cpu()
-
-
-def _spans(layout: Graded) -> list[tuple[int, int, int]]:
-    """``(start, stop, bits)`` of each group, those pruned too."""
-    stops = itertools.accumulate(size for size, _ in layout.groups)
-    return [(stop - size, stop, bits) for stop, (size, bits) in zip(stops, layout.groups, strict=True)]
 
 
 def _changes(x: Tensor, h: Tensor, bits: Sequence[int]) -> list[Tensor]:

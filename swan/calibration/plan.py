@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from swan.calibration.effects import KEYS, VALUES, Effects, Groups, graded
-from swan.packed import Graded, Layout, PlanLayer, TopK
+from swan.storage import Graded, LayerPlan, Layout, TopK
 
 if TYPE_CHECKING:
     from swan.calibration.artifact import Calibration
@@ -56,7 +56,7 @@ class Plan:
     stored of a token over its bfloat16 bytes.
 
     Args:
-        layers: one `PlanLayer` per layer; None keeps no history in that layer (a sliding window).
+        layers: one `LayerPlan` per layer; None keeps no history in that layer (a sliding window).
         buffer: recent tokens kept dense.
         sinks: first tokens kept dense.
 
@@ -66,14 +66,14 @@ class Plan:
     Example:
         >>> plan = Plan.for_retention(0.33, dims=[(64, 64)] * 2)
         >>> plan.layers[0]
-        PlanLayer(keys=Graded(groups=((16, 8), (48, 5))), values=Graded(groups=((16, 5), (48, 4))))
+        LayerPlan(keys=Graded(groups=((16, 8), (48, 5))), values=Graded(groups=((16, 5), (48, 4))))
         >>> Plan.from_json(plan.to_json()) == plan
         True
 
     Source: this library; steps along convex hulls of bytes and effect are Shoham and Gersho's (1988) bit allocation.
     """
 
-    layers: tuple[PlanLayer | None, ...]
+    layers: tuple[LayerPlan | None, ...]
     buffer: int = 128
     sinks: int = 4
 
@@ -123,7 +123,7 @@ class Plan:
                 f"no plan fits in retention {retention:.3g} at these head dimensions; the least is {shown}"
             )
         if retention == 1:
-            exact = [PlanLayer(Graded(((d, 16),)), Graded(((dv, 16),))) for d, dv in dims]
+            exact = [LayerPlan(Graded(((d, 16),)), Graded(((dv, 16),))) for d, dv in dims]
             layers = [layer if _winnowed(effects, index) else None for index, layer in enumerate(exact)]
         elif effects is None:
             layers = [_step_within(retention, d, dv) for d, dv in dims]
@@ -190,7 +190,7 @@ class Plan:
         try:
             data = json.loads(text)
             layers = [
-                None if p is None else PlanLayer(_layout(p["keys"]), _layout(p["values"])) for p in data["layers"]
+                None if p is None else LayerPlan(_layout(p["keys"]), _layout(p["values"])) for p in data["layers"]
             ]
             return cls(tuple(layers), buffer=data["buffer"], sinks=data["sinks"])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -212,11 +212,11 @@ def _winnowed(effects: Effects | None, index: int) -> bool:
     return effects is None or not bool(effects.keys[index].isnan().any())
 
 
-def _steps(d: int, dv: int) -> list[PlanLayer]:
-    return [PlanLayer(graded(d, keys), graded(dv, values)) for keys, values in LADDER]
+def _steps(d: int, dv: int) -> list[LayerPlan]:
+    return [LayerPlan(graded(d, keys), graded(dv, values)) for keys, values in LADDER]
 
 
-def _step_within(retention: float, d: int, dv: int) -> PlanLayer:
+def _step_within(retention: float, d: int, dv: int) -> LayerPlan:
     """The highest step of the ladder in the bytes of `retention`."""
     return [step for step in _steps(d, dv) if step.retention <= retention + EXACT][-1]
 
@@ -234,7 +234,7 @@ def _least(dims: Dims, effects: Effects | None) -> float:
     return size / sum(2 * (d + dv) for d, dv in winnowed)
 
 
-def _layers_by_effect(retention: float, dims: Dims, effects: Effects) -> list[PlanLayer | None]:
+def _layers_by_effect(retention: float, dims: Dims, effects: Effects) -> list[LayerPlan | None]:
     """Everything begins at its fewest bytes; the step that lowers the predicted KL most per byte is taken first."""
     room, chosen, steps = 0.0, {}, []
     tables = [_cautious(table) for table in (effects.keys, effects.values)]
@@ -254,7 +254,7 @@ def _layers_by_effect(retention: float, dims: Dims, effects: Effects) -> list[Pl
             break  # no smaller step further down either: a plan of more bytes has all steps of one of fewer
         room -= size
         chosen[index, side] = layout
-    return [PlanLayer(chosen[i, "k"], chosen[i, "v"]) if (i, "k") in chosen else None for i in range(len(dims))]
+    return [LayerPlan(chosen[i, "k"], chosen[i, "v"]) if (i, "k") in chosen else None for i in range(len(dims))]
 
 
 def _cautious(table: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from swan.calibration import Plan
 from swan.calibration.bases import Basis
 from swan.evaluation.perplexity import CHUNK, Method, Setting
 from swan.modules import KVCache
-from swan.packed import Graded, Layout, Packed, PlanLayer, TopK, code_bytes, pack_code, unpack_code
+from swan.storage import Graded, LayerPlan, Layout, Packed, TopK
+from swan.storage.codes import code_bytes, pack_code, unpack_code
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -130,7 +131,7 @@ class KiviCache(KVCache):
 
     def __init__(self, bits: int, *, d: int, dv: int, buffer: int, sinks: int, prefill: Any) -> None:
         self.bits = bits
-        plain = PlanLayer(Graded(((d, 16),)), Graded(((dv, 16),)))
+        plain = LayerPlan(Graded(((d, 16),)), Graded(((dv, 16),)))
         super().__init__(plain, buffer=buffer, sinks=sinks, prefill=prefill)
 
     def reset(self) -> None:
@@ -144,7 +145,7 @@ class KiviCache(KVCache):
         """Every tensor that the cache holds."""
         return super().tensors + [t for group in self.coded for t in group] + list(self.waiting or ())
 
-    def _store(self, plan_layer: PlanLayer, k: Tensor, v: Tensor, index: Tensor | None, **_: Any) -> None:
+    def _store(self, plan_layer: LayerPlan, k: Tensor, v: Tensor, index: Tensor | None, **_: Any) -> None:
         if self.waiting is not None:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self.waiting, (k, v), strict=True))
         whole = k.shape[2] // KIVI_GROUP * KIVI_GROUP
@@ -290,7 +291,7 @@ def rivals(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: int = 4,
     from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
     def stored(make: Callable[[int], Layout]) -> Plan:
-        return Plan(tuple(PlanLayer(make(d), make(dv)) for d, dv in dims), buffer=buffer, sinks=sinks)
+        return Plan(tuple(LayerPlan(make(d), make(dv)) for d, dv in dims), buffer=buffer, sinks=sinks)
 
     def topk(retention: float) -> Plan:
         return stored(lambda d: TopK(d, math.floor(2 * d * retention) - 2 - -(-d // 8)))

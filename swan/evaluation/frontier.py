@@ -10,7 +10,7 @@ from swan.calibration import Calibration, Plan
 from swan.evaluation.baselines import rivals
 from swan.evaluation.figures import finish
 from swan.evaluation.perplexity import Method, Setting
-from swan.packed import PlanLayer, TopK
+from swan.storage import LayerPlan, TopK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ def methods(
     found: list[Method] = []
     for r in retentions[1::2]:
         found.append(Setting(everywhere(Plan.for_retention(r, dims=dims, **kept)), name="swan, layers alike"))
-    topk = [PlanLayer(TopK(d, d // 2), TopK(dv, dv // 2)) for d, dv in dims]
+    topk = [LayerPlan(TopK(d, d // 2), TopK(dv, dv // 2)) for d, dv in dims]
     found.append(Setting(everywhere(Plan(tuple(topk), **kept)), name="swan topk"))
     for rival in rivals(dims, seeds=seeds, **kept):
         if isinstance(rival, Setting) and rival.plan is not None:

@@ -15,7 +15,7 @@ from swan.calibration import Calibration, Plan
 from swan.calibration.bases import Basis
 from swan.calibration.progress import track
 from swan.integrations import attached
-from swan.packed import Graded, Layout, PlanLayer, TopK
+from swan.storage import Graded, LayerPlan, Layout, TopK
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -105,7 +105,7 @@ class Setting:
         )
 
     @property
-    def _first_layer(self) -> PlanLayer | None:
+    def _first_layer(self) -> LayerPlan | None:
         layers = () if self.plan is None else self.plan.layers
         return next((layer for layer in layers if layer is not None), None)
 
@@ -148,14 +148,14 @@ def default_sweep(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: i
     """
 
     def topk(share: float, bits: int = 8, **kwargs: Any) -> Plan:
-        layers = [PlanLayer(_kept(d, share, bits), _kept(dv, share, bits)) for d, dv in dims]
+        layers = [LayerPlan(_kept(d, share, bits), _kept(dv, share, bits)) for d, dv in dims]
         return Plan(tuple(layers), **{"buffer": buffer, "sinks": sinks, **kwargs})
 
     def index(retention: float) -> Plan:
-        layers = [PlanLayer(_indexed(d, retention), _indexed(dv, retention)) for d, dv in dims]
+        layers = [LayerPlan(_indexed(d, retention), _indexed(dv, retention)) for d, dv in dims]
         return Plan(tuple(layers), buffer=buffer, sinks=sinks)
 
-    leading = [PlanLayer(Graded.leading(d, d // 2), Graded.leading(dv, dv // 2)) for d, dv in dims]
+    leading = [LayerPlan(Graded.leading(d, d // 2), Graded.leading(dv, dv // 2)) for d, dv in dims]
     nothing = (None,) * len(dims)
     return [
         Setting(),

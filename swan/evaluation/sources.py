@@ -29,7 +29,9 @@ from swan.evaluation.dtypes import native_or_float32
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["announced", "automatic_dtype", "cache_folder", "calibration_text", "evaluation_text", "load_model", "token_windows"]
+__all__ = [
+    "announced", "automatic_dtype", "cache_folder", "calibration_text", "evaluation_text", "load_model", "token_windows"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

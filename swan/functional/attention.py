@@ -13,7 +13,8 @@ from torch import Tensor
 
 from swan.functional import reference
 from swan.kernels import Recent, attend_cpu, cpu
-from swan.packed import Packed, mixing, unpack_mixed
+from swan.storage import Packed
+from swan.storage.packed import mixing, unpack_mixed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -200,19 +201,19 @@ def _kernel_serves(q: Tensor, k: Packed, v: Packed) -> bool:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, *k.tensors, *v.tensors)):
         return False
-    return attend_cpu.reads(k.layout) and attend_cpu.reads(v.layout) and cpu.built()
+    return attend_cpu.reads(k.format) and attend_cpu.reads(v.format) and cpu.built()
 
 
 def _kernel_takes_all(q: Tensor, k: Packed, v: Packed, k_buffer: Tensor, v_buffer: Tensor) -> bool:
     """Whether one call of a kernel serves history and buffer together."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_buffer, v_buffer)):
         return False
-    fits = all(
-        buffer.ndim == 4
-        and (buffer.shape[1], buffer.shape[3], buffer.dtype) == (packed.shape[1], packed.shape[3], packed.dtype)
-        for buffer, packed in ((k_buffer, k), (v_buffer, v))
-    )
-    return fits and k.shape[2] == v.shape[2]
+    if k_buffer.ndim != 4 or v_buffer.ndim != 4:
+        return False
+    (_, k_heads, k_tokens, d), (_, v_heads, v_tokens, dv) = k.shape, v.shape
+    keys_fit = (k_buffer.shape[1], k_buffer.shape[3], k_buffer.dtype) == (k_heads, d, k.dtype)
+    values_fit = (v_buffer.shape[1], v_buffer.shape[3], v_buffer.dtype) == (v_heads, dv, v.dtype)
+    return keys_fit and values_fit and k_tokens == v_tokens
 
 
 def _kernel(impl: Impl) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -239,7 +240,7 @@ def _in_tiles(
         parts.append((out.to(wide), lse))
         if len(parts) * q.shape[2] >= TILE:  # many queries: their outputs, too, stay within a tile
             parts = [merge_attention(parts)]
-    return merge_attention(parts or [_nothing(q, v.layout.d)])
+    return merge_attention(parts or [_nothing(q, v.format.d)])
 
 
 def merge_attention(
@@ -461,14 +462,19 @@ def _tensor_code(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
 
 
 def _check(q: Any, k: Any, v: Any, mask: Any) -> None:
+    shapes: list[tuple[int, ...]] = []
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor | Packed) or len(t.shape) != 4:
-            got = list(t.shape) if isinstance(t, Tensor | Packed) else type(t).__name__
+        shape = tuple(t.shape) if isinstance(t, Tensor | Packed) else ()
+        if len(shape) != 4:
+            got = list(shape) if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"{name} must be a tensor [batch, heads, tokens, d], got {got}")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        shapes.append(shape)
+    (batch, heads, queries, d), k_shape, v_shape = shapes
+    _, kv_heads, tokens, _ = k_shape
+    if k_shape[:3] != v_shape[:3] or (batch, d) != (k_shape[0], k_shape[3]) or heads % kv_heads:
         raise ValueError(
             "expected q [batch, heads, queries, d], k [batch, kv_heads, tokens, d], v [batch, kv_heads, tokens, dv], "
-            f"heads a multiple of kv_heads, got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+            f"heads a multiple of kv_heads, got {[batch, heads, queries, d]}, {list(k_shape)}, {list(v_shape)}"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
@@ -478,7 +484,6 @@ def _check(q: Any, k: Any, v: Any, mask: Any) -> None:
         return
     if mask.dtype != torch.bool:
         raise TypeError(f"the mask must be boolean (True = visible), got {mask.dtype}")
-    batch, heads, queries, tokens = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
     if not fits or tuple(mask.shape[2:]) != (queries, tokens):
         raise ValueError(f"expected a mask [{batch} or 1, {heads} or 1, {queries}, {tokens}], got {list(mask.shape)}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from swan.packed import Graded, pack, unpack
+from swan.storage import Graded, pack, unpack
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from swan.packed import Graded, Layout, TopK, hadamard
+from swan.storage import Graded, Layout, TopK
+from swan.storage.mixing import hadamard
 
 __all__ = ["dense_attention", "graded_prune", "merge_attention", "prune", "rotate", "topk_prune", "windowed_attention"]
 

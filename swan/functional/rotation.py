@@ -177,20 +177,16 @@ def check_basis(basis: Tensor) -> None:
 
 def _apply(x: Tensor, basis: Tensor, pattern: str) -> Tensor:
     if not torch.compiler.is_compiling():
-        _check(x, basis)
+        if basis.ndim != 3 or basis.shape[1] != basis.shape[2]:
+            raise ValueError(f"a basis has the shape [kv_heads, d, d], got {list(basis.shape)}")
+        if x.ndim != 4 or x.shape[-1] != basis.shape[-1] or x.shape[1] % basis.shape[0]:
+            raise ValueError(
+                f"expected x [batch, heads, tokens, {basis.shape[-1]}] with heads a multiple of "
+                f"{basis.shape[0]}, got {list(x.shape)}"
+            )
+        if x.dtype != basis.dtype:
+            raise TypeError(f"x is {x.dtype} and the basis is {basis.dtype}; use basis.to({x.dtype})")
+        if x.device != basis.device:
+            raise ValueError(f"x is on {x.device} and the basis on {basis.device}; move one of them")
     grouped = rearrange(x, "b (h g) t d -> b h g t d", h=basis.shape[0])
     return rearrange(einsum(grouped, basis, pattern), "b h g t d -> b (h g) t d")
-
-
-def _check(x: Tensor, basis: Tensor) -> None:
-    if basis.ndim != 3 or basis.shape[1] != basis.shape[2]:
-        raise ValueError(f"a basis has the shape [kv_heads, d, d], got {list(basis.shape)}")
-    if x.ndim != 4 or x.shape[-1] != basis.shape[-1] or x.shape[1] % basis.shape[0]:
-        raise ValueError(
-            f"expected x [batch, heads, tokens, {basis.shape[-1]}] with heads a multiple of "
-            f"{basis.shape[0]}, got {list(x.shape)}"
-        )
-    if x.dtype != basis.dtype:
-        raise TypeError(f"x is {x.dtype} and the basis is {basis.dtype}; use basis.to({x.dtype})")
-    if x.device != basis.device:
-        raise ValueError(f"x is on {x.device} and the basis on {basis.device}; move one of them")

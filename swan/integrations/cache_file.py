@@ -9,9 +9,9 @@ from torch import Tensor
 
 from swan.calibration import Calibration
 from swan.calibration.files import read_tensors, write_tensors
+from swan.compiling import keep_in_place
 from swan.modules import KVCache
-from swan.modules.buffer import keep_in_place
-from swan.packed import Layout, Packed
+from swan.storage import Layout, Packed
 
 __all__ = ["State", "digest", "kv_state", "other_state", "read", "restore_kv", "restore_other", "write"]
 

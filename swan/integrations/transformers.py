@@ -26,7 +26,7 @@ from swan.functional.rotation import fold_value_rotation, inverse_rotate, rotate
 from swan.integrations import cache_file
 from swan.modules import KVCache
 from swan.modules.cache import BLOCK, Prefill, check_max_length
-from swan.packed import pack, unpack
+from swan.storage import pack, unpack
 
 try:
     from transformers import AttentionInterface, PreTrainedModel

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from swan.storage import Graded, Layout, TopK
+
 
 class Recent(NamedTuple):
     """Tokens that are not packed: keys and values ``[batch, kv_heads, tokens, d]``, and which a query sees or None."""
@@ -11,3 +13,16 @@ class Recent(NamedTuple):
     keys: Tensor
     values: Tensor
     mask: Tensor | None
+
+
+def numbers_of(layout: Layout) -> list[int] | None:
+    """A layout as every kernel takes it: 0, then size and bits of each group; or 1, d, keep and bits.
+
+    None for those that no kernel reads: layouts of other kinds, and `TopK` with a list of positions.
+    """
+    match layout:
+        case Graded():
+            return layout.numbers
+        case TopK() if layout.positions == "bitmap" or layout.keep == layout.d:
+            return layout.numbers
+    return None

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from swan.kernels import Recent
+from swan.kernels import Recent, numbers_of
 from swan.kernels.cpu import build, built, operator
-from swan.packed import Graded, Layout, Packed, TopK, mixing
+from swan.storage import Graded, Layout, Packed
+from swan.storage.packed import mixing
 
 __all__ = ["MOST_ROWS", "attend", "reads"]
 
@@ -50,15 +51,15 @@ def attend(
 
     Source: the split over the history is Dao et al., Flash-Decoding; the method arXiv:2511.18936.
     """
-    for layout in (k.layout, v.layout):
+    for layout in (k.format, v.format):
         if not reads(layout):
             raise ValueError(f"impl='cpp' reads Graded, and TopK with a bitmap, not {layout}; use impl='auto'")
     if q.device.type != "cpu" or q.dtype == torch.float64:
         raise ValueError(f"impl='cpp' is for float32, bfloat16 and float16 on a CPU, not {q.dtype} on {q.device}")
     if not built():
         build()  # raises, and says why it cannot be
-    keys, values = _numbers(k.layout), _numbers(v.layout)
-    arguments = q, _planes(k), keys, _planes(v), values, k.shape[2], mask, scale
+    keys, values = numbers_of(k.format), numbers_of(v.format)
+    arguments = q, _planes(k), keys, _planes(v), values, k.planes[0].shape[2], mask, scale
     if recent is None:
         return operator("attend")(*arguments, [], [], None)
     mixes = [q.new_empty(0) if matrix is None else matrix for matrix in (mixing(k), mixing(v))]
@@ -67,26 +68,16 @@ def attend(
 
 def reads(layout: Layout) -> bool:
     """Whether the kernel knows a layout."""
-    match layout:
-        case Graded():
-            return len(layout.stored) <= MOST_GROUPS
-        case TopK():
-            return layout.positions == "bitmap" or layout.keep == layout.d
-    return False
-
-
-def _numbers(layout: Layout) -> list[int]:
-    """0, then size and bits of each group; or 1, d, keep and bits."""
-    if isinstance(layout, Graded):
-        return [0, *(number for group in layout.groups for number in group)]
-    assert isinstance(layout, TopK)
-    return [1, layout.d, layout.keep, layout.bits]
+    return numbers_of(layout) is not None and (not isinstance(layout, Graded) or len(layout.stored) <= MOST_GROUPS)
 
 
 def _planes(packed: Packed) -> list[Tensor]:
     """Codes, numbers in the dtype of the cache, scales, positions; empty ones where there are none."""
-    none = packed.planes[0].new_empty(0)
-    coded = [plane for plane in packed.planes if not plane.is_floating_point()]
-    whole = [plane for plane in packed.planes if plane.is_floating_point()]
-    others = (none if t is None else t for t in (packed.scales, packed.positions))
-    return [*(coded or [none]), *(whole or [none]), *others]
+    codes = whole = none = packed.planes[0].new_empty(0)
+    for plane in packed.planes:
+        if plane.is_floating_point():
+            whole = plane
+        else:
+            codes = plane
+    scales, positions = packed.scales, packed.positions
+    return [codes, whole, none if scales is None else scales, none if positions is None else positions]

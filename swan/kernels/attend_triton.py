@@ -1,7 +1,7 @@
 r"""Attention over packed planes in Triton: one decode step reads each stored byte once.
 
 A graded layout is a sum of *parts*. A code of 4, 2 or 1 bits is one part, one of 3, 5, 6 or 8 bits is two
-(`swan.packed.PARTS`), and as the steps of a code are symmetric about zero, so are those of each part:
+(`swan.storage.codes.PARTS`), and as the steps of a code are symmetric about zero, so are those of each part:
 
 $$\hat x = \sum_{\text{parts}} 2^e s\, (2f - (2^p - 1)) = \sum_{\text{parts}} 2^{e+p+1} s\, (y - c),
 \qquad y = 1 + 2^{-p} f, \quad c = \tfrac32 - 2^{-p-1}$$
@@ -36,16 +36,17 @@ from swan.kernels.gpu import (
     MOST_PARTS,
     Form,
     check_device,
+    checked_numbers,
     columns_of,
     form_of,
-    numbers_of,
     power_of_two,
     scale_of,
     table_of,
     tl,
     triton,
 )
-from swan.packed import Packed, mixing
+from swan.storage import Packed
+from swan.storage.packed import mixing
 
 __all__ = ["attend"]
 
@@ -86,7 +87,7 @@ def attend(
     Source: arXiv:2511.18936; the split over tokens is that of Flash-Decoding (Dao et al., 2023).
     """
     check_device(q)
-    layouts = numbers_of(k.layout), numbers_of(v.layout)
+    layouts = checked_numbers(k.format), checked_numbers(v.format)
     if recent is None:
         out, _, lse = _attend(q, list(k.tensors), list(v.tensors), mask, *layouts, scale, None, [], None)
         return out, lse

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from swan.compiling import constant_result
-from swan.packed import code_bytes
+from swan.storage.codes import code_bytes
 
 __all__ = ["build", "built", "instruction_sets", "library", "missing", "operator", "variant", "variants"]
 
@@ -144,8 +144,8 @@ def build(name: str | None = None) -> None:
         return q.new_empty(*q.shape[:3], dv, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 
     @torch.library.register_fake(f"swan::pack_cpu_{name}")
-    def _(x, groups):  # pyright: ignore
-        coded = [(size, bits) for size, bits in zip(groups[::2], groups[1::2], strict=True) if 1 <= bits <= 8]
+    def _(x, layout):  # pyright: ignore
+        coded = [(size, bits) for size, bits in zip(layout[1::2], layout[2::2], strict=True) if 1 <= bits <= 8]
         width = sum(code_bytes(size, bits) for size, bits in coded)
         codes, scales = (x.new_empty(*x.shape[:3], n, dtype=torch.uint8) for n in (width, len(coded)))
         return codes, scales

@@ -1,4 +1,4 @@
-// What the CPU kernels share: numbers of the cache's dtypes, the parts of codes and the scales of swan/packed.py.
+// What the CPU kernels share: numbers of the cache's dtypes, the parts of codes and the scales of swan/storage/codes.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>

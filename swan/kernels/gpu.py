@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swan.packed import OCTAVE, OFFSET, PARTS, Graded, Layout, TopK, code_bytes
+from swan.kernels import numbers_of
+from swan.storage import Graded, Layout, TopK
+from swan.storage.codes import OCTAVE, OFFSET, PARTS, code_bytes
 
 try:
     import triton
@@ -16,8 +18,8 @@ except ImportError as error:
     raise ImportError("impl='triton' needs Triton: pip install triton") from error
 
 __all__ = [
-    "INTERPRETED", "MOST_PARTS", "OCTAVE_", "OFFSET_", "Form", "check_device", "columns_of", "form_of", "numbers_of",
-    "power_of_two", "scale_of", "table_of", "tl", "triton",
+    "INTERPRETED", "MOST_PARTS", "OCTAVE_", "OFFSET_", "Form", "check_device", "checked_numbers", "columns_of",
+    "form_of", "power_of_two", "scale_of", "table_of", "tl", "triton",
 ]  # fmt: skip
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -34,20 +36,17 @@ def check_device(x: Tensor) -> None:
         )
 
 
-def numbers_of(layout: Layout) -> list[int]:
-    """A layout as operators take it.
+def checked_numbers(layout: Layout) -> list[int]:
+    """`numbers_of` a layout.
 
     Raises:
         ValueError: no kernel here reads it.
     """
-    match layout:
-        case Graded(groups):
-            return [0, *(number for group in groups for number in group)]
-        case TopK(d, keep, bits, positions) if positions == "bitmap" or keep == d:
-            return [1, d, keep, bits]
-    raise ValueError(
-        f"impl='triton' reads Graded layouts, and TopK with positions='bitmap', got {layout}; use impl='compiled'"
-    )
+    if (numbers := numbers_of(layout)) is None:
+        raise ValueError(
+            f"impl='triton' reads Graded layouts, and TopK with positions='bitmap', got {layout}; use impl='compiled'"
+        )
+    return numbers
 
 
 class Form(NamedTuple):

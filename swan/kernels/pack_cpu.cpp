@@ -43,8 +43,9 @@ int64_t write_group(const float* x, int64_t size, int64_t bits, float scale, uin
   return written;
 }
 
-// x: [batch, heads, tokens, d] in mixed coordinates; groups: size, bits, size, bits, ...
-std::tuple<at::Tensor, at::Tensor> pack(const at::Tensor& x, at::IntArrayRef groups) {
+// x: [batch, heads, tokens, d] in mixed coordinates; layout: 0, size, bits, size, bits, ...
+std::tuple<at::Tensor, at::Tensor> pack(const at::Tensor& x, at::IntArrayRef layout) {
+  const at::IntArrayRef groups = layout.slice(1);
   int64_t bytes = 0, scales = 0;
   for (size_t i = 0; i < groups.size(); i += 2) {
     if (groups[i + 1] < 1 || groups[i + 1] > 8) continue;
@@ -80,6 +81,6 @@ std::tuple<at::Tensor, at::Tensor> pack(const at::Tensor& x, at::IntArrayRef gro
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(swan, m) { m.def(SWAN_OPERATOR(pack_cpu) "(Tensor x, int[] groups) -> (Tensor, Tensor)"); }
+TORCH_LIBRARY_FRAGMENT(swan, m) { m.def(SWAN_OPERATOR(pack_cpu) "(Tensor x, int[] layout) -> (Tensor, Tensor)"); }
 
 TORCH_LIBRARY_IMPL(swan, CPU, m) { m.impl(SWAN_OPERATOR(pack_cpu), &pack); }

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from swan.kernels.cpu import built, operator
-from swan.packed import Graded, Layout, Packed, check_vectors
+from swan.storage import Graded, Layout, Packed
+from swan.storage.packed import check_vectors
 
 __all__ = ["pack"]
 
@@ -36,7 +37,7 @@ def pack(x: Tensor, layout: Layout) -> Packed:
         return layout.pack(x)
     matrix = layout.mix(x.dtype, x.device)
     mixed = x if matrix is None else x @ matrix
-    codes, scales = operator("pack")(mixed, [number for group in layout.groups for number in group])
+    codes, scales = operator("pack")(mixed, layout.numbers)
     whole = [x[..., start:stop] for start, stop, bits in layout.stored if bits == 16]
     planes = (codes, torch.cat(whole, dim=-1)) if whole else (codes,)
     return Packed(planes, scales, None, layout, x.dtype)

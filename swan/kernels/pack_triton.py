@@ -17,16 +17,18 @@ from swan.kernels.gpu import (
     OCTAVE_,
     OFFSET_,
     check_device,
+    checked_numbers,
     columns_of,
     form_of,
-    numbers_of,
     power_of_two,
     scale_of,
     table_of,
     tl,
     triton,
 )
-from swan.packed import SCALE_DTYPE, Layout, Packed, check_vectors
+from swan.storage import Layout, Packed
+from swan.storage.codes import SCALE_DTYPE
+from swan.storage.packed import check_vectors
 
 __all__ = ["pack"]
 
@@ -55,7 +57,7 @@ def pack(x: Tensor, layout: Layout) -> Packed:
     if not torch.compiler.is_compiling():
         check_vectors(x, layout)
     check_device(x)
-    numbers = numbers_of(layout)
+    numbers = checked_numbers(layout)
     stored = _pack(x, layout.mix(x.dtype, x.device), numbers)
     codes, values, scales, positions = (t if t.shape[3] else None for t in stored)
     return Packed(tuple(t for t in (codes, values) if t is not None), scales, positions, layout, x.dtype)

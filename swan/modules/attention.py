@@ -38,7 +38,7 @@ class SwanAttention(nn.Module):
         >>> import torch, swan
         >>> attention = SwanAttention(64, heads=4, kv_heads=2)
         >>> x = torch.randn(1, 10, 64)
-        >>> cache = swan.KVCache(swan.PlanLayer(swan.TopK(16, 16, bits=16), swan.TopK(16, 16, bits=16)))
+        >>> cache = swan.KVCache(swan.LayerPlan(swan.TopK(16, 16, bits=16), swan.TopK(16, 16, bits=16)))
         >>> torch.allclose(attention(x, cache), attention(x), atol=1e-5)
         True
 

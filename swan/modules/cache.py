@@ -10,7 +10,7 @@ from swan.compiling import keep_in_place
 from swan.functional.attention import Impl, dense_attention, swan_attention
 from swan.kernels.pack_cpu import pack
 from swan.modules.buffer import DenseBuffer
-from swan.packed import Layout, Packed, PlanLayer, unpack
+from swan.storage import LayerPlan, Layout, Packed, unpack
 
 __all__ = ["KVCache", "Prefill"]
 
@@ -56,7 +56,7 @@ class KVCache(nn.Module):
 
     Example:
         >>> import torch, swan
-        >>> cache = KVCache(swan.PlanLayer(swan.TopK(64, 40), swan.TopK(64, 24)), buffer=16)
+        >>> cache = KVCache(swan.LayerPlan(swan.TopK(64, 40), swan.TopK(64, 24)), buffer=16)
         >>> k, v = torch.randn(1, 2, 100, 64), torch.randn(1, 2, 100, 64)
         >>> cache.update(k, v)
         >>> cache.attend(torch.randn(1, 4, 100, 64)).shape
@@ -69,7 +69,7 @@ class KVCache(nn.Module):
 
     def __init__(
         self,
-        plan_layer: PlanLayer | None,
+        plan_layer: LayerPlan | None,
         *,
         buffer: int = 128,
         sinks: int = 4,
@@ -143,7 +143,7 @@ class KVCache(nn.Module):
         return max(first - buffer.sinks - self.dropped - drop, 0)
 
     def nbytes_after(
-        self, tokens: int, plan_layer: PlanLayer, *, rows: int, kv_heads: int, itemsize: int, drop: int = 0
+        self, tokens: int, plan_layer: LayerPlan, *, rows: int, kv_heads: int, itemsize: int, drop: int = 0
     ) -> list[int]:
         """Bytes that each part of a dynamic cache will hold: to know them before anything is stored.
 
@@ -284,7 +284,7 @@ class KVCache(nn.Module):
         return out
 
     @torch.no_grad()
-    def repack(self, plan_layer: PlanLayer) -> None:
+    def repack(self, plan_layer: LayerPlan) -> None:
         r"""Move the history to other layouts; new tokens are stored in them from now on.
 
         Lowering frees memory at once. Raising keeps what old tokens had. While it runs, the keys or the values of
@@ -342,7 +342,7 @@ class KVCache(nn.Module):
 
         Example:
             >>> from swan import TopK
-            >>> cache = KVCache(PlanLayer(TopK(64, 40), TopK(64, 24)), buffer=16, sinks=4)
+            >>> cache = KVCache(LayerPlan(TopK(64, 40), TopK(64, 24)), buffer=16, sinks=4)
             >>> cache.update(*torch.randn(2, 1, 2, 100, 64))
             >>> cache.drop(30)
             >>> cache.length, cache.history_length, cache.dropped
@@ -454,7 +454,7 @@ class KVCache(nn.Module):
         return buffer.keys, buffer.values, None if full else buffer.columns()
 
     def _store(
-        self, plan_layer: PlanLayer, k: Tensor, v: Tensor, index: Tensor | None, *, packing: Packing = pack
+        self, plan_layer: LayerPlan, k: Tensor, v: Tensor, index: Tensor | None, *, packing: Packing = pack
     ) -> None:
         """Pack evicted tokens and write them behind the stored ones (dynamic) or at `index` (static)."""
         if k.shape[2] == 0:
@@ -594,7 +594,7 @@ class KVCache(nn.Module):
             )
 
 
-def _packing(impl: Impl, k: Tensor, plan_layer: PlanLayer | None) -> Packing:
+def _packing(impl: Impl, k: Tensor, plan_layer: LayerPlan | None) -> Packing:
     if impl != "triton":
         return pack
     from swan.kernels import gpu, pack_triton
@@ -602,7 +602,7 @@ def _packing(impl: Impl, k: Tensor, plan_layer: PlanLayer | None) -> Packing:
     if plan_layer is not None and not torch.compiler.is_compiling():  # raises before anything is changed
         gpu.check_device(k)
         for layout in (plan_layer.keys, plan_layer.values):
-            gpu.form_of(*gpu.numbers_of(layout))
+            gpu.form_of(*gpu.checked_numbers(layout))
     return pack_triton.pack
 
 
@@ -640,7 +640,7 @@ def _resized(history: Packed, capacity: int, stored: int) -> Packed:
 
 
 def _repacked(history: Packed, layout: Layout, stored: int) -> Packed:
-    if layout == history.layout:
+    if layout == history.format:
         return history
     capacity = history.shape[2]
     new: Packed | None = None

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from swan.packed import Layout, Packed, pack
+from swan.storage import Layout, Packed, pack
 
 __all__ = ["StructuredPruner"]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from swan import Calibration, Graded, Plan, PlanLayer, SwanAttention, calibrate, pack, random_rotation, rotate, unpack
+from swan import Calibration, Graded, LayerPlan, Plan, SwanAttention, calibrate, pack, random_rotation, rotate, unpack
 from swan.calibration.capture import Observed
 from swan.calibration.effects import (
     BUFFER,
@@ -74,7 +74,7 @@ def test_effects_predict_the_measured_divergence():
     for side, candidates in (("keys", KEYS), ("values", VALUES)):
         for number in (len(candidates) - 1, len(candidates) - 3):  # small errors: the first order holds
             layout = graded(16, candidates[number])
-            layer = PlanLayer(layout, exact) if side == "keys" else PlanLayer(exact, layout)
+            layer = LayerPlan(layout, exact) if side == "keys" else LayerPlan(exact, layout)
             _, row = evaluate(model, ids, [Setting(Plan((layer,) * 3, buffer=BUFFER))], calibration)
             predicted = getattr(calibration.effects, side)[:, number].sum().item()
             assert predicted / 2 < row["kl"] < predicted * 2

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from swan import Graded, Plan, PlanLayer, SwanAttention, TopK, calibrate
+from swan import Graded, LayerPlan, Plan, SwanAttention, TopK, calibrate
 
 DIMS = [(d, d) for d in (16, 24, 64, 80, 128, 256)] + [(24, 16), (192, 128), (16, 64)]
 each_dims = pytest.mark.parametrize(("d", "dv"), DIMS, ids=[f"{d}x{dv}" for d, dv in DIMS])
@@ -63,7 +63,7 @@ def test_uses_most_of_what_it_may(retention):
 
 def test_everything_at_one():
     plan = Plan.for_retention(1, dims=[(64, 32)])
-    assert plan.layers == (PlanLayer(Graded(((64, 16),)), Graded(((32, 16),))),)
+    assert plan.layers == (LayerPlan(Graded(((64, 16),)), Graded(((32, 16),))),)
     assert plan.retention == 1
 
 
@@ -107,9 +107,9 @@ def test_refuses_an_impossible_buffer(settings):
 
 MIXED = Plan(
     (
-        PlanLayer(TopK(64, 40), TopK(64, 24, bits=16, positions="index")),
+        LayerPlan(TopK(64, 40), TopK(64, 24, bits=16, positions="index")),
         None,
-        PlanLayer(Graded(((16, 16), (48, 0))), Graded.leading(64, 64)),
+        LayerPlan(Graded(((16, 16), (48, 0))), Graded.leading(64, 64)),
     ),
     buffer=32,
     sinks=0,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from swan import Plan, PlanLayer, pack, unpack
+from swan import LayerPlan, Plan, pack, unpack
 from swan.evaluation.baselines import (
     KIVI_GROUP,
     Float8,
@@ -120,7 +120,7 @@ def test_caches_of_transformers_run_as_they_are():
 
 def test_a_layout_of_ones_own_is_stored_by_the_cache():
     model, ids = tiny(), tokens(1, 100)
-    plan = Plan((PlanLayer(Float8(16), Float8(16)),) * 2, buffer=8)
+    plan = Plan((LayerPlan(Float8(16), Float8(16)),) * 2, buffer=8)
     _, row = evaluate(model, ids, [Setting(plan, basis="identity")], calibration_of(model))
     assert 0 < row["kl"] < 0.01
     assert math.isclose(row["retention"], 0.5)

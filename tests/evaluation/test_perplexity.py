@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from swan import Graded, Plan, PlanLayer, calibrate
+from swan import Graded, LayerPlan, Plan, calibrate
 from swan.evaluation.perplexity import CHUNK, Setting, default_sweep, evaluate
 
 FULL = Graded(((16, 16),))
@@ -36,7 +36,7 @@ def test_dense_row_is_the_model_itself(tiny):
 
 def test_everything_kept_equals_dense(tiny):
     model, windows, calibration = tiny
-    plan = Plan((PlanLayer(FULL, FULL),) * 2, buffer=16)
+    plan = Plan((LayerPlan(FULL, FULL),) * 2, buffer=16)
     _, row = evaluate(model, windows, [Setting(plan)], calibration)
     assert abs(row["perplexity_increase"]) < 1e-5
     assert abs(row["kl"]) < 1e-6
@@ -46,7 +46,7 @@ def test_everything_kept_equals_dense(tiny):
 
 def test_fewer_bytes_cost_more(tiny):
     model, windows, calibration = tiny
-    plans = [Plan((PlanLayer(Graded(((16, b),)), Graded(((16, b),))),) * 2, buffer=16) for b in (8, 4, 1)]
+    plans = [Plan((LayerPlan(Graded(((16, b),)), Graded(((16, b),))),) * 2, buffer=16) for b in (8, 4, 1)]
     rows = evaluate(model, windows, [Setting(plan) for plan in plans], calibration)
     kl = [row["kl"] for row in rows]
     assert kl == sorted(kl)

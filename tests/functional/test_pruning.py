@@ -1,4 +1,4 @@
-"""Pruning as mathematics; tests/test_packed.py checks that storage agrees with it."""
+"""Pruning as mathematics; tests/storage/test_packed.py checks that storage agrees with it."""
 
 import pytest
 import torch

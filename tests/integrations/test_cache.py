@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from swan import Plan, PlanLayer, SwanCache, TopK, attach, calibrate, unpack
+from swan import LayerPlan, Plan, SwanCache, TopK, attach, calibrate, unpack
 from swan.integrations.transformers import cache_keyword
 from tests.tiny import (
     attached,
@@ -25,7 +25,7 @@ from tests.tiny import (
 TEXT = {"input_ids": tokens(2, 60)}
 NEXT = {"input_ids": tokens(2, 5, seed=9)}
 THREE = {"gemma3": {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}}
-EXACT = Plan([PlanLayer(TopK(16, 8, bits=16), TopK(16, 5, bits=16))] * 2, buffer=8, sinks=2)  # no rounding to int8
+EXACT = Plan([LayerPlan(TopK(16, 8, bits=16), TopK(16, 5, bits=16))] * 2, buffer=8, sinks=2)  # no rounding to int8
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_lowering_the_dial_frees_memory_at_once(model):
 
 def test_a_lowered_cache_is_one_that_was_always_low(model):
     """Top-k of top-k is top-k, where values are not rounded."""
-    high, low = (Plan([PlanLayer(TopK(16, n, bits=16), TopK(16, n, bits=16))] * 2, buffer=8, sinks=2) for n in (12, 5))
+    high, low = (Plan([LayerPlan(TopK(16, n, bits=16), TopK(16, n, bits=16))] * 2, buffer=8, sinks=2) for n in (12, 5))
     lowered, always = filled(model, SwanCache(model, high)), filled(model, SwanCache(model, low))
     for index, cache in lowered.winnowed.items():
         cache.repack(low.layers[index])
@@ -105,7 +105,7 @@ def test_the_dial_refuses_what_no_plan_has_and_stays(model, retention):
 
 
 def test_the_dial_of_a_cache_without_history_is_fixed(model):
-    entry = PlanLayer(TopK(16, 8), TopK(16, 8))
+    entry = LayerPlan(TopK(16, 8), TopK(16, 8))
     cache = filled(model, SwanCache(model, Plan((entry, None), buffer=8, sinks=2)))
     with pytest.raises(ValueError, match="no history in some layers"):
         cache.retention = 0.5

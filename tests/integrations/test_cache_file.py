@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from swan import Graded, Plan, PlanLayer, SwanCache, TopK, attach, calibrate
+from swan import Graded, LayerPlan, Plan, SwanCache, TopK, attach, calibrate
 from swan.integrations.transformers import cache_keyword
 from swan.modules import KVCache
 from tests.tiny import attached, everything, generated, left_padded, logits_of, tiny, tokens
@@ -11,11 +11,11 @@ from tests.tiny import attached, everything, generated, left_padded, logits_of, 
 TEXT = {"input_ids": tokens(2, 60)}
 PADDED = {name: t for name, t in left_padded(60, 11).items() if name != "position_ids"}
 NEXT = {"input_ids": tokens(2, 7, seed=9)}
-MIXED = PlanLayer(Graded(((4, 16), (8, 4), (4, 0))), TopK(16, 5, bits=4))
+MIXED = LayerPlan(Graded(((4, 16), (8, 4), (4, 0))), TopK(16, 5, bits=4))
 SETTINGS = {
     "everything": {"retention": 1.0},
     "retention": {"retention": 0.33},
-    "plan": {"plan": Plan((MIXED, PlanLayer(TopK(16, 7, bits=16), TopK(16, 16))), buffer=8, sinks=2)},
+    "plan": {"plan": Plan((MIXED, LayerPlan(TopK(16, 7, bits=16), TopK(16, 16))), buffer=8, sinks=2)},
     "window": {"plan": Plan((None, MIXED), buffer=8, sinks=2)},
     "budget": {"budget": 16_000, "on_full": "evict"},
     "static": {"retention": 0.33, "static": True, "max_length": 90},

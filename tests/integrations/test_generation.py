@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from swan import Plan, PlanLayer, SwanCache, TopK
+from swan import LayerPlan, Plan, SwanCache, TopK
 from tests.tiny import (
     attached,
     everything,
@@ -18,8 +18,8 @@ from tests.tiny import (
 )
 
 # With values of 16 bits there is no rounding, so that only float32 differs.
-EXACT = Plan([PlanLayer(TopK(16, 9, bits=16), TopK(16, 7, bits=16))] * 2, buffer=8, sinks=2)
-ROUNDED = Plan([PlanLayer(TopK(16, 9), TopK(16, 7))] * 2, buffer=8, sinks=2)
+EXACT = Plan([LayerPlan(TopK(16, 9, bits=16), TopK(16, 7, bits=16))] * 2, buffer=8, sinks=2)
+ROUNDED = Plan([LayerPlan(TopK(16, 9), TopK(16, 7))] * 2, buffer=8, sinks=2)
 GRADED = Plan.for_retention(0.33, dims=[(16, 16)] * 2, buffer=8, sinks=2)
 
 PADDED = {name: t for name, t in left_padded(40, 3, 21).items() if name != "position_ids"}

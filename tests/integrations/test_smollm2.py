@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from swan import Graded, Plan, PlanLayer, SwanCache, attach, calibrate, detach
+from swan import Graded, LayerPlan, Plan, SwanCache, attach, calibrate, detach
 from swan.calibration.effects import KEYS, graded
 from swan.evaluation.perplexity import Setting, evaluate
 from swan.evaluation.sources import calibration_text, evaluation_text, load_model, token_windows
@@ -98,7 +98,7 @@ def test_the_dial_on_a_real_model(model, window):
 # At 0.3 of the bytes: leading coordinates of 16 bits, where only float32 differs; and the default plan, where that now
 # and then turns a code into its neighbour.
 LEADING = Graded.leading(64, 19)
-WAYS = {"16 bits": {"plan": Plan([PlanLayer(LEADING, LEADING)] * 30, buffer=64)}}
+WAYS = {"16 bits": {"plan": Plan([LayerPlan(LEADING, LEADING)] * 30, buffer=64)}}
 WAYS |= {"default": {"retention": 0.3, "buffer": 64}}
 
 
@@ -193,7 +193,7 @@ def test_effects_of_a_real_model_predict_its_divergence(smollm2):
     windows = token_windows(calibration_text(), tokenizer, windows=10, length=1024)
     calibration = calibrate(model, windows[:8:2].split(1), progress=False)
     layout, exact = graded(64, KEYS[6]), Graded(((64, 16),))
-    plans = [Plan((PlanLayer(layout, exact),) * 30, buffer=64)]
+    plans = [Plan((LayerPlan(layout, exact),) * 30, buffer=64)]
     plans += [Plan.for_retention(0.2, calibration, buffer=64), Plan.for_retention(0.2, dims=[(64, 64)] * 30, buffer=64)]
     _, keys, by_effect, alike = evaluate(model, windows[8:], [Setting(plan) for plan in plans], calibration)
     predicted = calibration.effects.keys[:, 6].sum().item()

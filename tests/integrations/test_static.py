@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from swan import Plan, PlanLayer, SwanCache, TopK, attach, calibrate
+from swan import LayerPlan, Plan, SwanCache, TopK, attach, calibrate
 from swan.evaluation.sources import calibration_text, load_model, token_windows
 from swan.integrations.transformers import cache_keyword
 from tests.strategies import one_thread  # noqa: F401
@@ -18,7 +18,7 @@ TEXT = {"input_ids": tokens(2, 60)}
 PADDED = left_padded(60, 23, 41)
 LEVELS = [0.5, 0.33, 0.26]
 # Values of 16 bits: an int8 step apart is what a rounding of float32 may make of the others.
-EXACT = Plan([PlanLayer(TopK(16, 9, bits=16), TopK(16, 7, bits=16))] * 2, buffer=8, sinks=2)
+EXACT = Plan([LayerPlan(TopK(16, 9, bits=16), TopK(16, 7, bits=16))] * 2, buffer=8, sinks=2)
 SMALL = {"buffer": 8, "sinks": 2}
 slow = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from swan import Graded, TopK, pack, packed_attention, swan_attention
 from swan.functional import reference
 from swan.kernels import Recent, attend_cpu
-from swan.packed import mixing, unpack_mixed
+from swan.storage.packed import mixing, unpack_mixed
 from tests.strategies import (
     DTYPES,
     assert_lse_within,
@@ -119,7 +119,7 @@ def test_history_and_recent_tokens_together(seed, dtype, head_counts, queries, t
     recent_mask[0] = False
     mask, recent_mask = (mask, recent_mask) if masked else (None, None)
 
-    key_mix, value_mix = (torch.eye(x.layout.d) if mixing(x) is None else mixing(x) for x in (k, v))
+    key_mix, value_mix = (torch.eye(x.format.d) if mixing(x) is None else mixing(x) for x in (k, v))
     mixed = q.double() @ key_mix.double()
     parts = [
         reference.dense_attention(mixed, wide(k), wide(v) @ value_mix.double().mT, mask=mask),

@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from swan import Graded, Packed, TopK, pack, swan_attention
 from swan.functional import reference
 from swan.kernels import Recent
-from swan.packed import PARTS, mixing, unpack_mixed
+from swan.storage.codes import PARTS
+from swan.storage.packed import mixing, unpack_mixed
 from tests.kernels.gpu import DEVICE, compile_for_gpu, slow
 from tests.strategies import (
     any_graded,
@@ -70,7 +71,7 @@ def test_compiles_for_a_gpu(k_layout, v_layout, dtype, tmp_path, monkeypatch):
     constants = {"R": R, "G": G, "DTYPE": products, "PRECISION": precision}
     constants |= {"D": gpu.columns_of(k_layout.d), "DV": gpu.columns_of(v_layout.d)}
     for name, layout in (("k", k_layout), ("v", v_layout)):
-        form = gpu.form_of(*gpu.numbers_of(layout))
+        form = gpu.form_of(*gpu.checked_numbers(layout))
         numbers = *form.widths, form.bits, form.sparse
         constants |= dict(zip([f"{name.upper()}{i}" for i in "4210BS"], numbers, strict=True))
         value, scale = {16: (code, "u8"), 8: ("i8", "bf16"), 4: ("u8", "u8")}[form.bits]
@@ -261,12 +262,12 @@ def check_compiles_whole():
 
 
 def check_operator():
-    from swan.kernels.gpu import numbers_of
+    from swan.kernels.gpu import checked_numbers
 
     module = kernel()
     q, k, v, _ = placed(*inputs(Graded(((8, 4), (8, 2))), TopK(24, 5, 8), BF16, tokens=20))
     recent = [q[:, :2].contiguous(), torch.zeros_like(q[:, :2, :, :1]).expand(-1, -1, -1, 24)]
-    numbers = numbers_of(k.layout), numbers_of(v.layout)
+    numbers = checked_numbers(k.format), checked_numbers(v.format)
     arguments = q, list(k.tensors), list(v.tensors), None, *numbers, 0.25, q, recent, None
     torch.library.opcheck(module._attend, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swan import Graded, KVCache, PlanLayer, TopK, unpack
-from swan.packed import PARTS, scale_of
+from swan import Graded, KVCache, LayerPlan, TopK, unpack
+from swan.storage.codes import PARTS, scale_of
 from tests.kernels.gpu import DEVICE, compile_for_gpu, slow
 from tests.strategies import any_graded, assert_packed, dtypes, ids, normal, seeds
 
@@ -37,7 +37,7 @@ def pack(x, layout):
 def test_compiles_for_a_gpu(layout, dtype, tmp_path, monkeypatch):
     from swan.kernels import gpu, pack_triton
 
-    form, d = gpu.form_of(*gpu.numbers_of(layout)), gpu.columns_of(layout.d)
+    form, d = gpu.form_of(*gpu.checked_numbers(layout)), gpu.columns_of(layout.d)
     code = {F32: "fp32", BF16: "bf16", F16: "fp16"}[dtype]
     value, scale = {16: (code, "u8"), 8: ("i8", "bf16"), 4: ("u8", "u8")}[form.bits]
     types = dict(zip(("codes", "values", "scales", "positions"), ("u8", value, scale, "u8"), strict=True))
@@ -153,7 +153,7 @@ def check_compiles_whole():
 
 @pytest.mark.parametrize("static", [False, True])
 def check_cache(static):
-    layer = PlanLayer(Graded(((8, 5), (8, 3))), TopK(16, 6))
+    layer = LayerPlan(Graded(((8, 5), (8, 3))), TopK(16, 6))
     options = {"buffer": 4, "sinks": 1, "static": static, "max_length": 30 if static else None}
     caches = [KVCache(layer, **options) for _ in range(2)]
     q = normal(1, 1, 4, 1, 16)
@@ -166,7 +166,7 @@ def check_cache(static):
 
 
 def check_a_cache_refuses_unchanged():
-    layouts = PlanLayer(TopK(16, 6), TopK(16, 6, positions="index"))
+    layouts = LayerPlan(TopK(16, 6), TopK(16, 6, positions="index"))
     cache = KVCache(layouts, buffer=2)
     k = torch.zeros(1, 1, 5, 16, device=DEVICE)
     with pytest.raises(ValueError, match="positions='bitmap'"):
@@ -178,7 +178,7 @@ def check_operator():
     from swan.kernels import gpu, pack_triton
 
     layout = Graded(((8, 16), (8, 4)))
-    arguments = normal(0, 1, 2, 5, 16).to(DEVICE), layout.mix(F32, torch.device(DEVICE)), gpu.numbers_of(layout)
+    arguments = normal(0, 1, 2, 5, 16).to(DEVICE), layout.mix(F32, torch.device(DEVICE)), gpu.checked_numbers(layout)
     torch.library.opcheck(pack_triton._pack, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

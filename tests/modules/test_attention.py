@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from swan import KVCache, OrthoRotation, PlanLayer, SwanAttention, TopK, random_rotation
+from swan import KVCache, LayerPlan, OrthoRotation, SwanAttention, TopK, random_rotation
 from tests.strategies import ids, normal, unit
 
 DIM = 48
@@ -29,7 +29,7 @@ def layer(shape=(6, 2, 8), *, dtype=torch.float32, **settings) -> SwanAttention:
 
 
 def keep_all(d: int, **settings) -> KVCache:
-    return KVCache(PlanLayer(TopK(d, d, bits=16), TopK(d, d, bits=16)), **settings)
+    return KVCache(LayerPlan(TopK(d, d, bits=16), TopK(d, d, bits=16)), **settings)
 
 
 def eager(attention: SwanAttention, x, dtype, padding=None):
@@ -176,7 +176,7 @@ def test_bfloat16_on_a_cache():
 
 def test_pruning_changes_something():
     attention, x = layer(), normal(0, 1, 40, DIM)
-    cache = KVCache(PlanLayer(TopK(8, 2), TopK(8, 2)), buffer=4, prefill="windowed")
+    cache = KVCache(LayerPlan(TopK(8, 2), TopK(8, 2)), buffer=4, prefill="windowed")
     assert (attention(x, cache) - attention(x)).abs().max() > 0.01
 
 

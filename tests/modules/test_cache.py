@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swan import Graded, KVCache, PlanLayer, TopK
+from swan import Graded, KVCache, LayerPlan, TopK
 from swan.functional import reference
 from tests.strategies import (
     assert_within,
@@ -27,7 +27,7 @@ from tests.strategies import (
 )
 
 D, DV = 8, 5
-EXACT = PlanLayer(TopK(D, D, bits=16), Graded.leading(DV, DV))
+EXACT = LayerPlan(TopK(D, D, bits=16), Graded.leading(DV, DV))
 statics = st.booleans()
 paddings = st.sampled_from(["none", "once", "each time", "as seen"])
 
@@ -48,12 +48,12 @@ def cases(draw) -> Case:
     return Case(*inputs, draw(splits(tokens)), draw(st.integers(1, 10)), draw(st.integers(0, 4)))
 
 
-def cache_of(case: Case, plan_layer: PlanLayer | None, prefill="windowed", static=False) -> KVCache:
+def cache_of(case: Case, plan_layer: LayerPlan | None, prefill="windowed", static=False) -> KVCache:
     room = {"static": True, "max_length": case.q.shape[2] + 3} if static else {}
     return KVCache(plan_layer, buffer=case.buffer, sinks=case.sinks, prefill=prefill, **room)
 
 
-def bound(case: Case, plan_layer: PlanLayer | None) -> float:
+def bound(case: Case, plan_layer: LayerPlan | None) -> float:
     keys, values = [case.k], [case.v]
     if plan_layer is not None:
         keys.append(stored(case.k, plan_layer.keys))
@@ -172,7 +172,7 @@ def test_a_scale_is_used():
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa", "compiled", "auto"])
 def test_every_impl(impl):
-    plan_layer = PlanLayer(TopK(D, 3), TopK(D, 4))
+    plan_layer = LayerPlan(TopK(D, 3), TopK(D, 4))
     case = Case(*qkv(0, 2, (4, 2), 30, 30, D, D, torch.float32), [13, 1, 16], 5, 2)
     expected = windowed_oracle(*case[:3], plan_layer, buffer=5, sinks=2)
     cache, outs = cache_of(case, plan_layer), []
@@ -184,7 +184,7 @@ def test_every_impl(impl):
 
 def test_many_tokens():
     """History over several tiles and blocks, at a common head dimension and with odd ends."""
-    plan_layer = PlanLayer(TopK(64, 40), TopK(63, 24, positions="index"))
+    plan_layer = LayerPlan(TopK(64, 40), TopK(63, 24, positions="index"))
     case = Case(*qkv(0, 1, (3, 1), 2500, 2500, 64, 63, torch.float32), [1999, 1, 437, 1, 62], 128, 4)
     expected = windowed_oracle(*case[:3], plan_layer, buffer=128, sinks=4)
     cache = cache_of(case, plan_layer)
@@ -195,7 +195,7 @@ def test_many_tokens():
 @given(cases(), layouts(D), layouts(DV))
 def test_attending_twice_is_free(case, keys, values):
     """A single query may come again, as with several scorers."""
-    cache = cache_of(case, PlanLayer(keys, values))
+    cache = cache_of(case, LayerPlan(keys, values))
     cache.update(*case[1:3])
     cache.update(case.k[:, :, :1], case.v[:, :, :1])
     assert torch.equal(cache.attend(case.q[:, :, :1]), cache.attend(case.q[:, :, :1]))

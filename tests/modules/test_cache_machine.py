@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from swan import KVCache, PlanLayer, TopK
+from swan import KVCache, LayerPlan, TopK
 from swan.functional import reference
 from tests.strategies import assert_within, attention_bound, plan_layers, qkv, seeds
 
@@ -166,7 +166,7 @@ class CacheMachine(RuleBasedStateMachine):
         stored = max(self.first - self.sinks - self.dropped, 0) if self.plan_layer is not None else 0
         assert self.cache.history_length == stored
         if self.cache.k_history is not None:
-            assert self.cache.k_history.layout == self.plan_layer.keys
+            assert self.cache.k_history.format == self.plan_layer.keys
             assert self.cache.k_history.shape[2] >= stored
         assert self.cache.dropped == self.dropped
 
@@ -185,7 +185,7 @@ def test_the_oracle_knows_the_reference():
     """Once, so that the oracle itself stands on something: token by token it is `reference.windowed_attention`."""
     q, k, v = qkv(0, 2, (GROUPS * KV_HEADS, KV_HEADS), 12, 12, D, DV, torch.float32)
     machine = CacheMachine()
-    plan_layer = PlanLayer(TopK(D, 2, bits=16), TopK(DV, 3, bits=16))
+    plan_layer = LayerPlan(TopK(D, 2, bits=16), TopK(DV, 3, bits=16))
     machine.build(plan_layer, 3, 1, "windowed")
     for i in range(12):
         for row in range(2):

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swan import Graded, KVCache, PlanLayer, TopK, unpack
+from swan import Graded, KVCache, LayerPlan, TopK, unpack
 from swan.functional import reference
-from swan.packed import build_mix
+from swan.storage.mixing import build_mix
 from tests.strategies import (
     DTYPES,
     U32,
@@ -28,8 +28,8 @@ from tests.strategies import (
 )
 
 D, DV = 16, 8
-PLAN = PlanLayer(TopK(D, 6, bits=16), Graded.leading(DV, 4))
-INT8 = PlanLayer(TopK(D, 6), TopK(DV, 3, positions="index"))
+PLAN = LayerPlan(TopK(D, 6, bits=16), Graded.leading(DV, 4))
+INT8 = LayerPlan(TopK(D, 6), TopK(DV, 3, positions="index"))
 HEADS = (4, 2)
 static_or_not = pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 
@@ -151,8 +151,8 @@ def test_reset_is_a_new_cache(static):
 
 # Repack -------------------------------------------------------------------------------------------
 
-LOWER = PlanLayer(TopK(D, 3, bits=16), Graded.leading(DV, 2))
-HIGHER = PlanLayer(TopK(D, 12, bits=16), Graded.leading(DV, 7))
+LOWER = LayerPlan(TopK(D, 3, bits=16), Graded.leading(DV, 2))
+HIGHER = LayerPlan(TopK(D, 12, bits=16), Graded.leading(DV, 7))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
@@ -176,7 +176,7 @@ def test_lowering_is_having_stored_less(tokens, dtype):
     assert torch.equal(*outs)
 
 
-@pytest.mark.parametrize("layouts", [HIGHER, PlanLayer(TopK(D, D, bits=16), TopK(DV, 6, bits=16))], ids=["more", "all"])
+@pytest.mark.parametrize("layouts", [HIGHER, LayerPlan(TopK(D, D, bits=16), TopK(DV, 6, bits=16))], ids=["more", "all"])
 def test_raising_keeps_what_was_there(layouts):
     q, k, v = sequence(60)
     cache = cache_of(PLAN)
@@ -202,10 +202,10 @@ def test_repack_before_and_between():
     assert_within(cache.attend(q), expected, attention_bound(q, k, v))
     cache.crop(5)  # the history is empty again, its memory is not
     cache.repack(LOWER)
-    assert (cache.history_length, cache.k_history.layout) == (3, LOWER.keys)
+    assert (cache.history_length, cache.k_history.format) == (3, LOWER.keys)
     cache.crop(1)
     cache.repack(PLAN)
-    assert (cache.history_length, cache.k_history.layout) == (0, PLAN.keys)
+    assert (cache.history_length, cache.k_history.format) == (0, PLAN.keys)
 
 
 @st.composite
@@ -242,11 +242,11 @@ def largest_loss(y: Tensor, layout) -> Tensor:
 @given(st.tuples(any_layouts(D), any_layouts(DV)), st.tuples(any_layouts(D), any_layouts(DV)), seeds)
 def test_what_a_move_loses_is_bounded(first, then, seed):
     """|x - x_AB| <= E_A(x) + E_B(x_A), of vectors whose coordinates fall off."""
-    cache = cache_of(PlanLayer(*first), buffer=1, sinks=0)
+    cache = cache_of(LayerPlan(*first), buffer=1, sinks=0)
     k, v = (normal(seed + i, 1, 2, 21, d) * 2.0 ** -torch.arange(d) for i, d in enumerate((D, DV)))
     cache.update(k, v)
     before = history(cache)
-    cache.repack(PlanLayer(*then))
+    cache.repack(LayerPlan(*then))
     for x, once, twice, a, b in zip((k, v), before, history(cache), first, then, strict=True):
         x = x[:, :, :20].double()
         rounding = 8 * x.shape[-1] * U32 * x.norm(dim=-1)  # of two products with a mixing matrix, there and back
@@ -371,7 +371,7 @@ def test_bytes_are_known_before(layouts, chunks_and_move, drop, dtype):
 
 
 def test_a_long_history_costs_what_the_plan_says():
-    cache = KVCache(PlanLayer(TopK(64, 40), TopK(64, 24)), buffer=16, sinks=4)
+    cache = KVCache(LayerPlan(TopK(64, 40), TopK(64, 24)), buffer=16, sinks=4)
     cache.update(*(t.bfloat16() for t in torch.randn(2, 1, 2, 4000, 64)))
     cache.attend(torch.zeros(1, 2, 4000, 64, dtype=torch.bfloat16))
     dense_part = 2 * 2 * (16 + 4) * 64 * 2
@@ -557,7 +557,7 @@ def test_repack_to_another_dimension_changes_nothing():
     decode(cache, q, k, v, [20])
     before = snapshot(cache)
     with pytest.raises(ValueError, match=r"of \(16, 8\) coordinates, .* for \(16, 16\)"):
-        cache.repack(PlanLayer(LOWER.keys, Graded.leading(D, 4)))
+        cache.repack(LayerPlan(LOWER.keys, Graded.leading(D, 4)))
     assert_same(cache, before)
 
 

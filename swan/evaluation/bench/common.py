@@ -13,7 +13,7 @@ from swan.calibration import Plan
 from swan.evaluation.baselines import Float8
 from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.machine import TooLong, at_most, last_level_cache, time_calls
-from swan.packed import Graded, PlanLayer, TopK
+from swan.storage import Graded, LayerPlan, TopK
 
 __all__ = ["FORMS", "SHAPES", "Form", "Setup", "add_speedups", "check_forms", "forms_on", "reason_in"]
 
@@ -79,20 +79,20 @@ class Setup:
         options: dict[str, Any] = {"generator": generator, "device": self.device, "dtype": self.dtype}
         return [torch.randn(self.batch, heads, n, self.head_dim, **options) for heads, n in sizes]
 
-    def plan_layer(self, form: str, retention: float) -> PlanLayer | None:
+    def plan_layer(self, form: str, retention: float) -> LayerPlan | None:
         """Layouts of a form; None for a dense cache."""
         d = self.head_dim
         match form:
             case "dense":
                 return None
             case "fp8":
-                return PlanLayer(Float8(d), Float8(d))
+                return LayerPlan(Float8(d), Float8(d))
             case "leading":
                 layout = Graded.leading(d, max(1, round(retention * d)))
-                return PlanLayer(layout, layout)
+                return LayerPlan(layout, layout)
             case "topk":
                 layout = TopK(d, max(1, min(d, int(2 * d * retention) - 2 - -(-d // 8))))
-                return PlanLayer(layout, layout)
+                return LayerPlan(layout, layout)
         return Plan.for_retention(retention, dims=[(d, d)]).layers[0]
 
     def copies(self, nbytes: int) -> int:

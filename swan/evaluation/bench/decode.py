@@ -25,7 +25,7 @@ from swan.evaluation.bench.common import (
 from swan.evaluation.figures import finish
 from swan.evaluation.machine import memory_bandwidth, peak_bytes
 from swan.functional.attention import dense_attention, swan_attention
-from swan.packed import Packed, PlanLayer, pack, unpack
+from swan.storage import LayerPlan, Packed, pack, unpack
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,7 +188,7 @@ class DecodeStep:
     nbytes: int  # of a copy
 
 
-def random_step(setup: Setup, length: int, layer: PlanLayer | None) -> DecodeStep:
+def random_step(setup: Setup, length: int, layer: LayerPlan | None) -> DecodeStep:
     """One decode step over a cache with random contents."""
     q, k, v = setup.random(1, length)
     stored: tuple[Any, ...] = (k, v)

@@ -14,7 +14,7 @@ from swan.evaluation.bench.step import Layer
 from swan.evaluation.machine import peak_bytes
 from swan.functional.attention import dense_attention
 from swan.modules import KVCache
-from swan.packed import PlanLayer
+from swan.storage import LayerPlan
 
 __all__ = ["bench_prefill"]
 
@@ -60,7 +60,7 @@ def bench_prefill(
     return rows
 
 
-def _measured(setup: Setup, layer: PlanLayer | None, length: int) -> dict[str, Any]:
+def _measured(setup: Setup, layer: LayerPlan | None, length: int) -> dict[str, Any]:
     q, k, v = setup.random(length, length)
     run = _dense if layer is None else _swan(setup, layer)
     out, nbytes = run(q, k, v)
@@ -78,7 +78,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, int]:
     return dense_attention(q, k, v, causal=True, impl="sdpa"), k.nbytes + v.nbytes
 
 
-def _swan(setup: Setup, layer: PlanLayer) -> Run:
+def _swan(setup: Setup, layer: LayerPlan) -> Run:
     functions = Layer(setup)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, int]:

@@ -22,7 +22,7 @@ from swan.evaluation.bench.decode import DENSE, random_step
 from swan.functional.attention import Impl
 from swan.functional.rotation import inverse_rotate, random_rotation, rotate
 from swan.modules import KVCache
-from swan.packed import PlanLayer
+from swan.storage import LayerPlan
 
 __all__ = ["Layer", "bench_step", "break_even"]
 
@@ -160,7 +160,7 @@ def _dense(setup: Setup, length: int) -> Found:
     return found | {"bytes": step.nbytes}, {}
 
 
-def _eager(setup: Setup, layer: PlanLayer, length: int) -> Found:
+def _eager(setup: Setup, layer: LayerPlan, length: int) -> Found:
     functions, token = Layer(setup), _token(setup)
     caches = _filled(setup, layer, length)
     error = _checked(functions, caches[0], token, functions.step)
@@ -179,7 +179,7 @@ def _eager(setup: Setup, layer: PlanLayer, length: int) -> Found:
     return step | {"bytes": caches[0].nbytes, "error": error}, parts
 
 
-def _compiled(setup: Setup, layer: PlanLayer, length: int, impl: Impl = "auto") -> Found:
+def _compiled(setup: Setup, layer: LayerPlan, length: int, impl: Impl = "auto") -> Found:
     functions, token = Layer(setup, impl), _token(setup)
     caches = _filled(setup, layer, length, static=True)
     torch.compiler.reset()
@@ -204,7 +204,7 @@ def _token(setup: Setup) -> Token:
     return q, k, v
 
 
-def _filled(setup: Setup, layer: PlanLayer, length: int, static: bool = False) -> list[KVCache]:
+def _filled(setup: Setup, layer: LayerPlan, length: int, static: bool = False) -> list[KVCache]:
     """Caches of so many tokens, in as many copies as it takes to leave the last-level cache."""
     _, k, v = setup.random(1, length)
     copies = setup.copies(round(layer.retention * (k.nbytes + v.nbytes)))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
-from swan import Graded, Packed, PlanLayer, TopK, graded_prune, pack, topk_prune, unpack
+from swan import Graded, LayerPlan, Packed, TopK, graded_prune, pack, topk_prune, unpack
 from swan.functional import reference
 from tests.strategies import (
     DTYPES,
@@ -42,7 +42,7 @@ all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 
 def kept_coordinates(packed: Packed):
     """For each vector the coordinates that a TopK stores, read from the bytes one by one."""
-    layout, found = packed.layout, []
+    layout, found = packed.format, []
     for octets in packed.positions.flatten(0, 2).tolist():
         if layout.positions == "index":
             found.append(octets)
@@ -190,7 +190,7 @@ def test_vector_bytes_are_real(seed, d, dtype, data):
 )
 def test_vector_bytes(layout, expected):
     assert layout.vector_bytes() == expected
-    assert PlanLayer(layout, layout).retention == 2 * expected / (4 * layout.d)
+    assert LayerPlan(layout, layout).retention == 2 * expected / (4 * layout.d)
 
 
 @pytest.mark.parametrize("positions", ["bitmap", "index"])
@@ -239,7 +239,7 @@ def test_packed_is_a_pytree(layout, dtype):
     leaves, spec = pytree.tree_flatten(packed)
     assert [t for t in leaves if t is not None] == list(packed.tensors)
     rebuilt = pytree.tree_unflatten(leaves, spec)
-    assert (rebuilt.layout, rebuilt.dtype, rebuilt.shape) == (layout, dtype, (2, 3, 5, layout.d))
+    assert (rebuilt.format, rebuilt.dtype, rebuilt.shape) == (layout, dtype, (2, 3, 5, layout.d))
     assert torch.equal(unpack(rebuilt), unpack(packed))
 
 

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from swan import Graded, TopK, graded_prune, pack, packed_attention, topk_prune, unpack
 from swan.functional import reference
-from swan.packed import PARTS, hadamard, mixing, scale_of, unpack_mixed
+from swan.storage.codes import PARTS, scale_of
+from swan.storage.mixing import hadamard
+from swan.storage.packed import mixing, unpack_mixed
 
 EPS = torch.finfo(torch.float32).eps
 GROUPS = [

@@ -1,0 +1,17 @@
+"""What a winnowed cache stores: layouts, `Packed`, `pack` and `unpack`.
+
+A *layout* says how one vector of ``d`` coordinates is stored. There are two forms:
+
+- `TopK`: every vector keeps its own ``keep`` largest coordinates (the paper, arXiv:2511.18936);
+- `Graded`: every vector keeps the same coordinates, group by group of the sorted basis.
+
+Whatever has the methods of `Layout` is one too.
+"""
+
+from swan.storage.graded import Graded as Graded
+from swan.storage.layout import LayerPlan as LayerPlan
+from swan.storage.layout import Layout as Layout
+from swan.storage.packed import Packed as Packed
+from swan.storage.packed import pack as pack
+from swan.storage.packed import unpack as unpack
+from swan.storage.topk import TopK as TopK

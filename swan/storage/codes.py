@@ -1,0 +1,92 @@
+"""Codes of few bits in bytes, and the scales that they are steps of."""
+
+import functools
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+__all__ = [
+    "OCTAVE", "OFFSET", "PARTS", "SCALE_DTYPE", "as_bfloat16", "code_bytes", "dequantize_group", "pack_code",
+    "quantize", "quantize_group", "scale_byte", "scale_of", "unpack_code",
+]  # fmt: skip
+
+SCALE_DTYPE = torch.bfloat16  # the range of float32; its rounding is below half a step of int8
+PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (4, 4)}  # of a code, high bits first
+OCTAVE, OFFSET = 8, 128  # a scale byte c stands for 2 ** ((c - OFFSET) / OCTAVE)
+
+
+def quantize_group(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale byte ``[..., 1]`` and codes of `bits` bits: ``|x - x_hat| <= 2 ** -bits * scale``."""
+    scale = scale_byte(x)
+    steps = x.float() / scale_of(scale) * 2 ** (bits - 1)
+    return scale, (steps.floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def scale_byte(x: Tensor) -> Tensor:
+    """The byte ``[..., 1]`` of the smallest scale that is not below any coordinate."""
+    peak = x.abs().amax(dim=-1, keepdim=True).float()
+    return ((peak.log2() * OCTAVE).ceil().clamp(-OFFSET, 255 - OFFSET) + OFFSET).to(torch.uint8)
+
+
+def dequantize_group(code: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Middles of the steps that codes of `bits` bits stand for, float32."""
+    return (code - (2**bits - 1) / 2) * (scale_of(scale) * 2.0 ** (1 - bits))
+
+
+def scale_of(byte: Tensor) -> Tensor:
+    """Scales that bytes stand for, float32."""
+    return torch.exp2((byte.float() - OFFSET) / OCTAVE)
+
+
+@functools.cache
+def code_bytes(size: int, bits: int) -> int:
+    """Bytes of so many codes: each part is rounded up."""
+    return sum(-(-size * part // 8) for part in PARTS[bits])
+
+
+def pack_code(code: Tensor, bits: int) -> list[Tensor]:
+    """The parts of codes as planes of bytes: byte ``i`` holds coordinates ``i``, ``i + n``, ... of ``n`` bytes."""
+    planes, shift = [], bits
+    for part in PARTS[bits]:
+        shift -= part
+        field = (code >> shift) & (2**part - 1)
+        slots = 8 // part
+        field = torch.nn.functional.pad(field, (0, -field.shape[-1] % slots))
+        field = rearrange(field, "... (slot byte) -> ... slot byte", slot=slots)
+        weights = (1 << (part * torch.arange(slots, device=code.device))).to(torch.uint8)
+        planes.append((field * weights[:, None]).sum(-2, dtype=torch.uint8))
+    return planes
+
+
+def unpack_code(planes: Tensor, size: int, bits: int) -> Tensor:
+    """The codes of `pack_code`, uint8 ``[..., size]``."""
+    code, start, shift = torch.zeros((), dtype=torch.uint8, device=planes.device), 0, bits
+    for part in PARTS[bits]:
+        shift -= part
+        width = -(-size * part // 8)
+        shifts = (part * torch.arange(8 // part, device=planes.device)).to(torch.uint8)
+        field = (planes[..., None, start : start + width] >> shifts[:, None]) & (2**part - 1)
+        code = code | (rearrange(field, "... slot byte -> ... (slot byte)")[..., :size] << shift)
+        start += width
+    return code
+
+
+def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values and a scale for each vector: ``|values - int8 * scale| <= scale / 2``.
+
+    Within 0.8 % of the dtype's maximum the bound is `scale`, so that 127 steps stay finite.
+    """
+    peak = values.abs().amax(dim=-1, keepdim=True).float()
+    scales = as_bfloat16((peak / 127).clamp(max=torch.finfo(values.dtype).max / 128))
+    multiples = torch.where(scales > 0, values.float() / scales, 0)
+    return multiples.round().clamp(-127, 127).to(torch.int8), scales.to(SCALE_DTYPE)
+
+
+def as_bfloat16(x: Tensor) -> Tensor:
+    """Numbers of float32, not negative, rounded to those of bfloat16.
+
+    As integers: torch.compile drops a cast to bfloat16 and back.
+    """
+    bits = x.view(torch.int32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)

@@ -1,0 +1,133 @@
+"""`Graded`: every vector keeps the same coordinates, in groups with their own bits."""
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from swan.storage.codes import PARTS, code_bytes, dequantize_group, pack_code, quantize_group, unpack_code
+from swan.storage.layout import check_dim
+from swan.storage.mixing import mix_of
+from swan.storage.packed import Packed
+
+__all__ = ["Graded"]
+
+
+@dataclass(frozen=True)
+class Graded:
+    r"""Each vector keeps the same coordinates: groups of the sorted basis with their own bits.
+
+    Inside a group coordinates are mixed by an orthonormal Hadamard matrix, so that they have equal
+    variance, and share one scale per vector, $s = 2^{c/8 - 16}$ with a byte $c$, the smallest that is not
+    below $\max|x|$. With $b$ bits a coordinate is stored as the nearest of $2^b$ steps,
+    $\hat x = (n - (2^b - 1)/2)\, 2^{1-b} s$. The steps are nested: the code of fewer bits
+    is the leading bits of the code of more.
+
+    Bytes per vector: ``ceil(size * bits / 8)`` for each group (each part of 4, 2 and 1 bits rounded up),
+    and a byte for its scale; at 16 bits the dtype of the cache, no scale and no mix.
+
+    Args:
+        groups: pairs ``(size, bits)`` in the order of the basis; sizes sum to the head dimension;
+            bits from {0, 1, 2, 3, 4, 5, 6, 8, 16}, 0 = pruned.
+
+    Raises:
+        ValueError: no groups, a size below 1, other bits, or nothing kept.
+
+    Example:
+        >>> Graded.leading(d=64, keep=32)
+        Graded(groups=((32, 16), (32, 0)))
+        >>> Graded(((16, 5), (48, 3))).vector_bytes()
+        30
+
+    Source: this library; mixing by a Hadamard matrix before rounding is known from QuaRot, arXiv:2404.00456.
+    """
+
+    form: ClassVar[str] = "graded"
+
+    groups: tuple[tuple[int, int], ...]
+
+    # What the groups imply, set once for each instance; as ClassVar it is no field of the dataclass.
+    spans: ClassVar[tuple[tuple[int, int, int], ...]]  # (start, stop, bits) of each group
+    stored: ClassVar[tuple[tuple[int, int, int], ...]]  # of each group that is not pruned
+    mixed: ClassVar[bool]  # whether some group is stored in mixed coordinates
+    numbers: ClassVar[list[int]]  # as kernels take it: 0, then size and bits of each group
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple((int(size), int(bits)) for size, bits in self.groups))
+        if not self.groups or any(size < 1 for size, _ in self.groups):
+            raise ValueError(f"groups need at least one (size, bits) with size >= 1, got {self.groups}")
+        if any(bits not in PARTS and bits not in (0, 16) for _, bits in self.groups):
+            allowed = ", ".join(map(str, (0, *PARTS, 16)))
+            raise ValueError(f"bits of a graded group must be one of {allowed}, got {self.groups}")
+        if not any(bits for _, bits in self.groups):
+            raise ValueError("a layout must keep something; a cache without history has None as its plan layer")
+        stops = itertools.accumulate(size for size, _ in self.groups)
+        spans = tuple((stop - size, stop, bits) for stop, (size, bits) in zip(stops, self.groups, strict=True))
+        check_dim(spans[-1][1])
+        vars(self).update(
+            spans=spans,
+            stored=tuple(span for span in spans if span[2]),
+            mixed=any(bits in PARTS for _, _, bits in spans),
+            numbers=[0, *itertools.chain(*self.groups)],
+        )
+
+    @classmethod
+    def leading(cls, d: int, keep: int) -> "Graded":
+        """The first `keep` of `d` coordinates at 16 bits, the rest pruned."""
+        if not 1 <= keep <= d:
+            raise ValueError(f"keep must be between 1 and d = {d}, got {keep}")
+        return cls(tuple(group for group in ((keep, 16), (d - keep, 0)) if group[0]))
+
+    @property
+    def d(self) -> int:
+        """Head dimension."""
+        return self.spans[-1][1]
+
+    def vector_bytes(self, itemsize: int = 2) -> int:
+        """Bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
+        return sum(
+            (stop - start) * itemsize if bits == 16 else 1 + code_bytes(stop - start, bits)
+            for start, stop, bits in self.stored
+        )
+
+    def pack(self, x: Tensor) -> "Packed":
+        """Groups of few bits as one uint8 plane with a scale byte each, groups of 16 bits as one plane in the dtype."""
+        matrix = self.mix(x.dtype, x.device)
+        mixed = x if matrix is None else x @ matrix
+        codes, scales, whole = [], [], []
+        for start, stop, bits in self.stored:
+            group = mixed[..., start:stop]
+            if bits == 16:
+                whole.append(group)
+                continue
+            scale, code = quantize_group(group, bits)
+            scales.append(scale)
+            codes += pack_code(code, bits)
+        planes = tuple(torch.cat(plane, dim=-1) for plane in (codes, whole) if plane)
+        return Packed(planes, torch.cat(scales, dim=-1) if scales else None, None, self, x.dtype)
+
+    def unpack(self, packed: "Packed") -> Tensor:
+        """The vectors in mixed coordinates."""
+        batch, heads, tokens, d = packed.shape
+        out = torch.zeros(batch, heads, tokens, d, dtype=packed.dtype, device=packed.planes[0].device)
+        byte = scale = value = 0
+        for start, stop, bits in self.stored:
+            size = stop - start
+            if bits == 16:
+                out[..., start:stop] = packed.planes[-1][..., value : value + size]
+                value += size
+                continue
+            assert packed.scales is not None
+            width = code_bytes(size, bits)
+            code = unpack_code(packed.planes[0][..., byte : byte + width], size, bits)
+            out[..., start:stop] = dequantize_group(code, packed.scales[..., scale : scale + 1], bits)
+            byte, scale = byte + width, scale + 1
+        return out
+
+    def mix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """The matrix that mixes the coordinates inside each group with fewer than 16 bits."""
+        if not self.mixed:
+            return None
+        return mix_of(self.groups, dtype, device)

@@ -1,0 +1,100 @@
+"""What a layout is: how one vector is stored; and the two of a layer."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from swan.storage.packed import Packed
+
+__all__ = ["MAX_DIM", "LayerPlan", "Layout", "check_dim"]
+
+MAX_DIM = 256  # a position fits in a byte
+
+
+class Layout(Protocol):
+    """How one vector is stored; `TopK` and `Graded` are layouts. Instances are immutable and hashable.
+
+    Another way to store vectors is a class with these members, and works wherever a layout is asked for:
+
+    Example:
+        >>> from swan import Packed, pack, unpack
+        >>> @dataclass(frozen=True)
+        ... class Half:
+        ...     d: int
+        ...     form = "half"
+        ...
+        ...     def vector_bytes(self, itemsize=2):
+        ...         return 2 * self.d
+        ...
+        ...     def pack(self, x):
+        ...         return Packed((x.half(),), None, None, self, x.dtype)
+        ...
+        ...     def unpack(self, packed):
+        ...         return packed.planes[0].to(packed.dtype)
+        ...
+        ...     def mix(self, dtype, device):
+        ...         return None
+        >>> unpack(pack(torch.ones(1, 1, 1, 4), Half(4)))
+        tensor([[[[1., 1., 1., 1.]]]])
+    """
+
+    form: ClassVar[str]
+
+    @property
+    def d(self) -> int:
+        """Head dimension."""
+        ...
+
+    def vector_bytes(self, itemsize: int = 2) -> int:
+        """Bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
+        ...
+
+    def pack(self, x: Tensor) -> "Packed":
+        """Store vectors ``[batch, heads, tokens, d]``: each on its own, whatever comes with it."""
+        ...
+
+    def unpack(self, packed: "Packed") -> Tensor:
+        """What is stored, in the coordinates of `mix`."""
+        ...
+
+    def mix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Orthonormal matrix ``[d, d]`` of the coordinates in which vectors are stored; None for their own."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    r"""The layouts of one layer of a plan, for keys and values apart.
+
+    A history token takes the share $\frac{\text{bytes(key)} + \text{bytes(value)}}{2\,(d_k + d_v)}$, its `retention`,
+    of its bfloat16 bytes.
+
+    Args:
+        keys: layout of the keys.
+        values: layout of the values, of the same or another head dimension.
+
+    Example:
+        >>> from swan import TopK
+        >>> LayerPlan(TopK(64, 40), TopK(64, 24)).retention
+        0.328125
+
+    Source: arXiv:2511.18936 for `TopK`, this library for `Graded`.
+    """
+
+    keys: Layout
+    values: Layout
+
+    @property
+    def retention(self) -> float:
+        """Bytes stored per history token over the bf16 bytes of the same key and value."""
+        stored = self.keys.vector_bytes() + self.values.vector_bytes()
+        return stored / (2 * (self.keys.d + self.values.d))
+
+
+def check_dim(d: int) -> None:
+    """Raise a ValueError if a head dimension is out of range."""
+    if not 1 <= d <= MAX_DIM:
+        raise ValueError(f"the head dimension must be between 1 and {MAX_DIM}, got {d}")

@@ -1,0 +1,67 @@
+"""The orthonormal matrices that mix the coordinates inside the groups of a layout."""
+
+import functools
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from swan.compiling import constant_result, keep_in_place_if_compiling
+from swan.storage.codes import PARTS
+
+__all__ = ["MIXES", "mix_of"]
+
+
+class Mixes:
+    """Mixing matrices by name. As attributes of an object they are inputs of compiled code, not built in it.
+
+    Tensors returned by a `constant_result` function would not do: two in a graph have the same name in torch 2.13.
+    """
+
+
+MIXES = Mixes()
+
+
+def mix_of(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix ``[d, d]`` of groups (size, bits); built at the first call, also while torch.compile traces."""
+    if torch.compiler.is_compiling():
+        groups = tuple([(len(range(size)), len(range(bits))) for size, bits in groups])  # no longer symbols
+        return getattr(MIXES, _compiled_name(groups, dtype, device))
+    return getattr(MIXES, _name(groups, dtype, device))
+
+
+@constant_result
+def _compiled_name(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> str:
+    name = _name(groups, dtype, device)
+    keep_in_place_if_compiling(getattr(MIXES, name))
+    return name
+
+
+@functools.cache
+@torch.inference_mode(False)  # the matrix may be used under autograd later
+def _name(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> str:
+    """The attribute of `MIXES` with a matrix."""
+    name = re.sub(r"\W+", "_", f"mix {groups} {dtype} {device}")
+    setattr(MIXES, name, build_mix(groups, dtype, device))
+    return name
+
+
+def build_mix(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    blocks = [
+        hadamard(size, device) if bits in PARTS else torch.eye(size, dtype=torch.float64, device=device)
+        for size, bits in groups
+    ]
+    return torch.block_diag(*blocks).to(dtype)
+
+
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """An orthonormal matrix of entries of like magnitude: Hadamard, times a cosine transform for an odd factor."""
+    odd = size // (size & -size)
+    n = torch.arange(odd, dtype=torch.float64, device=device)
+    matrix = torch.cos(math.pi / odd * (n[:, None] + 0.5) * n) * math.sqrt(2 / odd)
+    matrix = torch.cat([matrix[:, :1] / math.sqrt(2), matrix[:, 1:]], dim=1)
+    butterfly = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device=device) / math.sqrt(2)
+    while matrix.shape[0] < size:
+        matrix = torch.kron(butterfly, matrix)
+    return matrix

@@ -1,0 +1,159 @@
+"""`Packed`: vectors as a layout stores them, and the way there and back.
+
+Every stored tensor has the axes ``[batch, heads, tokens, bytes or values]``, so one index selects tokens in all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from swan.storage.layout import Layout
+
+__all__ = ["Packed", "check_vectors", "mixing", "pack", "unpack", "unpack_mixed"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Vectors ``[batch, heads, tokens, d]`` as a layout stores them; a registered pytree.
+
+    Args:
+        planes: values; for `TopK` one tensor ``[batch, heads, tokens, keep]`` in the order of the
+            coordinates (at 4 bits packed in bytes), for `Graded` one uint8 tensor of all groups below 16 bits
+            and one of the groups of 16 bits, as far as there are any.
+        scales: ``[batch, heads, tokens, 1]``, for `Graded` uint8 with one for each group below 16 bits; or None.
+        positions: uint8 ``[batch, heads, tokens, position_bytes]`` or None.
+        format: the layout, which says how to read them.
+        dtype: dtype of the vectors.
+
+    Example:
+        >>> from swan import TopK
+        >>> packed = pack(torch.randn(1, 2, 100, 64), TopK(64, keep=32))
+        >>> packed.shape, packed.nbytes, packed.tokens(0, 10).shape
+        ((1, 2, 100, 64), 8400, (1, 2, 10, 64))
+
+    Source: the formats are those of `TopK` and `Graded`.
+    """
+
+    planes: tuple[Tensor, ...]
+    scales: Tensor | None
+    positions: Tensor | None
+    format: Layout
+    dtype: torch.dtype
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All stored tensors."""
+        scales = () if self.scales is None else (self.scales,)
+        positions = () if self.positions is None else (self.positions,)
+        return (*self.planes, *scales, *positions)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(batch, heads, tokens, d)``."""
+        batch, heads, tokens = self.planes[0].shape[:3]
+        return batch, heads, tokens, self.format.d
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.planes[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors (not of storage that they share with others)."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Packed":
+        """A `Packed` with `fn` applied to each stored tensor."""
+        scales = None if self.scales is None else fn(self.scales)
+        positions = None if self.positions is None else fn(self.positions)
+        return Packed(tuple([fn(plane) for plane in self.planes]), scales, positions, self.format, self.dtype)
+
+    def tokens(self, start: int, stop: int) -> "Packed":
+        """A view of tokens `start` to `stop`."""
+        planes = tuple([t[:, :, start:stop] for t in self.planes])
+        scales = None if self.scales is None else self.scales[:, :, start:stop]
+        positions = None if self.positions is None else self.positions[:, :, start:stop]
+        return Packed(planes, scales, positions, self.format, self.dtype)
+
+
+pytree.register_pytree_node(
+    Packed,
+    lambda p: ([p.planes, p.scales, p.positions], (p.format, p.dtype)),
+    lambda children, context: Packed(*children, *context),
+    serialized_type_name="swan.Packed",
+)
+
+
+def pack(x: Tensor, layout: Layout) -> Packed:
+    """Store vectors in a layout: ``unpack(pack(x, layout))`` is the pruned `x`.
+
+    Args:
+        x: ``[batch, heads, tokens, d]``, float32, bfloat16 or float16.
+        layout: a `TopK`, `Graded` or other `Layout` of the same ``d``.
+
+    Returns:
+        The stored tensors.
+
+    Raises:
+        ValueError: `x` does not have 4 axes or its last one is not the layout's ``d``.
+        TypeError: `x` is not floating point.
+
+    Example:
+        >>> from swan import TopK
+        >>> packed = pack(torch.tensor([[[[3.0, -1.0, 0.5, 2.0] * 4]]]), TopK(16, keep=8, bits=16))
+        >>> unpack(packed)[0, 0, 0, :4]
+        tensor([3., 0., 0., 2.])
+
+    Source: arXiv:2511.18936.
+    """
+    if not torch.compiler.is_compiling():
+        check_vectors(x, layout)
+    return layout.pack(x)
+
+
+def unpack(packed: Packed) -> Tensor:
+    r"""The vectors that a `Packed` stores, pruned coordinates as zeros: $\hat x$ of `TopK` and `Graded`.
+
+    Args:
+        packed: what `pack` returned, or some of its tokens.
+
+    Returns:
+        ``[batch, heads, tokens, d]`` in ``packed.dtype``.
+
+    Example:
+        >>> from swan import TopK
+        >>> x = torch.randn(1, 2, 5, 64)
+        >>> torch.equal(unpack(pack(x, TopK(64, keep=64, bits=16))), x)
+        True
+
+    Source: arXiv:2511.18936.
+    """
+    values, matrix = unpack_mixed(packed), mixing(packed)
+    return values if matrix is None else values @ matrix.mT
+
+
+def mixing(packed: Packed) -> Tensor | None:
+    """The orthonormal matrix ``[d, d]`` of the coordinates in which a tensor is stored, or None.
+
+    ``unpack(p) == unpack_mixed(p) @ mixing(p).mT``: attention applies it to queries and outputs, not to tokens.
+    """
+    return packed.format.mix(packed.dtype, packed.planes[0].device)
+
+
+def unpack_mixed(packed: Packed) -> Tensor:
+    """`unpack` in the coordinates of `mixing`."""
+    return packed.format.unpack(packed)
+
+
+def check_vectors(x: Any, layout: Layout) -> None:
+    """Raise a TypeError or ValueError if `x` is not vectors of a layout."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"expected a floating-point tensor, got {got}")
+    if x.ndim != 4 or x.shape[-1] != layout.d:
+        raise ValueError(f"expected vectors [batch, heads, tokens, {layout.d}] for {layout}, got {list(x.shape)}")
