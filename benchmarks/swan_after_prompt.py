@@ -32,7 +32,7 @@ RETENTIONS = (0.5, 0.26, 0.207, 0.15, 0.0896)  # 0.207 and 0.0896 hold 0.26 and 
 
 def scored(model: Any, window: Tensor, plan: Plan) -> Tensor:
     """Log-probabilities of what follows the second half's tokens but the last."""
-    half, cache = window.shape[1] // 2, SwanCache(model, plan, prefill="dense")
+    half, cache = window.shape[1] // 2, SwanCache(model, plan, prefill="chunk")
     keyword = cache_keyword(model)
     model(window[:, :half], logits_to_keep=1, **{keyword: cache})
     for kv in cache.winnowed.values():

@@ -80,7 +80,15 @@ GROUPS = {
             "swan_attention",
         ),
     ),
-    "Storage": ("TopK", "Graded", "LayerPlan", "Packed", "pack", "unpack"),
+    "Storage": (
+        "TopK",
+        "Graded",
+        "Layout",
+        "LayerPlan",
+        "Packed",
+        "pack",
+        "unpack",
+    ),
     "Modules": (
         "OrthoRotation",
         "StructuredPruner",

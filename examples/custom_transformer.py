@@ -59,15 +59,6 @@ def train(model: Transformer, data: Tensor, seconds: float) -> None:
             reported += seconds / 6
 
 
-def build_caches(plan: swan.Plan, *, static: bool = False) -> list[swan.KVCache]:
-    """One cache for each layer; static ones compile once for all steps."""
-    room = PROMPT + NEW if static else None
-    return [
-        swan.KVCache(layer, buffer=plan.buffer, sinks=plan.sinks, static=static, max_length=room)
-        for layer in plan.layers
-    ]
-
-
 @torch.no_grad()
 def decode(model: Transformer, step: nn.Module, ids: Tensor, caches: list[swan.KVCache]) -> Tensor:
     """Logits of the last tokens of `ids`: the prompt at once, then one token at a time through `step`."""
@@ -95,7 +86,7 @@ def main() -> None:
     compiled = torch.compile(model, fullgraph=True)
     for retention in (1.0, 0.33):
         plan = swan.Plan.for_retention(retention, calibration, buffer=64)
-        caches, static = build_caches(plan), build_caches(plan, static=True)
+        caches, static = plan.caches(), plan.caches(static=True, max_length=PROMPT + NEW)
         for name, step, used in (("eager", model, caches), ("compiled", compiled, static)):
             logits = decode(model, step, held_out, used)
             error = (logits - dense).abs().max().item()

@@ -21,6 +21,7 @@ from swan.modules import StructuredPruner as StructuredPruner
 from swan.modules import SwanAttention as SwanAttention
 from swan.storage import Graded as Graded
 from swan.storage import LayerPlan as LayerPlan
+from swan.storage import Layout as Layout
 from swan.storage import Packed as Packed
 from swan.storage import TopK as TopK
 from swan.storage import pack as pack
@@ -59,4 +60,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    """Public names only."""
+    shown = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith("swan.")]
+    return sorted({*shown, *_LAZY, "__version__"})

@@ -190,7 +190,7 @@ def test_a_static_buffer_compiles(dynamic):
 @slow
 @dynamic_or_not
 @pytest.mark.parametrize("plan_layer", [PLAN, None], ids=["packed", "window"])
-@pytest.mark.parametrize("prefill", ["dense", "windowed"])
+@pytest.mark.parametrize("prefill", ["chunk", "windowed"])
 def test_a_static_cache_compiles(prefill, plan_layer, dynamic):
     q, k, v = qkv(0, 2, (4, 2), 40, 40, D, D, torch.float32)
     plain, cache = static_cache(prefill, plan_layer), static_cache(prefill, plan_layer)

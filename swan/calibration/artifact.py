@@ -4,7 +4,7 @@ import dataclasses
 import json
 import random
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -218,7 +218,7 @@ def calibrate(
         The calibration: give it to `swan.attach`.
 
     Raises:
-        TypeError: the model has no attention that swan knows.
+        TypeError: the model has no attention that swan knows, or `batches` is a single batch.
         ValueError: no batch came, activations hold NaN or infinity, the model changes its attention scores
             in a way that swan does not know (softcap, learned sinks), or is split over processes.
 
@@ -231,6 +231,11 @@ def calibrate(
 
     Source: arXiv:2511.18936.
     """
+    if isinstance(batches, Tensor | Mapping | str):
+        raise TypeError(
+            f"batches must be several, such as ids.split(1) or [batch, ...], got one {type(batches).__name__}; put it "
+            "into a list"
+        )
     model = unwrapped(model)
     if tensor_parallel(model)[1] > 1:
         raise ValueError(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from swan.calibration.effects import KEYS, VALUES, Effects, Groups, graded
+from swan.modules import KVCache
+from swan.modules.cache import Prefill
 from swan.storage import Graded, LayerPlan, Layout, TopK
 
 if TYPE_CHECKING:
@@ -110,9 +112,15 @@ class Plan:
             The plan.
 
         Raises:
+            TypeError: the retention is no number.
             ValueError: the retention is out of range or too small for any plan, or neither
                 `calibration` nor `dims` is given.
         """
+        if not isinstance(retention, int | float):
+            raise TypeError(
+                f"the retention comes first, a number such as 0.33: Plan.for_retention(0.33, calibration); got "
+                f"{type(retention).__name__}"
+            )
         dims, effects = _known(calibration, dims)
         if not 0 < retention <= 1:
             raise ValueError(f"retention must be above 0 and at most 1, got {retention}")
@@ -165,6 +173,30 @@ class Plan:
         retentions = sorted({1.0, least, *(r for r in steps if least < r < 1)}, reverse=True)
         plans = [cls.for_retention(r, calibration, dims=dims, buffer=buffer, sinks=sinks) for r in retentions]
         return list(dict.fromkeys(plans))
+
+    def caches(
+        self, *, static: bool = False, max_length: int | None = None, prefill: Prefill = "chunk"
+    ) -> list[KVCache]:
+        """A cache for each layer of a model of your own, with the buffer and the sinks of the plan.
+
+        Args:
+            static: fixed memory for `max_length` tokens, for torch.compile.
+            max_length: tokens that a static cache can hold.
+            prefill: form in which several tokens at once are attended, as in `KVCache`.
+
+        Returns:
+            The caches, empty.
+
+        Raises:
+            ValueError: settings that do not fit each other.
+
+        Example:
+            >>> plan = Plan.for_retention(0.33, dims=[(64, 64)] * 2, buffer=32)
+            >>> [cache.buffer.size for cache in plan.caches(static=True, max_length=100)]
+            [32, 32]
+        """
+        settings: dict[str, Any] = {"static": static, "max_length": max_length, "prefill": prefill}
+        return [KVCache(layer, buffer=self.buffer, sinks=self.sinks, **settings) for layer in self.layers]
 
     @property
     def retention(self) -> float:

@@ -160,7 +160,7 @@ def packed_attention(
 
     Raises:
         ValueError: shapes do not fit, ``impl="flex"``, or a kernel that does not read the layouts or run on the device.
-        TypeError: dtypes differ, or the mask is not boolean.
+        TypeError: keys or values are not `Packed`, dtypes differ, or the mask is not boolean.
         RuntimeError: ``impl="cpp"`` and the kernel cannot be built.
 
     Example:
@@ -175,6 +175,12 @@ def packed_attention(
         raise ValueError(
             "impl='flex' cannot read packed tensors, FlexAttention has no gather by token; use 'auto' or 'compiled'"
         )
+    for name, packed in (("k", k), ("v", v)):
+        if not isinstance(packed, Packed):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"{name} must be Packed, as swan.pack(x, layout) returns it, got {type(packed).__name__}; plain "
+                "tensors are for dense_attention"
+            )
     if v.shape[2] != k.shape[2]:
         raise ValueError(f"keys hold {k.shape[2]} tokens and values {v.shape[2]}; pack both from the same tokens")
     if not torch.compiler.is_compiling():

@@ -100,7 +100,7 @@ def windowed_attention(
     """A whole sequence as decoding token by token sees it.
 
     Query i sees key j dense if ``i - j < buffer`` or j is a sink, else pruned. `padding` counts each
-    row's left padding; `window_start` [queries] overrides ``i - buffer + 1`` (the dense prefill form).
+    row's left padding; `window_start` [queries] overrides ``i - buffer + 1`` (the prefill form ``chunk``).
     """
     batch, _, tokens, _ = q.shape
     i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]

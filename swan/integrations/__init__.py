@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from swan.integrations.architectures import supported
 __all__ = ["attach", "attached", "detach", "supported"]
 
 
-def attach(model: nn.Module, calibration: Calibration, fold: bool = False) -> None:
+def attach(model: nn.Module, calibration: Calibration | str | Path, fold: bool = False) -> None:
     """Give a model the bases of its calibration, so that it can run on winnowed caches.
 
     A transformers model keeps its weights and gets swan's attention function, which rotates at run time and
@@ -23,11 +24,13 @@ def attach(model: nn.Module, calibration: Calibration, fold: bool = False) -> No
 
     Args:
         model: the model that was calibrated.
-        calibration: from `swan.calibrate` or `Calibration.load`.
+        calibration: from `swan.calibrate`, or the file that it was saved to.
         fold: put the value rotation into the value and output projections, which must be plain Linear
             (transformers only): no cost per step, the paper's way.
 
     Raises:
+        TypeError: `calibration` is neither.
+        FileNotFoundError: there is no such file.
         ValueError: the calibration is of another model, the model is attached already, a projection
             cannot be folded, or the architecture does not work with a `SwanCache` (two tokens are run to
             find out); the model is unchanged then.
@@ -39,6 +42,10 @@ def attach(model: nn.Module, calibration: Calibration, fold: bool = False) -> No
 
     Source: arXiv:2511.18936.
     """
+    if isinstance(calibration, str | Path):
+        calibration = Calibration.load(calibration)
+    if not isinstance(calibration, Calibration):
+        raise TypeError(f"attach takes a Calibration, or the file of one, got {type(calibration).__name__}")
     model = unwrapped(model)
     layers = swan_layers(model)
     if not layers:

@@ -1,6 +1,6 @@
 """Which architectures of transformers are known to work, and why others do not."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["ARCHITECTURES", "Support", "supported"]
 
@@ -57,20 +57,21 @@ ARCHITECTURES: dict[str, Support] = {
 }
 
 
-def supported() -> None:
-    """Print which architectures of transformers are known to work, and why others do not.
+def supported() -> list[dict[str, Any]]:
+    """List the architectures of transformers that are known to work, and why others do not.
 
     `swan.attach` tries others too: it runs two tokens on a cache and refuses what does not come out right.
 
+    Returns:
+        A row for each: ``architecture``, ``supported``, ``fold`` (whether ``fold=True`` works) and ``note``.
+
     Example:
-        >>> supported()  # doctest: +ELLIPSIS
-        architecture  supported  fold=True  note
-        llama         yes        yes        also SmolLM2 and many others of its kind
-        ...
+        >>> supported()[0]
+        {'architecture': 'llama', 'supported': True, 'fold': True, 'note': 'also SmolLM2 and many others of its kind'}
+        >>> [row["architecture"] for row in supported() if row["note"].startswith("scores are capped")]
+        ['gemma2']
     """
-    words = {True: "yes", False: "no"}
-    rows = [("architecture", "supported", "fold=True", "note")]
-    rows += [(name, words[row.supported], words[row.fold], row.note) for name, row in ARCHITECTURES.items()]
-    widths = [max(len(row[i]) for row in rows) + 2 for i in range(3)]
-    for row in rows:
-        print("".join(text.ljust(width) for text, width in zip(row, widths, strict=False)) + row[3])
+    return [
+        {"architecture": name, "supported": row.supported, "fold": row.fold, "note": row.note}
+        for name, row in ARCHITECTURES.items()
+    ]

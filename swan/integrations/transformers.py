@@ -194,7 +194,7 @@ class SwanCache(Cache):
             Sinks stay, and so do positions: `get_seq_length` goes on counting the tokens seen.
         buffer: recent tokens kept dense (a plan has its own).
         sinks: first tokens kept dense (likewise).
-        prefill: ``"dense"``: tokens given at once see each other dense; ``"windowed"``: the same as token
+        prefill: ``"chunk"``: tokens given at once see each other dense; ``"windowed"``: the same as token
             by token, whatever the chunks.
         static: fixed memory, for compiled decoding. `reset` keeps it, and the number of rows.
         max_length: tokens that a static cache can hold.
@@ -237,7 +237,7 @@ class SwanCache(Cache):
         on_full: Literal["raise", "evict"] = "raise",
         buffer: int = 128,
         sinks: int = 4,
-        prefill: Prefill = "dense",
+        prefill: Prefill = "chunk",
         static: bool = False,
         max_length: int | None = None,
         levels: Sequence[float] | None = None,
@@ -481,7 +481,10 @@ class SwanCache(Cache):
                 f"{path} was filled in other bases; attach the model with the calibration that it was filled with"
             )
         now, *levels = (Plan.from_json(json.dumps(plan)) for plan in about["plans"])
-        cache = cls(model, now, **about["settings"])
+        settings = about["settings"]
+        if settings["prefill"] == "dense":  # what "chunk" was called in files of 0.1.0
+            settings["prefill"] = "chunk"
+        cache = cls(model, now, **settings)
         cache._levels, cache._retentions = levels, about["retentions"]
         cache.budget, cache.on_full, cache._warned = about["budget"]
         attention, winnowed = attention_layers(model), cache.winnowed
@@ -548,7 +551,7 @@ class SwanCache(Cache):
                 stacklevel=2,
             )
         for kv in self.winnowed.values():
-            kv.drop(drop)
+            kv.evict(drop)
         self._move_to(least)
 
     def _move_to(self, plan: Plan) -> None:

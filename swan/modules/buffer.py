@@ -101,9 +101,7 @@ class DenseBuffer(nn.Module):
             source = self._sink_source(tokens, k.device)
             for stored, new in ((self.keys, k), (self.values, v)):
                 _write_sinks(stored[:, :, : self.sinks], new, source)
-        k_out, v_out = (
-            self._turn(stored[:, :, self.sinks :], new) for stored, new in ((self.keys, k), (self.values, v))
-        )
+        k_out, v_out = self._turn(self.keys[:, :, self.sinks :], k), self._turn(self.values[:, :, self.sinks :], v)
         evicted = self._evicted(k_out, v_out, length)
         if isinstance(self.length, Tensor) and isinstance(self.first, Tensor):
             self.length.add_(tokens)

@@ -15,7 +15,7 @@ from swan.storage import LayerPlan, Layout, Packed, unpack
 __all__ = ["KVCache", "Prefill"]
 
 Packing = Callable[[Tensor, Layout], Packed]
-Prefill = Literal["dense", "windowed"]
+Prefill = Literal["chunk", "windowed"]
 BLOCK = 64  # a growing history is allocated in multiples of this many tokens
 TILE = 1024  # tokens that are packed at a time
 COLUMN_BYTES = 8
@@ -38,7 +38,7 @@ class KVCache(nn.Module):
     A token enters the buffer; the oldest token of a full buffer leaves it, is pruned and packed into
     the history. Query ``i`` sees key ``j`` dense if ``i - j < buffer`` (itself counted) or ``j < sinks``,
     else packed. Several tokens at once are attended in one of two forms: ``"windowed"`` is the same
-    as token by token; ``"dense"`` lets the new tokens see each other dense.
+    as token by token; ``"chunk"`` lets the new tokens see each other dense.
 
     Keys and values come rotated, and so do queries and outputs (`OrthoRotation`).
 
@@ -52,6 +52,7 @@ class KVCache(nn.Module):
         max_length: tokens that a static cache can hold.
 
     Raises:
+        TypeError: `plan_layer` is neither a `LayerPlan` nor None.
         ValueError: settings that do not fit each other.
 
     Example:
@@ -73,13 +74,18 @@ class KVCache(nn.Module):
         *,
         buffer: int = 128,
         sinks: int = 4,
-        prefill: Prefill = "dense",
+        prefill: Prefill = "chunk",
         static: bool = False,
         max_length: int | None = None,
     ) -> None:
         super().__init__()
-        if prefill not in ("dense", "windowed"):
-            raise ValueError(f"prefill must be 'dense' or 'windowed', got {prefill!r}")
+        if prefill not in ("chunk", "windowed"):
+            raise ValueError(f"prefill must be 'chunk' or 'windowed', got {prefill!r}")
+        if not isinstance(plan_layer, LayerPlan | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            advice = "plan.caches()" if hasattr(plan_layer, "layers") else "LayerPlan(keys, values)"
+            raise TypeError(
+                f"KVCache takes the LayerPlan of one layer, or None, got {type(plan_layer).__name__}; use {advice}"
+            )
         check_max_length(static, max_length)
         self.plan_layer, self.prefill, self.max_length = plan_layer, prefill, max_length
         self.buffer = DenseBuffer(buffer, sinks, static=static)
@@ -147,7 +153,7 @@ class KVCache(nn.Module):
     ) -> list[int]:
         """Bytes that each part of a dynamic cache will hold: to know them before anything is stored.
 
-        The sum of the parts is `nbytes` after ``drop(drop)``, ``repack(plan_layer)``, an `update` with so many
+        The sum of the parts is `nbytes` after ``evict(drop)``, ``repack(plan_layer)``, an `update` with so many
         tokens and its `attend`, or up to ``8 * rows * (buffer + sinks + 1)`` bytes of columns and padding more.
         Growing, repeating rows, lowering the layouts and dropping tokens copy part by part: while they run, at
         most the largest part exists twice.
@@ -222,7 +228,7 @@ class KVCache(nn.Module):
         length, first = buffer.length, buffer.first
         if isinstance(length, Tensor) and isinstance(first, Tensor):
             length, first = length.clone(), first.clone()
-        whole = tokens > 1 and self._is_empty() and (self.prefill == "dense" or tokens <= buffer.size)
+        whole = tokens > 1 and self._is_empty() and (self.prefill == "chunk" or tokens <= buffer.size)
         if tokens == 1:
             dense = None
         elif whole and padding is None:
@@ -327,7 +333,7 @@ class KVCache(nn.Module):
             keep_in_place(*self.tensors)
 
     @torch.no_grad()
-    def drop(self, tokens: int) -> None:
+    def evict(self, tokens: int) -> None:
         """Forget the oldest tokens after the sinks, in all rows alike; those that stay keep their columns.
 
         History token ``i`` is column ``sinks + dropped + i`` of the whole sequence, for masks too. Where `tokens`
@@ -344,14 +350,14 @@ class KVCache(nn.Module):
             >>> from swan import TopK
             >>> cache = KVCache(LayerPlan(TopK(64, 40), TopK(64, 24)), buffer=16, sinks=4)
             >>> cache.update(*torch.randn(2, 1, 2, 100, 64))
-            >>> cache.drop(30)
+            >>> cache.evict(30)
             >>> cache.length, cache.history_length, cache.dropped
             (100, 50, 30)
         """
         if self.buffer.static:
-            raise ValueError("a static cache keeps all its tokens; drop them in a dynamic one")
+            raise ValueError("a static cache keeps all its tokens; evict them from a dynamic one")
         if tokens < 0:
-            raise ValueError(f"cannot drop {tokens} tokens; give 0 or more")
+            raise ValueError(f"cannot evict {tokens} tokens; give 0 or more")
         stored, kept = self.history_length, self.history_after(0, tokens)
         if tokens and self.k_history is not None and self.v_history is not None:
             capacity = min(self._capacity, _grown(kept))

@@ -76,6 +76,9 @@ class LayerPlan:
         keys: layout of the keys.
         values: layout of the values, of the same or another head dimension.
 
+    Raises:
+        TypeError: `keys` or `values` is no layout.
+
     Example:
         >>> from swan import TopK
         >>> LayerPlan(TopK(64, 40), TopK(64, 24)).retention
@@ -86,6 +89,13 @@ class LayerPlan:
 
     keys: Layout
     values: Layout
+
+    def __post_init__(self) -> None:
+        for name, layout in (("keys", self.keys), ("values", self.values)):
+            if not hasattr(layout, "vector_bytes"):
+                raise TypeError(
+                    f"{name} must be a layout, such as Graded(((64, 4),)) or TopK(64, keep=32), got {layout!r}"
+                )
 
     @property
     def retention(self) -> float:

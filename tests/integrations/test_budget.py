@@ -95,7 +95,7 @@ def watched(model, cache):
     splits(300),
     st.integers(20, 200),
     st.integers(1, 3),
-    st.sampled_from(["dense", "windowed"]),
+    st.sampled_from(["chunk", "windowed"]),
     st.sampled_from(["llama", "gemma3"]),
     st.booleans(),
 )

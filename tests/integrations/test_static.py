@@ -77,7 +77,7 @@ each_plan = pytest.mark.parametrize("settings", PLANS.values(), ids=PLANS)
 
 @each_plan
 @pytest.mark.parametrize("chunk", [1, 7, 60], ids=["token by token", "chunks of 7", "at once"])
-@pytest.mark.parametrize("prefill", ["dense", "windowed"])
+@pytest.mark.parametrize("prefill", ["chunk", "windowed"])
 def test_a_static_cache_is_a_dynamic_one(settings, chunk, prefill):
     model = attached()
     a, b = (logits_of(model, cache, chunk=chunk, **TEXT) for cache in twins(model, prefill=prefill, **settings))

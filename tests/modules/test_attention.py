@@ -142,7 +142,7 @@ def test_the_observer_sees_queries_keys_values_and_output():
 @every_shape
 @settings
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("prefill", ["dense", "windowed"])
+@pytest.mark.parametrize("prefill", ["chunk", "windowed"])
 @torch.no_grad()
 def test_a_cache_that_keeps_all_changes_nothing(prefill, static, settings, shape):
     attention, x = layer(shape, **settings), normal(0, 2, 40, DIM)

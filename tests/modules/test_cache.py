@@ -73,14 +73,14 @@ def window_starts(chunks, buffer):
 # Exactness anchors --------------------------------------------------------------------------------
 
 
-@given(cases(), plan_layers(D, DV), statics, st.sampled_from(["dense", "windowed"]))
+@given(cases(), plan_layers(D, DV), statics, st.sampled_from(["chunk", "windowed"]))
 def test_short_sequences_are_dense(case, plan_layer, static, prefill):
     case = case._replace(buffer=case.q.shape[2])
     expected, _ = reference.dense_attention(*double(*case[:3]), causal=True)
     assert_within(decode(cache_of(case, plan_layer, prefill, static), *case[:4]), expected, bound(case, None))
 
 
-@given(cases(), statics, st.sampled_from(["dense", "windowed"]))
+@given(cases(), statics, st.sampled_from(["chunk", "windowed"]))
 def test_keeping_everything_is_dense(case, static, prefill):
     expected, _ = reference.dense_attention(*double(*case[:3]), causal=True)
     assert_within(decode(cache_of(case, EXACT, prefill, static), *case[:4]), expected, bound(case, EXACT))
@@ -106,7 +106,7 @@ def test_dense_form_chunk_by_chunk(case, plan_layer, static):
     assert_within(found, expected, bound(case, plan_layer))
 
 
-@pytest.mark.parametrize("prefill", ["dense", "windowed"])
+@pytest.mark.parametrize("prefill", ["chunk", "windowed"])
 @given(cases(), plan_layers(D, DV), statics, paddings.filter(lambda kind: kind != "none"), st.data())
 def test_padding_per_row(prefill, case, plan_layer, static, told, data):
     tokens = case.q.shape[2]
@@ -142,7 +142,7 @@ def test_window_only_is_a_band_and_sinks(case, static, row_padding):
 # Masks --------------------------------------------------------------------------------------------
 
 
-@given(cases(), plan_layers(D, DV), statics, st.sampled_from(["dense", "windowed"]))
+@given(cases(), plan_layers(D, DV), statics, st.sampled_from(["chunk", "windowed"]))
 def test_a_causal_mask_is_the_default(case, plan_layer, static, prefill):
     tokens = case.q.shape[2]
     causal = torch.ones(tokens, tokens + 3, dtype=torch.bool).tril()[None, None]  # a static cache's has more columns

@@ -47,7 +47,7 @@ class CacheMachine(RuleBasedStateMachine):
         plan_layer=st.none() | plans,
         buffer=st.integers(1, 6),
         sinks=st.integers(0, 3),
-        prefill=st.sampled_from(["dense", "windowed"]),
+        prefill=st.sampled_from(["chunk", "windowed"]),
     )
     def build(self, plan_layer, buffer, sinks, prefill):
         self.cache = KVCache(plan_layer, buffer=buffer, sinks=sinks, prefill=prefill)
@@ -132,7 +132,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(tokens=st.integers(0, 12))
     def drop(self, tokens):
         """Also more than the history holds: then the next ones that leave the buffer."""
-        self.cache.drop(tokens)
+        self.cache.evict(tokens)
         self.dropped += tokens
 
     @rule(rows=st.lists(st.integers(0, 10), min_size=1, max_size=3))

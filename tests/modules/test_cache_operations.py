@@ -260,7 +260,7 @@ def test_what_a_move_loses_is_bounded(first, then, seed):
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("padding", [None, torch.tensor([7, 0])], ids=["plain", "padded"])
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
-@pytest.mark.parametrize("prefill", ["dense", "windowed"])
+@pytest.mark.parametrize("prefill", ["chunk", "windowed"])
 def test_dropping_is_masking(prefill, masked, padding, dtype):
     """As if a mask hid the dropped columns from all later queries; sinks are seen on."""
     q, k, v = sequence(50, dtype=dtype)
@@ -275,7 +275,7 @@ def test_dropping_is_masking(prefill, masked, padding, dtype):
         found = cache.attend(q[:, :, now], mask=mask[:, :, now] if masked else None)
         expected = other.attend(q[:, :, now], mask=hidden[:, :, now])
         assert_within(found, expected, 2 * attention_bound(*double(q, k, v)) + 4 * torch.finfo(dtype).eps)
-        cache.drop(drop)
+        cache.evict(drop)
         start += chunk
         hidden[:, :, start:, 2 : 2 + cache.dropped] = False
         if padding is not None:
@@ -288,7 +288,7 @@ def test_dropping_more_than_there_is():
     q, k, v = sequence(50)
     cache = cache_of(prefill="windowed")
     cache.update(k[:, :, :12], v[:, :, :12])
-    cache.drop(20)
+    cache.evict(20)
     assert (cache.length, cache.history_length, cache.k_history) == (12, 0, None)
     decode(cache, q[:, :, 12:], k[:, :, 12:], v[:, :, 12:], [18, 2, 18])
     assert (cache.length, cache.history_length) == (50, 20)
@@ -301,11 +301,11 @@ def test_dropping_frees_memory():
     cache.update(*sequence(1010)[1:])
     cache.attend(sequence(1010)[0])
     full, columns = cache.nbytes, cache.length
-    cache.drop(0)
+    cache.evict(0)
     assert cache.nbytes == full
-    cache.drop(900)
+    cache.evict(900)
     assert cache.nbytes < full / 4
-    cache.drop(100)
+    cache.evict(100)
     assert (cache.history_length, cache.k_history, cache.length) == (0, None, columns)
 
 
@@ -314,7 +314,7 @@ def test_what_was_cropped_is_not_dropped():
     q, k, v = sequence(50)
     cache = cache_of()
     decode(cache, q[:, :, :40], k[:, :, :40], v[:, :, :40], [40])
-    cache.drop(20)
+    cache.evict(20)
     cache.crop(15)
     assert (cache.dropped, cache.history_length) == (13, 0)
     decode(cache, q[:, :, 15:], k[:, :, 15:], v[:, :, 15:], [35])
@@ -359,7 +359,7 @@ def test_bytes_are_known_before(layouts, chunks_and_move, drop, dtype):
         plan_layer = layouts[1] if step == move else plan_layer
         size = {"rows": 2, "kv_heads": 2, "itemsize": dtype.itemsize}
         parts = cache.nbytes_after(chunk, plan_layer, **size, drop=dropped)
-        cache.drop(dropped)
+        cache.evict(dropped)
         cache.repack(plan_layer)
         cache.update(k[:, :, now], v[:, :, now])
         cache.attend(torch.zeros(2, 4, chunk, D, dtype=dtype))
@@ -387,7 +387,7 @@ def test_a_long_history_costs_what_the_plan_says():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prefill": "sparse"}, "'dense' or 'windowed', got 'sparse'"),
+        ({"prefill": "sparse"}, "'chunk' or 'windowed', got 'sparse'"),
         ({"static": True}, "needs max_length, .* got None"),
         ({"static": True, "max_length": 0}, "needs max_length, .* got 0"),
         ({"max_length": 9}, "max_length is for static caches"),
@@ -540,14 +540,14 @@ def test_repack_needs_a_history(static):
 @pytest.mark.parametrize(
     ("cache", "tokens", "message"),
     [
-        (cache_of(static=True), 1, "a static cache keeps all its tokens; drop them in a dynamic one"),
-        (cache_of(), -1, "cannot drop -1 tokens; give 0 or more"),
+        (cache_of(static=True), 1, "a static cache keeps all its tokens; evict them from a dynamic one"),
+        (cache_of(), -1, "cannot evict -1 tokens; give 0 or more"),
     ],
     ids=["static", "negative"],
 )
 def test_drop_refuses(cache, tokens, message):
     with pytest.raises(ValueError, match=message):
-        cache.drop(tokens)
+        cache.evict(tokens)
     assert cache.dropped == 0
 
 
@@ -562,5 +562,5 @@ def test_repack_to_another_dimension_changes_nothing():
 
 
 def test_repr():
-    assert "prefill='dense', max_length=9" in repr(KVCache(None, static=True, max_length=9))
+    assert "prefill='chunk', max_length=9" in repr(KVCache(None, static=True, max_length=9))
     assert "keep=6" in repr(cache_of())
