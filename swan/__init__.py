@@ -9,6 +9,7 @@ from swan.functional import fold_value_rotation as fold_value_rotation
 from swan.functional import graded_prune as graded_prune
 from swan.functional import inverse_rotate as inverse_rotate
 from swan.functional import merge_attention as merge_attention
+from swan.functional import pack as pack
 from swan.functional import packed_attention as packed_attention
 from swan.functional import random_rotation as random_rotation
 from swan.functional import rotate as rotate
@@ -24,7 +25,6 @@ from swan.storage import LayerPlan as LayerPlan
 from swan.storage import Layout as Layout
 from swan.storage import Packed as Packed
 from swan.storage import TopK as TopK
-from swan.storage import pack as pack
 from swan.storage import unpack as unpack
 
 if TYPE_CHECKING:

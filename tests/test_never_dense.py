@@ -6,7 +6,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swan import Graded, KVCache, LayerPlan, TopK, pack, packed_attention
-from swan.functional.attention import TILE, Impl
+from swan.functional.attention import TILE
+from swan.functional.dispatch import Impl
 from tests.strategies import normal, one_thread  # noqa: F401
 
 D, KV_HEADS, HEADS, HISTORY, BUFFER, SINKS = 64, 2, 4, 20_000, 32, 4

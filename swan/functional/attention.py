@@ -12,17 +12,24 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor
 
 from swan.functional import reference
-from swan.kernels import Recent, attend_cpu, cpu
+from swan.functional.dispatch import (
+    Impl,
+    attend_kernel,
+    dense_impl,
+    is_kernel,
+    one_call_serves,
+    packed_impl,
+    sdpa_gives_lse,
+)
+from swan.kernels import Recent
 from swan.storage import Packed
 from swan.storage.packed import mixing, unpack_mixed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-__all__ = ["Impl", "dense_attention", "merge_attention", "packed_attention", "swan_attention"]
+__all__ = ["dense_attention", "merge_attention", "packed_attention", "swan_attention"]
 
-Impl = Literal["auto", "reference", "sdpa", "flex", "compiled", "cpp", "triton"]
-KERNELS = ("cpp", "triton")  # of packed_attention alone
 TILE = 1024  # history tokens that are unpacked at a time
 
 
@@ -83,8 +90,7 @@ def dense_attention(
     if not torch.compiler.is_compiling():
         _check(q, k, v, mask)
     factor = _factor(q, scale)
-    if impl == "auto":
-        impl = _choose(q, k, v, return_lse)
+    impl = dense_impl(impl, q, k, v, return_lse)
     if k.shape[2] == 0:
         out, lse = _nothing(q, v.shape[-1])
     elif impl == "reference":
@@ -99,10 +105,8 @@ def dense_attention(
                 return _sdpa(q, k, v, mask, causal, factor)
             case "flex":
                 out, lse = _flex(q, k, v, mask, factor, return_lse)
-            case "compiled":
-                out, lse = _tensor_code(q, k, v, mask, factor)
             case _:
-                raise ValueError(f"impl must be auto, reference, sdpa, flex or compiled, got {impl!r}")
+                out, lse = _tensor_code(q, k, v, mask, factor)
     return (out, lse) if return_lse else out
 
 
@@ -171,10 +175,6 @@ def packed_attention(
 
     Source: arXiv:2511.18936.
     """
-    if impl == "flex":
-        raise ValueError(
-            "impl='flex' cannot read packed tensors, FlexAttention has no gather by token; use 'auto' or 'compiled'"
-        )
     for name, packed in (("k", k), ("v", v)):
         if not isinstance(packed, Packed):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
@@ -187,10 +187,9 @@ def packed_attention(
         _check(q, k, v, mask)
     key_mix, value_mix = mixing(k), mixing(v)
     mixed_q = q if key_mix is None else q @ key_mix
-    if impl == "auto" and _kernel_serves(q, k, v):
-        impl = "cpp"
-    if impl in KERNELS:
-        out, lse = _kernel(impl)(mixed_q, k, v, mask, _factor(q, scale))
+    impl = packed_impl(impl, q, k, v)
+    if is_kernel(impl):
+        out, lse = attend_kernel(impl)(mixed_q, k, v, mask, _factor(q, scale))
     else:
         out, lse = _in_tiles(mixed_q, k, v, mask, scale, impl)
     out = (out if value_mix is None else out @ value_mix.mT.to(out.dtype)).to(q.dtype)
@@ -199,35 +198,6 @@ def packed_attention(
 
 def _factor(q: Tensor, scale: float | None) -> float:
     return float(q.shape[-1]) ** -0.5 if scale is None else scale
-
-
-def _kernel_serves(q: Tensor, k: Packed, v: Packed) -> bool:
-    rows = q.shape[1] // k.shape[1] * q.shape[2]
-    if q.device.type != "cpu" or q.dtype == torch.float64 or rows > attend_cpu.MOST_ROWS:
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, *k.tensors, *v.tensors)):
-        return False
-    return attend_cpu.reads(k.format) and attend_cpu.reads(v.format) and cpu.built()
-
-
-def _kernel_takes_all(q: Tensor, k: Packed, v: Packed, k_buffer: Tensor, v_buffer: Tensor) -> bool:
-    """Whether one call of a kernel serves history and buffer together."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_buffer, v_buffer)):
-        return False
-    if k_buffer.ndim != 4 or v_buffer.ndim != 4:
-        return False
-    (_, k_heads, k_tokens, d), (_, v_heads, v_tokens, dv) = k.shape, v.shape
-    keys_fit = (k_buffer.shape[1], k_buffer.shape[3], k_buffer.dtype) == (k_heads, d, k.dtype)
-    values_fit = (v_buffer.shape[1], v_buffer.shape[3], v_buffer.dtype) == (v_heads, dv, v.dtype)
-    return keys_fit and values_fit and k_tokens == v_tokens
-
-
-def _kernel(impl: Impl) -> Callable[..., tuple[Tensor, Tensor]]:
-    if impl == "cpp":
-        return attend_cpu.attend
-    from swan.kernels import attend_triton
-
-    return attend_triton.attend
 
 
 def _in_tiles(
@@ -313,7 +283,7 @@ def swan_attention(
         history_mask: True where a query sees a history token.
         buffer_mask: True where a query sees a dense token.
         scale: factor of the scores, ``d ** -0.5`` by default.
-        impl: as in `packed_attention`.
+        impl: as in `packed_attention`; a kernel over packed tokens needs a history.
 
     Returns:
         Output in the rotated coordinates of the values: `inverse_rotate` brings it back.
@@ -335,32 +305,21 @@ def swan_attention(
     if (k_history is None) != (v_history is None):
         raise ValueError("give both histories, or None for both")
     if k_history is None or v_history is None:
-        impl = "auto" if impl in KERNELS else impl
+        if is_kernel(impl):
+            raise ValueError(f"impl={impl!r} reads packed tokens, and there is no history; use impl='auto'")
         return dense_attention(q, k_buffer, v_buffer, mask=buffer_mask, scale=scale, impl=impl)
-    if impl == "auto" and _kernel_serves(q, k_history, v_history):
-        impl = "cpp"
-    if impl in KERNELS and _kernel_takes_all(q, k_history, v_history, k_buffer, v_buffer):
+    impl = packed_impl(impl, q, k_history, v_history)
+    if is_kernel(impl) and one_call_serves(q, k_history, v_history, k_buffer, v_buffer):
         if not torch.compiler.is_compiling():
             _check(q, k_history, v_history, history_mask)
             _check(q, k_buffer, v_buffer, buffer_mask)
         recent = Recent(k_buffer, v_buffer, buffer_mask)
-        out, _ = _kernel(impl)(q, k_history, v_history, history_mask, _factor(q, scale), recent)
+        out, _ = attend_kernel(impl)(q, k_history, v_history, history_mask, _factor(q, scale), recent)
         return out.to(q.dtype)
     history = packed_attention(q, k_history, v_history, mask=history_mask, scale=scale, impl=impl, return_lse=True)
-    dense: Impl = "auto" if impl in KERNELS else impl
+    dense: Impl = "auto" if is_kernel(impl) else impl
     buffer = dense_attention(q, k_buffer, v_buffer, mask=buffer_mask, scale=scale, impl=dense, return_lse=True)
     return merge_attention([history, buffer])[0]
-
-
-def _choose(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Impl:
-    if not return_lse:
-        return "sdpa"
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    return "sdpa" if _sdpa_gives_lse(q, v) and not grad else "compiled"
-
-
-def _sdpa_gives_lse(q: Tensor, v: Tensor) -> bool:
-    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and q.dtype != torch.float64
 
 
 def _nothing(q: Tensor, dv: int) -> tuple[Tensor, Tensor]:
@@ -400,7 +359,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
 
 
 def _sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    if not _sdpa_gives_lse(q, v):
+    if not sdpa_gives_lse(q, v):
         raise ValueError(
             "impl='sdpa' gives a log-sum-exp only on the CPU, for keys and values of one head dimension, not in "
             f"float64 (device {q.device.type}, {q.shape[-1]} and {v.shape[-1]}, {q.dtype}); use impl='compiled'"

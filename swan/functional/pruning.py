@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from swan.storage import Graded, pack, unpack
+from swan.functional.packing import pack
+from swan.storage import Graded, unpack
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -22,11 +22,12 @@ from swan.calibration import Calibration, Plan
 from swan.calibration.capture import attention_layers, evaluating, tensor_parallel, unwrapped
 from swan.calibration.effects import Effects
 from swan.calibration.moments import output_projection
+from swan.functional.packing import pack
 from swan.functional.rotation import fold_value_rotation, inverse_rotate, rotate
 from swan.integrations import cache_file
 from swan.modules import KVCache
 from swan.modules.cache import BLOCK, Prefill, check_max_length
-from swan.storage import pack, unpack
+from swan.storage import unpack
 
 try:
     from transformers import AttentionInterface, PreTrainedModel

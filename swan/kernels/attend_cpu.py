@@ -1,10 +1,9 @@
 """Attention over a packed history on a CPU, in C++: one operator for eager and compiled code."""
 
-import torch
 from torch import Tensor
 
 from swan.kernels import Recent, numbers_of
-from swan.kernels.cpu import build, built, operator
+from swan.kernels.cpu import operator
 from swan.storage import Graded, Layout, Packed
 from swan.storage.packed import mixing
 
@@ -29,9 +28,9 @@ def attend(
     token is unpacked to floats, once for all rows.
 
     Args:
-        q: ``[batch, heads, queries, d]``.
-        k: packed keys.
-        v: packed values.
+        q: ``[batch, heads, queries, d]``, float32, bfloat16 or float16, on a CPU.
+        k: packed keys, in a layout that `reads` knows.
+        v: packed values, likewise.
         mask: boolean ``[batch or 1, heads or 1, queries, tokens]``, True where a query sees a token. Stretches that
             no query sees are not read.
         scale: factor of the scores.
@@ -40,10 +39,6 @@ def attend(
     Returns:
         Output ``[batch, heads, queries, dv]`` and natural log-sum-exp ``[batch, heads, queries]``, both float32.
 
-    Raises:
-        ValueError: not on a CPU, or a layout that the kernel does not know.
-        RuntimeError: the kernel cannot be built.
-
     Example:
         ```python
         out, lse = attend(q, pack(k, Graded(((64, 4),))), pack(v, Graded(((64, 4),))), None, 64**-0.5)
@@ -51,13 +46,6 @@ def attend(
 
     Source: the split over the history is Dao et al., Flash-Decoding; the method arXiv:2511.18936.
     """
-    for layout in (k.format, v.format):
-        if not reads(layout):
-            raise ValueError(f"impl='cpp' reads Graded, and TopK with a bitmap, not {layout}; use impl='auto'")
-    if q.device.type != "cpu" or q.dtype == torch.float64:
-        raise ValueError(f"impl='cpp' is for float32, bfloat16 and float16 on a CPU, not {q.dtype} on {q.device}")
-    if not built():
-        build()  # raises, and says why it cannot be
     keys, values = numbers_of(k.format), numbers_of(v.format)
     arguments = q, _planes(k), keys, _planes(v), values, k.planes[0].shape[2], mask, scale
     if recent is None:

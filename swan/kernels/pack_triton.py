@@ -30,13 +30,13 @@ from swan.storage import Layout, Packed
 from swan.storage.codes import SCALE_DTYPE
 from swan.storage.packed import check_vectors
 
-__all__ = ["pack"]
+__all__ = ["store"]
 
 TILE = tl.constexpr(16)  # coordinates that are multiplied, or compared, with all at a time
 WARPS = 4
 
 
-def pack(x: Tensor, layout: Layout) -> Packed:
+def store(x: Tensor, layout: Layout) -> Packed:
     """`swan.pack`: the same but for values within rounding of the edge of a step, and which of equals top-k keeps.
 
     Mixed coordinates are not rounded to the dtype of `x` before they are quantized.

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from swan.compiling import keep_in_place
-from swan.functional.attention import Impl, dense_attention, swan_attention
-from swan.kernels.pack_cpu import pack
+from swan.functional.attention import dense_attention, swan_attention
+from swan.functional.dispatch import Impl, is_kernel, pack_impl, store_kernel
+from swan.functional.packing import pack
 from swan.modules.buffer import DenseBuffer
 from swan.storage import LayerPlan, Layout, Packed, unpack
 
@@ -211,17 +212,16 @@ class KVCache(nn.Module):
             v: rotated values ``[batch, kv_heads, tokens, dv]``.
             padding: left padding of each row ``[batch]``, in columns of the whole sequence; sinks and
                 window count from there. Give it with the first tokens (again, until each row has begun).
-            impl: how tokens that leave the buffer are packed: ``"triton"`` in one launch on a GPU; else by a kernel
-                on a CPU where it knows the layouts and is built, or by tensor code.
+            impl: how tokens that leave the buffer are packed, as in `swan.pack`.
 
         Raises:
-            ValueError: shapes or devices do not fit the cache, a static cache is full, or ``impl="triton"`` and the
-                kernel does not know the layouts or run on the device; then nothing is changed.
+            ValueError: shapes or devices do not fit the cache, a static cache is full, or `impl` is unknown or cannot
+                store the layouts here; then nothing is changed.
             TypeError: the dtype is not the cache's.
         """
         if not torch.compiler.is_compiling():
             self._check(k, v, padding)
-        packing = _packing(impl, k, self.plan_layer)
+        store = self._storing(impl, k, v)
         buffer, tokens = self.buffer, k.shape[2]
         if buffer.static and buffer.keys is None:
             self.allocate(k, v)
@@ -237,7 +237,7 @@ class KVCache(nn.Module):
             dense = self._with_new(k, v)
         evicted = buffer.push(k, v, padding)
         if self.plan_layer is not None:
-            self._store(self.plan_layer, *evicted, packing=packing)
+            self._store(self.plan_layer, *evicted, store=store)
         if dense is None:
             dense = self._after_push()
         self._recent = _Recent(*dense, tokens, length, first)
@@ -253,7 +253,8 @@ class KVCache(nn.Module):
             mask: boolean ``[batch or 1, heads or 1, tokens, columns]`` over the whole sequence, True where
                 a query may see a token; by default causal, from each row's first real token.
             scale: factor of the scores, ``d ** -0.5`` by default.
-            impl: as in `packed_attention`.
+            impl: how the history is read, as in `packed_attention`; while there is none, and for a kernel where new
+                tokens see each other dense, that part is `dense_attention` by "auto".
 
         Returns:
             Output in the rotated coordinates of the values ``[batch, heads, tokens, dv]``.
@@ -271,6 +272,7 @@ class KVCache(nn.Module):
         if mask is not None and not torch.compiler.is_compiling():
             self._check_mask(mask, q)
         if mask is None and recent.columns is None and recent.queries > 1:
+            impl = "auto" if is_kernel(impl) else impl
             out = dense_attention(q, recent.keys, recent.values, causal=True, scale=scale, impl=impl)
             self._recent = None  # frees the dense tokens beyond the buffer
             return out
@@ -283,7 +285,7 @@ class KVCache(nn.Module):
             history_mask=None if history[0] is None else self._history_mask(recent, window, history[0], mask),
             buffer_mask=None if columns is None and mask is None else self._dense_mask(recent, window, columns, mask),
             scale=scale,
-            impl=impl,
+            impl="auto" if history[0] is None and is_kernel(impl) else impl,
         )
         if recent.queries > 1 or self.buffer.static:
             self._recent = None  # nor has compiled code to hand it out
@@ -459,23 +461,28 @@ class KVCache(nn.Module):
         full = filled == buffer.size and buffer.first >= buffer.sinks
         return buffer.keys, buffer.values, None if full else buffer.columns()
 
+    def _storing(self, impl: Impl, k: Tensor, v: Tensor) -> tuple[Packing, Packing]:
+        """What packs keys and values; raises, where `impl` cannot, before anything is changed."""
+        layouts = (None, None) if self.plan_layer is None else (self.plan_layer.keys, self.plan_layer.values)
+        return store_kernel(pack_impl(impl, k, layouts[0])), store_kernel(pack_impl(impl, v, layouts[1]))
+
     def _store(
-        self, plan_layer: LayerPlan, k: Tensor, v: Tensor, index: Tensor | None, *, packing: Packing = pack
+        self, plan_layer: LayerPlan, k: Tensor, v: Tensor, index: Tensor | None, *, store: tuple[Packing, Packing]
     ) -> None:
         """Pack evicted tokens and write them behind the stored ones (dynamic) or at `index` (static)."""
         if k.shape[2] == 0:
             return
         if index is not None:
             index = torch.where(index < 0, self._room, index)
-            self._write(packing(k, plan_layer.keys), packing(v, plan_layer.values), index, self._capacity)
+            self._write(store[0](k, plan_layer.keys), store[1](v, plan_layer.values), index, self._capacity)
             return
         stop, tokens = self.history_length, k.shape[2]  # push has counted the evicted tokens in
         capacity = self._capacity if self._capacity >= stop else _grown(stop)
         for start in range(max(tokens - stop, 0), tokens, TILE):  # the first ones may be dropped already
             tile = slice(start, start + TILE)
             self._write(
-                packing(k[:, :, tile], plan_layer.keys),
-                packing(v[:, :, tile], plan_layer.values),
+                store[0](k[:, :, tile], plan_layer.keys),
+                store[1](v[:, :, tile], plan_layer.values),
                 stop - tokens + start,
                 capacity,
             )
@@ -598,18 +605,6 @@ class KVCache(nn.Module):
                 f"expected a mask [{batch} or 1, {heads} or 1, {queries}, {self.length} or more columns] over the "
                 f"whole sequence, got {list(mask.shape)}"
             )
-
-
-def _packing(impl: Impl, k: Tensor, plan_layer: LayerPlan | None) -> Packing:
-    if impl != "triton":
-        return pack
-    from swan.kernels import gpu, pack_triton
-
-    if plan_layer is not None and not torch.compiler.is_compiling():  # raises before anything is changed
-        gpu.check_device(k)
-        for layout in (plan_layer.keys, plan_layer.values):
-            gpu.form_of(*gpu.checked_numbers(layout))
-    return pack_triton.pack
 
 
 def check_max_length(static: bool, max_length: int | None) -> None:

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from swan.storage import Layout, Packed, pack
+from swan.functional.packing import pack
+from swan.storage import Layout, Packed
 
 __all__ = ["StructuredPruner"]
 

@@ -1,4 +1,4 @@
-"""What a winnowed cache stores: layouts, `Packed`, `pack` and `unpack`.
+"""What a winnowed cache stores: layouts, `Packed` and `unpack`; `swan.pack` fills it.
 
 A *layout* says how one vector of ``d`` coordinates is stored. There are two forms:
 
@@ -12,6 +12,5 @@ from swan.storage.graded import Graded as Graded
 from swan.storage.layout import LayerPlan as LayerPlan
 from swan.storage.layout import Layout as Layout
 from swan.storage.packed import Packed as Packed
-from swan.storage.packed import pack as pack
 from swan.storage.packed import unpack as unpack
 from swan.storage.topk import TopK as TopK

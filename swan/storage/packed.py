@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from swan.storage.layout import Layout
 
-__all__ = ["Packed", "check_vectors", "mixing", "pack", "unpack", "unpack_mixed"]
+__all__ = ["Packed", "check_vectors", "mixing", "unpack", "unpack_mixed"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Packed:
         dtype: dtype of the vectors.
 
     Example:
-        >>> from swan import TopK
+        >>> from swan import TopK, pack
         >>> packed = pack(torch.randn(1, 2, 100, 64), TopK(64, keep=32))
         >>> packed.shape, packed.nbytes, packed.tokens(0, 10).shape
         ((1, 2, 100, 64), 8400, (1, 2, 10, 64))
@@ -89,33 +89,6 @@ pytree.register_pytree_node(
 )
 
 
-def pack(x: Tensor, layout: Layout) -> Packed:
-    """Store vectors in a layout: ``unpack(pack(x, layout))`` is the pruned `x`.
-
-    Args:
-        x: ``[batch, heads, tokens, d]``, float32, bfloat16 or float16.
-        layout: a `TopK`, `Graded` or other `Layout` of the same ``d``.
-
-    Returns:
-        The stored tensors.
-
-    Raises:
-        ValueError: `x` does not have 4 axes or its last one is not the layout's ``d``.
-        TypeError: `x` is not floating point.
-
-    Example:
-        >>> from swan import TopK
-        >>> packed = pack(torch.tensor([[[[3.0, -1.0, 0.5, 2.0] * 4]]]), TopK(16, keep=8, bits=16))
-        >>> unpack(packed)[0, 0, 0, :4]
-        tensor([3., 0., 0., 2.])
-
-    Source: arXiv:2511.18936.
-    """
-    if not torch.compiler.is_compiling():
-        check_vectors(x, layout)
-    return layout.pack(x)
-
-
 def unpack(packed: Packed) -> Tensor:
     r"""The vectors that a `Packed` stores, pruned coordinates as zeros: $\hat x$ of `TopK` and `Graded`.
 
@@ -126,7 +99,7 @@ def unpack(packed: Packed) -> Tensor:
         ``[batch, heads, tokens, d]`` in ``packed.dtype``.
 
     Example:
-        >>> from swan import TopK
+        >>> from swan import TopK, pack
         >>> x = torch.randn(1, 2, 5, 64)
         >>> torch.equal(unpack(pack(x, TopK(64, keep=64, bits=16))), x)
         True

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swan import TopK, dense_attention, merge_attention, pack, packed_attention, swan_attention, unpack
-from swan.functional import attention, reference
+from swan.functional import attention, dispatch, reference
 from tests.compilers import needs_cxx
 from tests.strategies import (
     DTYPES,
@@ -37,7 +37,7 @@ masks = st.sampled_from(["none", "random", "per head", "blind rows", "causal", "
 
 def as_read(q, k, v, impl):
     """What an implementation multiplies: the kernel does not round to the dtype of the cache in between."""
-    if impl == "auto" and attention._kernel_serves(q, k, v):
+    if impl == "auto" and dispatch.packed_impl("auto", q, k, v) == "cpp":
         k, v = (dataclasses.replace(packed, dtype=torch.float64) for packed in (k, v))
     return unpack(k), unpack(v)
 
@@ -245,7 +245,7 @@ PACKED = pack(K, TopK(16, 8))
         ((Q, K, V), {"mask": MASK[0]}, ValueError, r"mask \[2 or 1, 4 or 1, 3, 5\], got \[4, 3, 5\]"),
         ((Q, K, V), {"mask": MASK[:, :2]}, ValueError, r"got \[2, 2, 3, 5\]"),
         ((Q, K, V), {"mask": MASK[..., :4]}, ValueError, r"got \[2, 4, 3, 4\]"),
-        ((Q, K, V), {"impl": "triton"}, ValueError, "auto, reference, sdpa, flex or compiled, got 'triton'"),
+        ((Q, K, V), {"impl": "triton"}, ValueError, "auto, reference, sdpa, flex, compiled, got 'triton'"),
         ((Q, K, V), {"impl": "sdpa", "return_lse": True}, ValueError, r"16 and 8, .*use impl='compiled'"),
         ((Q, K, V), {"impl": "flex", "return_lse": True}, ValueError, "no log-sum-exp on the CPU"),
         ((Q.clone().requires_grad_(), K, V), {"impl": "flex"}, ValueError, "flex' is for inference"),

@@ -235,10 +235,13 @@ def test_compiles_whole():
     assert torch.equal(compiled(q, *history), packed_attention(q, *history, impl="cpp"))
 
 
-def test_others_refuse():
+def test_what_it_cannot_read_is_refused():
     q, k, v = qkv(0, 1, (4, 2), 1, 9, 32, 32, torch.float32)
     indexed, fine = pack(k, TopK(32, 5, positions="index")), pack(v, TopK(32, 5))
-    with pytest.raises(ValueError, match="TopK with a bitmap, not TopK"):
-        attend_cpu.attend(q, indexed, fine, None, 1.0)
-    with pytest.raises(ValueError, match=r"not torch\.float64"):
-        attend_cpu.attend(q.double(), fine, fine, None, 1.0)
+    many = pack(v, Graded(((1, 4),) * 17 + ((15, 4),)))
+    for keys, values in ((indexed, fine), (fine, indexed), (fine, many)):
+        with pytest.raises(ValueError, match=r"reads Graded, and TopK with a bitmap, .* not .*; use impl='auto'"):
+            packed_attention(q, keys, values, impl="cpp")
+    exact = dataclasses.replace(fine, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"with torch\.float64 on cpu"):
+        packed_attention(q.double(), exact, exact, impl="cpp")

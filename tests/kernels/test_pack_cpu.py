@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swan import Graded, TopK, unpack
-from swan.kernels.pack_cpu import pack
+from swan import Graded, TopK, pack, unpack
 from tests.strategies import assert_packed, coded_layouts, dtypes, normal, seeds
 
 pytestmark = pytest.mark.usefixtures("cpu_variant")
@@ -16,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("cpu_variant")
 def test_packs_as_tensor_code_does(seed, dtype, tokens, layout, power):
     """The same but for values within rounding of an edge, where neighbouring steps are as good."""
     x = (normal(seed, 1, 2, tokens, layout.d) * 2**power).to(dtype)
-    found, expected = pack(x, layout), layout.pack(x)
+    found, expected = pack(x, layout, impl="cpp" if layout.mixed else "auto"), layout.pack(x)
     assert [t.shape for t in found.tensors] == [t.shape for t in expected.tensors]
     assert [t.dtype for t in found.tensors] == [t.dtype for t in expected.tensors]
     matrix = layout.mix(x.dtype, x.device)
@@ -29,7 +28,9 @@ def test_packs_as_tensor_code_does(seed, dtype, tokens, layout, power):
 @pytest.mark.parametrize("value", [0.0, 1e-30, 3e4])
 def test_extremes(value):
     x = torch.full((1, 1, 2, 16), value)
-    for found, expected in zip(pack(x, Graded(((16, 4),))).tensors, Graded(((16, 4),)).pack(x).tensors, strict=True):
+    for found, expected in zip(
+        pack(x, Graded(((16, 4),)), impl="cpp").tensors, Graded(((16, 4),)).pack(x).tensors, strict=True
+    ):
         assert torch.equal(found, expected)
 
 
@@ -47,11 +48,21 @@ def test_gradients_are_left_to_tensor_code():
     assert pack(x, Graded(((8, 16), (8, 4)))).planes[1].requires_grad
 
 
-def test_others_refuse():
-    with pytest.raises(ValueError, match="expected vectors"):
-        pack(torch.randn(1, 2, 5, 16), Graded(((17, 4),)))
-    with pytest.raises(TypeError, match="floating-point"):
-        pack(torch.ones(1, 2, 5, 16, dtype=torch.int), Graded(((16, 4),)))
+@pytest.mark.parametrize(
+    ("x", "layout"),
+    [
+        (torch.randn(1, 2, 5, 16), TopK(16, 4)),
+        (torch.randn(1, 2, 5, 16), Graded.leading(16, 4)),
+        (torch.randn(1, 2, 5, 16).double(), Graded(((16, 4),))),
+        (torch.randn(1, 2, 5, 16, requires_grad=True), Graded(((16, 4),))),
+    ],
+    ids=["topk", "whole", "float64", "gradients"],
+)
+def test_what_it_cannot_pack_is_refused(x, layout):
+    with pytest.raises(
+        ValueError, match=r"impl='cpp' packs Graded layouts with groups below 16 bits, .* use impl='auto'"
+    ):
+        pack(x, layout, impl="cpp")
 
 
 def test_compiles_whole():

@@ -19,7 +19,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 def pack(x, layout):
     from swan.kernels import pack_triton
 
-    return pack_triton.pack(x.to(DEVICE), layout).map(lambda t: t.cpu())
+    return pack_triton.store(x.to(DEVICE), layout).map(lambda t: t.cpu())
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # of Triton 3.9
@@ -146,8 +146,8 @@ def check_compiles_whole():
     from swan.kernels import pack_triton
 
     x, layout = normal(0, 1, 2, 5, 16).to(DEVICE), Graded(((8, 16), (8, 4)))
-    compiled = torch.compile(pack_triton.pack, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(compiled(x, layout).tensors, pack_triton.pack(x, layout).tensors, strict=True):
+    compiled = torch.compile(pack_triton.store, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(x, layout).tensors, pack_triton.store(x, layout).tensors, strict=True):
         assert torch.equal(found, expected)
 
 

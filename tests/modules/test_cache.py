@@ -102,7 +102,7 @@ def test_windowed_is_token_by_token(case, plan_layer, static):
 def test_dense_form_chunk_by_chunk(case, plan_layer, static):
     starts = window_starts(case.chunks, case.buffer)
     expected = windowed_oracle(*case[:3], plan_layer, buffer=case.buffer, sinks=case.sinks, window_start=starts)
-    found = decode(cache_of(case, plan_layer, "dense", static), *case[:4])
+    found = decode(cache_of(case, plan_layer, "chunk", static), *case[:4])
     assert_within(found, expected, bound(case, plan_layer))
 
 

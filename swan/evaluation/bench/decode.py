@@ -25,7 +25,8 @@ from swan.evaluation.bench.common import (
 from swan.evaluation.figures import finish
 from swan.evaluation.machine import memory_bandwidth, peak_bytes
 from swan.functional.attention import dense_attention, swan_attention
-from swan.storage import LayerPlan, Packed, pack, unpack
+from swan.functional.packing import pack
+from swan.storage import LayerPlan, Packed, unpack
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,7 +19,7 @@ from swan.evaluation.bench.common import (
     relative_error,
 )
 from swan.evaluation.bench.decode import DENSE, random_step
-from swan.functional.attention import Impl
+from swan.functional.dispatch import Impl
 from swan.functional.rotation import inverse_rotate, random_rotation, rotate
 from swan.modules import KVCache
 from swan.storage import LayerPlan

@@ -1,0 +1,170 @@
+"""Which implementation computes what: every `impl` is resolved and checked here, and nowhere else.
+
+``"auto"`` follows a table:
+
+| what | CPU | GPU |
+|---|---|---|
+| `dense_attention` | sdpa; compiled for a log-sum-exp under autograd, in float64, or of values of another dimension | sdpa; compiled for a log-sum-exp |
+| `packed_attention`, `swan_attention` | cpp for up to 16 query rows of a KV head, layouts that it reads, no gradients; else tensor code in tiles | tensor code in tiles |
+| `pack`, `KVCache.update` | cpp for `Graded` layouts with groups below 16 bits, no gradients; else tensor code | tensor code |
+
+An `impl` that is named and cannot run raises an error that says why; it never becomes another.
+"""  # noqa: E501
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from swan.kernels import attend_cpu, cpu, pack_cpu
+from swan.storage import Layout, Packed
+
+__all__ = [
+    "Impl", "attend_kernel", "dense_impl", "is_kernel", "one_call_serves", "pack_impl", "packed_impl", "sdpa_gives_lse",
+    "store_kernel",
+]  # fmt: skip
+
+Impl = Literal["auto", "reference", "sdpa", "flex", "compiled", "cpp", "triton"]
+DENSE = ("auto", "reference", "sdpa", "flex", "compiled")
+PACKED = ("auto", "reference", "sdpa", "compiled", "cpp", "triton")
+PACK = ("auto", "compiled", "cpp", "triton")
+
+
+def is_kernel(impl: Impl) -> bool:
+    """Whether an implementation is a kernel over packed tokens."""
+    return impl in ("cpp", "triton")
+
+
+def dense_impl(impl: Impl, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Impl:
+    """Resolve the `impl` of `dense_attention`.
+
+    Raises:
+        ValueError: it is none of those that there are.
+    """
+    _check_known("dense_attention", impl, DENSE)
+    if impl != "auto":
+        return impl
+    if not return_lse:
+        return "sdpa"
+    differentiated = torch.is_grad_enabled() and _require_grad(q, k, v)
+    return "sdpa" if sdpa_gives_lse(q, v) and not differentiated else "compiled"
+
+
+def packed_impl(impl: Impl, q: Tensor, k: Packed, v: Packed) -> Impl:
+    """Resolve the `impl` of `packed_attention` and `swan_attention`; "auto" stays where tensor code serves.
+
+    Raises:
+        ValueError: it is none of those that there are, or ``"cpp"`` and the kernel does not read the layouts here.
+        RuntimeError: ``"cpp"`` and the kernel cannot be built.
+    """
+    if impl == "flex":
+        raise ValueError(
+            "impl='flex' cannot read packed tensors, FlexAttention has no gather by token; use 'auto' or 'compiled'"
+        )
+    _check_known("packed_attention", impl, PACKED)
+    if impl not in ("auto", "cpp"):
+        return impl
+    fits = q.device.type == "cpu" and q.dtype != torch.float64 and all(map(attend_cpu.reads, (k.format, v.format)))
+    if impl == "cpp":
+        if not fits:
+            raise ValueError(
+                "impl='cpp' reads Graded, and TopK with a bitmap, with queries of float32, bfloat16 or float16 on a "
+                f"CPU; not {k.format} and {v.format} with {q.dtype} on {q.device}; use impl='auto'"
+            )
+        cpu.build()
+        return impl
+    rows = q.shape[1] // k.planes[0].shape[1] * q.shape[2]
+    if not fits or rows > attend_cpu.MOST_ROWS:
+        return impl
+    if torch.is_grad_enabled() and _require_grad(q, *k.tensors, *v.tensors):
+        return impl
+    return "cpp" if cpu.built() else impl
+
+
+def one_call_serves(q: Tensor, k: Packed, v: Packed, k_buffer: Tensor, v_buffer: Tensor) -> bool:
+    """Whether one call of a kernel serves history and buffer together."""
+    if k_buffer.ndim != 4 or v_buffer.ndim != 4:
+        return False
+    if torch.is_grad_enabled() and _require_grad(q, k_buffer, v_buffer):
+        return False
+    (_, k_heads, k_tokens, d), (_, v_heads, v_tokens, dv) = k.shape, v.shape
+    keys_fit = (k_buffer.shape[1], k_buffer.shape[3], k_buffer.dtype) == (k_heads, d, k.dtype)
+    values_fit = (v_buffer.shape[1], v_buffer.shape[3], v_buffer.dtype) == (v_heads, dv, v.dtype)
+    return keys_fit and values_fit and k_tokens == v_tokens
+
+
+def attend_kernel(impl: Impl) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernel of ``"cpp"`` or ``"triton"`` that attends to packed tokens."""
+    if impl == "cpp":
+        return attend_cpu.attend
+    from swan.kernels import attend_triton
+
+    return attend_triton.attend
+
+
+def pack_impl(impl: Impl, x: Tensor, layout: Layout | None) -> Impl:
+    """Resolve the `impl` of `pack`: ``"compiled"`` (tensor code) or a kernel that knows the layout and runs here.
+
+    Raises:
+        ValueError: it is none of those that there are, or cannot store `x` in the layout.
+        RuntimeError: ``"cpp"`` and the kernel cannot be built.
+    """
+    _check_known("pack", impl, PACK)
+    if layout is None:  # nothing is stored
+        return impl
+    match impl:
+        case "auto":
+            return "cpp" if pack_cpu.stores(layout) and _cpp_packs(x) and cpu.built() else "compiled"
+        case "cpp":
+            if not (pack_cpu.stores(layout) and _cpp_packs(x)):
+                raise ValueError(
+                    "impl='cpp' packs Graded layouts with groups below 16 bits, vectors of float32, bfloat16 or "
+                    f"float16 on a CPU, without gradients; not {x.dtype} on {x.device} in {layout}; use impl='auto'"
+                )
+            cpu.build()
+        case "triton":
+            from swan.kernels import gpu
+
+            if not torch.compiler.is_compiling():
+                gpu.check_device(x)
+                gpu.form_of(*gpu.checked_numbers(layout))
+        case _:
+            pass
+    return impl
+
+
+def store_kernel(impl: Impl) -> Callable[[Tensor, Layout], Packed]:
+    """What packs vectors: a kernel, or the tensor code of the layout for ``"compiled"``."""
+    match impl:
+        case "cpp":
+            return pack_cpu.store
+        case "triton":
+            from swan.kernels import pack_triton
+
+            return pack_triton.store
+        case _:
+            return _store
+
+
+def sdpa_gives_lse(q: Tensor, v: Tensor) -> bool:
+    """Whether torch's SDPA gives a log-sum-exp."""
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and q.dtype != torch.float64
+
+
+def _store(x: Tensor, layout: Layout) -> Packed:
+    return layout.pack(x)
+
+
+def _cpp_packs(x: Tensor) -> bool:
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    return x.device.type == "cpu" and x.dtype != torch.float64 and not differentiated
+
+
+def _require_grad(*tensors: Tensor) -> bool:
+    return any([t.requires_grad for t in tensors])
+
+
+def _check_known(what: str, impl: Any, known: tuple[str, ...]) -> None:
+    if impl not in known:
+        raise ValueError(f"impl of {what} must be one of {', '.join(known)}, got {impl!r}")

@@ -1,0 +1,88 @@
+"""Every `impl` is one of those that there are, and never becomes another."""
+
+import pytest
+import torch
+
+from swan import Graded, KVCache, LayerPlan, TopK, dense_attention, pack, packed_attention, swan_attention
+from swan.functional import dispatch
+from swan.kernels import cpu
+from tests.compilers import needs_cxx
+
+LAYOUT = Graded(((16, 4),))
+Q, K = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 9, 16)
+PACKED = pack(K, LAYOUT)
+PLAN = LayerPlan(LAYOUT, LAYOUT)
+
+
+def filled() -> KVCache:
+    cache = KVCache(PLAN, buffer=4)
+    cache.update(K, K)
+    cache.attend(torch.randn(1, 4, 9, 16))
+    return cache
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda impl: dense_attention(Q, K, K, impl=impl),
+        lambda impl: packed_attention(Q, PACKED, PACKED, impl=impl),
+        lambda impl: swan_attention(Q, PACKED, PACKED, K, K, impl=impl),
+        lambda impl: swan_attention(Q, None, None, K, K, impl=impl),
+        lambda impl: pack(K, LAYOUT, impl=impl),
+        lambda impl: filled().update(K, K, impl=impl),
+        lambda impl: KVCache(None).update(K, K, impl=impl),
+    ],
+    ids=["dense", "packed", "swan", "swan without history", "pack", "update", "update of a window"],
+)
+def test_an_unknown_one_is_refused_with_the_list(call):
+    with pytest.raises(ValueError, match=r"impl of \w+ must be one of auto, .*compiled.*, got 'nonsense'"):
+        call("nonsense")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: dense_attention(Q, K, K, impl="cpp"),
+            "must be one of auto, reference, sdpa, flex, compiled, got 'cpp'",
+        ),
+        (lambda: pack(K, LAYOUT, impl="sdpa"), "must be one of auto, compiled, cpp, triton, got 'sdpa'"),
+        (lambda: packed_attention(Q, PACKED, PACKED, impl="flex"), "cannot read packed tensors"),
+        (lambda: swan_attention(Q, None, None, K, K, impl="cpp"), "there is no history; use impl='auto'"),
+        (lambda: swan_attention(Q, None, None, K, K, impl="triton"), "there is no history; use impl='auto'"),
+        (lambda: pack(K, TopK(16, 4), impl="cpp"), "packs Graded layouts"),
+    ],
+)
+def test_an_impossible_one_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_refused_update_changes_nothing():
+    cache = filled()
+    before = [t.clone() for t in cache.tensors]
+    with pytest.raises(ValueError, match="got 'nonsense'"):
+        cache.update(K, K, impl="nonsense")
+    assert cache.length == 9
+    assert all(torch.equal(a, b) for a, b in zip(cache.tensors, before, strict=True))
+
+
+@needs_cxx
+def test_auto_follows_its_table():
+    cpu.build()
+    assert dispatch.dense_impl("auto", Q, K, K, return_lse=False) == "sdpa"
+    assert dispatch.dense_impl("auto", Q.double(), K.double(), K.double(), return_lse=True) == "compiled"
+    assert dispatch.packed_impl("auto", Q, PACKED, PACKED) == "cpp"
+    assert dispatch.packed_impl("auto", torch.randn(1, 4, 9, 16), PACKED, PACKED) == "auto"  # 18 rows: tiles
+    assert dispatch.packed_impl("auto", Q.clone().requires_grad_(), PACKED, PACKED) == "auto"
+    assert dispatch.pack_impl("auto", K, LAYOUT) == "cpp"
+    assert dispatch.pack_impl("auto", K, TopK(16, 4)) == "compiled"
+    assert dispatch.pack_impl("auto", K.double(), LAYOUT) == "compiled"
+
+
+def test_a_cache_that_has_no_history_yet_attends_densely():
+    caches = [KVCache(PLAN, buffer=32) for _ in range(2)]
+    for cache in caches:
+        cache.update(K, K)
+    q = torch.randn(1, 4, 9, 16)
+    assert torch.equal(caches[0].attend(q, impl="cpp"), caches[1].attend(q))
