@@ -162,6 +162,29 @@ def _with_old_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return args, kwargs
 
 
+def _source(
+    plan: Plan | float | None, retention: float | None, budget: object, levels: object, default: Plan | None
+) -> tuple[Plan | None, float | None]:
+    """The plan or the retention of a cache, where it is not a budget or levels that it is made from.
+
+    Raises:
+        TypeError: `plan` is neither a plan nor a number, which stands for the retention.
+        ValueError: not exactly one of the four is given; none will do where there is a default.
+    """
+    if isinstance(plan, int | float):
+        if retention is not None:
+            raise ValueError(f"the retention was given twice: {plan} and {retention}")
+        plan, retention = None, plan
+    if not isinstance(plan, Plan | None):
+        raise TypeError(f"SwanCache(model, ...) takes a retention or a Plan, got {type(plan).__name__}")
+    given = 4 - [plan, retention, budget, levels].count(None)
+    if given == 0 and default is not None:
+        return default, None
+    if given != 1:
+        raise ValueError("give exactly one of plan, retention, budget and levels")
+    return plan, retention
+
+
 class SwanCache(Cache):
     """A winnowed cache for `generate` and forward of an attached transformers model.
 
@@ -185,7 +208,7 @@ class SwanCache(Cache):
 
     Args:
         model: the model, after `swan.attach`.
-        plan: what each layer stores; or give `retention`, or `budget`, or `levels`; none of them for the plan that a
+        plan: what each layer stores, or a number: the `retention`; or give `retention`, or `budget`, or `levels`; none of them for the plan that a
             model from `swan.from_pretrained` came with.
         retention: bytes per history token over the bf16 bytes of the same key and value: the plan is
             `Plan.for_retention` with the calibration that the model was attached with.
@@ -203,6 +226,7 @@ class SwanCache(Cache):
         exclude: indices of layers that stay dense; `retention` does not count them, `nbytes` and `compression` do.
 
     Raises:
+        TypeError: `plan` is neither a plan nor a number.
         ValueError: the model is not attached, not exactly one of `plan`, `retention`, `budget` and `levels` is given,
             the budget is not a positive number of bytes, or given to a static cache or a model with layers that keep
             a state, `on_full` is not one of the two or has no budget, a static cache has no `max_length` or a dynamic
@@ -231,7 +255,7 @@ class SwanCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        plan: Plan | None = None,
+        plan: Plan | float | None = None,
         *,
         retention: float | None = None,
         budget: int | str | None = None,
@@ -246,10 +270,7 @@ class SwanCache(Cache):
     ) -> None:
         model = cast(PreTrainedModel, unwrapped(model))
         attachment = attachment_of(model)
-        if [plan, retention, budget, levels].count(None) == 4:
-            plan = attachment.plan
-        if [plan, retention, budget, levels].count(None) != 3:
-            raise ValueError("give exactly one of plan, retention, budget and levels")
+        plan, retention = _source(plan, retention, budget, levels, attachment.plan)
         if on_full not in ("raise", "evict") or (on_full == "evict" and budget is None):
             raise ValueError(
                 f"on_full must be 'raise', or 'evict' with a budget; got {on_full!r} and budget={budget!r}"

@@ -246,6 +246,15 @@ def test_cache_takes_a_plan_or_a_retention(settings):
         SwanCache(attached(), **settings)
 
 
+def test_a_number_is_the_retention():
+    model = attached()
+    assert SwanCache(model, 0.5).plan == SwanCache(model, retention=0.5).plan
+    with pytest.raises(ValueError, match=r"given twice: 0\.5 and 0\.4"):
+        SwanCache(model, 0.5, retention=0.4)
+    with pytest.raises(TypeError, match="takes a retention or a Plan, got str"):
+        SwanCache(model, "0.5")
+
+
 def test_plan_of_another_number_of_layers():
     with pytest.raises(ValueError, match="the plan has 3 layers, the model 2"):
         SwanCache(attached(), Plan.for_retention(0.5, dims=[(16, 16)] * 3))
