@@ -208,8 +208,8 @@ class SwanCache(Cache):
 
     Args:
         model: the model, after `swan.attach`.
-        plan: what each layer stores, or a number: the `retention`; or give `retention`, or `budget`, or `levels`; none of
-            them for the plan that a model from `swan.from_pretrained` came with.
+        plan: what each layer stores, or a number: the `retention`; or give `retention`, or `budget`, or `levels`; none
+            of them for the plan that a model from `swan.from_pretrained` came with.
         retention: bytes per history token over the bf16 bytes of the same key and value: the plan is
             `Plan.for_retention` with the calibration that the model was attached with.
         budget: the most bytes that the cache may hold: a number, or text like ``"64MiB"``, ``"1.5GB"``, ``"500kB"``.
