@@ -1,7 +1,5 @@
 """Codes of few bits in bytes, and the scales that they are steps of."""
 
-import functools
-
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -39,7 +37,6 @@ def scale_of(byte: Tensor) -> Tensor:
     return torch.exp2((byte.float() - OFFSET) / OCTAVE)
 
 
-@functools.cache
 def code_bytes(size: int, bits: int) -> int:
     """Bytes of so many codes: each part is rounded up."""
     return sum(-(-size * part // 8) for part in PARTS[bits])
