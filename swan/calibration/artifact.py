@@ -313,7 +313,7 @@ def _backward(
             try:
                 layers, felt = sense(model, part, generator)
             except RuntimeError as error:
-                trouble = error
+                trouble = error.with_traceback(None)  # which would keep the activations
             else:
                 sensed.append(felt)
                 if part is batch:
