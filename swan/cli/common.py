@@ -85,7 +85,9 @@ def load(name: str, dtype: Dtype) -> tuple["PreTrainedModel", "PreTrainedTokeniz
 
 def layer_dtype(dtype: Dtype) -> torch.dtype:
     """The dtype of a benchmark without a model; `auto` is bfloat16 where the device multiplies it, and is said."""
-    return _said(native_or_float32(torch.bfloat16, _device())) if dtype is Dtype.auto else getattr(torch, dtype)
+    if dtype is Dtype.auto:
+        return _said(native_or_float32(torch.bfloat16, _device(), "most models'"))
+    return getattr(torch, dtype)
 
 
 def _said(choice: tuple[torch.dtype, str]) -> torch.dtype:

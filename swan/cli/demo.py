@@ -50,7 +50,7 @@ def demo(
         begun = time.perf_counter()
         with _step(show, f"loading {model}"):
             network, tokenizer = load(model, dtype)
-        with _step(show, "calibrating on 8192 tokens of Python's language reference (kept for the next time)"):
+        with _step(show, "calibrating on 8192 tokens of Python's language reference"):
             calibration = calibration_of(model, network, tokenizer)
         with _step(show, "reading research papers"):
             text = evaluation_text("qasper")

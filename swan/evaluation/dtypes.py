@@ -38,12 +38,15 @@ def native_dtypes(device: torch.device | str) -> tuple[torch.dtype, ...]:
     return (torch.float32, *(dtype for dtype, names in needs.items() if any(has.get(name) for name in names)))
 
 
-def native_or_float32(own: torch.dtype, device: torch.device | str) -> tuple[torch.dtype, str]:
+def native_or_float32(
+    own: torch.dtype, device: torch.device | str, whose: str = "the model's"
+) -> tuple[torch.dtype, str]:
     """The dtype for a model on a device: its own where that is native there, else float32.
 
     Args:
         own: dtype of the model.
         device: where it will run.
+        whose: of whom the sentence speaks.
 
     Returns:
         The dtype, and a sentence that says why.
@@ -54,10 +57,10 @@ def native_or_float32(own: torch.dtype, device: torch.device | str) -> tuple[tor
     """
     device = torch.device(device)
     if own == torch.float32:
-        return own, "float32, the model's own"
+        return own, f"float32, {whose} own"
     if own in native_dtypes(device):
-        return own, f"{dtype_name(own)}, the model's own: native on this {device.type.upper()}"
+        return own, f"{dtype_name(own)}, {whose} own: native on this {device.type.upper()}"
     needs = {torch.bfloat16: "AVX512-BF16 or AMX", torch.float16: "AVX512-FP16 or AMX"}.get(own)
     lacks = f"it lacks {needs}" if device.type == "cpu" and needs else "it lacks the instructions"
-    reason = f"float32, as this {device.type.upper()} would multiply the model's {dtype_name(own)} slowly ({lacks})"
+    reason = f"float32, as this {device.type.upper()} would multiply {whose} {dtype_name(own)} slowly ({lacks})"
     return torch.float32, reason
