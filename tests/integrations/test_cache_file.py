@@ -128,3 +128,14 @@ def test_a_layer_that_holds_something_else_leaves_the_file_as_it_was(model, tmp_
     with pytest.raises(TypeError, match=r"DynamicLayer\.odd is a object: it has no form in a file"):
         cache.save(path)
     assert path.read_bytes() == before
+
+
+def test_the_prefill_of_files_of_0_1_0_is_read_under_its_present_name(tmp_path):
+    model = attached()
+    cache = SwanCache(model, retention=0.5, buffer=8)
+    logits_of(model, cache, input_ids=tokens(1, 20))
+    cache._settings["prefill"] = "dense"  # as it was called then
+    cache.save(tmp_path / "old.safetensors")
+    loaded = SwanCache.load(tmp_path / "old.safetensors", model)
+    assert {kv.prefill for kv in loaded.winnowed.values()} == {"chunk"}
+    assert loaded.get_seq_length() == 20
