@@ -21,6 +21,7 @@ PACKED = swan.pack(K, TopK(16, 4))
         (lambda: calibrate(MODEL, "text"), TypeError, "got one str"),
         (lambda: packed_attention(Q, K, V), TypeError, "k must be Packed, .* got Tensor; .* dense_attention"),
         (lambda: packed_attention(Q, PACKED, V), TypeError, "v must be Packed"),
+        (lambda: swan.swan_attention(Q, K, V, K, V), TypeError, "k must be Packed, .* dense_attention"),
         (lambda: KVCache(TopK(64, 32)), TypeError, r"got TopK; use LayerPlan\(keys, values\)"),
         (lambda: KVCache(Plan.for_retention(0.5, dims=[(64, 64)])), TypeError, r"got Plan; use plan.caches\(\)"),
         (lambda: LayerPlan(64, 32), TypeError, r"keys must be a layout, such as Graded.*, got 64"),

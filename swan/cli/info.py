@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from swan.cli.common import JsonOption, console, print_json
+from swan.cli.common import JsonOption, console, print_json, user_errors
 from swan.evaluation.dtypes import dtype_name, native_dtypes
 from swan.evaluation.machine import machine, versions
 from swan.evaluation.sources import MODELS, cache_folder, model_path
@@ -21,6 +21,8 @@ EXTRAS = {  # packages beside torch, and the extra that brings each
 
 def info(json: JsonOption = False) -> None:
     """Show versions, the device and its dtypes, which kernels are built or why not, folders and the default model."""
+    with user_errors():
+        variant = cpu.variant()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = model_path(DEFAULT_MODEL)
     settings: dict[str, Any] = {
@@ -30,7 +32,7 @@ def info(json: JsonOption = False) -> None:
         "instruction_sets": list(cpu.instruction_sets()),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "cpu_variant": cpu.variant(),
+        "cpu_variant": variant,
         "cache_folder": str(cache_folder()),
         "models": list(MODELS),
         "default_model": {"name": DEFAULT_MODEL, "folder": str(folder), "fetched": folder.is_dir()},
@@ -70,7 +72,7 @@ def _cpu_kernel(name: str) -> dict[str, Any]:
     if file.exists():
         return row | {"built": True, "file": str(file), "state": str(file)}
     if lacks:
-        return row | {"state": f"not built: {lacks}; install a C++ compiler, and pip install 'swan-attention[cpp]'"}
+        return row | {"state": cpu.not_built(lacks)}
     return row | {"state": "not built yet; compiled when it is first used"}
 
 

@@ -175,19 +175,13 @@ def packed_attention(
 
     Source: arXiv:2511.18936.
     """
-    for name, packed in (("k", k), ("v", v)):
-        if not isinstance(packed, Packed):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"{name} must be Packed, as swan.pack(x, layout) returns it, got {type(packed).__name__}; plain "
-                "tensors are for dense_attention"
-            )
     if v.shape[2] != k.shape[2]:
         raise ValueError(f"keys hold {k.shape[2]} tokens and values {v.shape[2]}; pack both from the same tokens")
     if not torch.compiler.is_compiling():
         _check(q, k, v, mask)
+    impl = packed_impl(impl, q, k, v)
     key_mix, value_mix = mixing(k), mixing(v)
     mixed_q = q if key_mix is None else q @ key_mix
-    impl = packed_impl(impl, q, k, v)
     if is_kernel(impl):
         out, lse = attend_kernel(impl)(mixed_q, k, v, mask, _factor(q, scale))
     else:

@@ -1,4 +1,6 @@
-"""Which implementation computes what: every `impl` is resolved and checked here, and nowhere else.
+"""Which implementation computes what: every `impl` is resolved here.
+
+What sdpa and flex cannot give (a log-sum-exp, gradients) they refuse themselves, in attention.py.
 
 ``"auto"`` follows a table:
 
@@ -55,6 +57,7 @@ def packed_impl(impl: Impl, q: Tensor, k: Packed, v: Packed) -> Impl:
     """Resolve the `impl` of `packed_attention` and `swan_attention`; "auto" stays where tensor code serves.
 
     Raises:
+        TypeError: keys or values are not `Packed`.
         ValueError: it is none of those that there are, or ``"cpp"`` and the kernel does not read the layouts here.
         RuntimeError: ``"cpp"`` and the kernel cannot be built.
     """
@@ -63,6 +66,12 @@ def packed_impl(impl: Impl, q: Tensor, k: Packed, v: Packed) -> Impl:
             "impl='flex' cannot read packed tensors, FlexAttention has no gather by token; use 'auto' or 'compiled'"
         )
     _check_known("packed_attention", impl, PACKED)
+    for name, packed in (("k", k), ("v", v)):
+        if not isinstance(packed, Packed):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"{name} must be Packed, as swan.pack(x, layout) returns it, got {type(packed).__name__}; plain "
+                "tensors are for dense_attention"
+            )
     if impl not in ("auto", "cpp"):
         return impl
     fits = q.device.type == "cpu" and q.dtype != torch.float64 and all(map(attend_cpu.reads, (k.format, v.format)))
@@ -72,7 +81,7 @@ def packed_impl(impl: Impl, q: Tensor, k: Packed, v: Packed) -> Impl:
                 "impl='cpp' reads Graded, and TopK with a bitmap, with queries of float32, bfloat16 or float16 on a "
                 f"CPU; not {k.format} and {v.format} with {q.dtype} on {q.device}; use impl='auto'"
             )
-        cpu.build()
+        _build_cpp()
         return impl
     rows = q.shape[1] // k.planes[0].shape[1] * q.shape[2]
     if not fits or rows > attend_cpu.MOST_ROWS:
@@ -122,7 +131,7 @@ def pack_impl(impl: Impl, x: Tensor, layout: Layout | None) -> Impl:
                     "impl='cpp' packs Graded layouts with groups below 16 bits, vectors of float32, bfloat16 or "
                     f"float16 on a CPU, without gradients; not {x.dtype} on {x.device} in {layout}; use impl='auto'"
                 )
-            cpu.build()
+            _build_cpp()
         case "triton":
             from swan.kernels import gpu
 
@@ -159,6 +168,11 @@ def _store(x: Tensor, layout: Layout) -> Packed:
 def _cpp_packs(x: Tensor) -> bool:
     differentiated = torch.is_grad_enabled() and x.requires_grad
     return x.device.type == "cpu" and x.dtype != torch.float64 and not differentiated
+
+
+def _build_cpp() -> None:
+    if not cpu.built():  # a constant of compiled code
+        cpu.build()  # raises, and says why it cannot be
 
 
 def _require_grad(*tensors: Tensor) -> bool:

@@ -118,7 +118,7 @@ def _cpp_extension() -> Any:
     try:
         from torch.utils import cpp_extension
     except (ImportError, AssertionError) as error:  # setuptools asserts that pip was not imported before it
-        raise RuntimeError(_not_built(f"setuptools does not load ({error!r})")) from error
+        raise RuntimeError(not_built(f"setuptools does not load ({error!r})")) from error
     return cpp_extension
 
 
@@ -154,7 +154,7 @@ def build(name: str | None = None) -> None:
 def _compile(name: str, file: Path) -> None:
     """Compile and load a variant, and leave it in a file."""
     if reason := missing():
-        raise RuntimeError(_not_built(reason))
+        raise RuntimeError(not_built(reason))
     print(f"swan: compiling its CPU kernels ({name}), once on this machine ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
     flags = [*FLAGS, *VARIANTS[name][1], f"-DSWAN_VARIANT={name}"]
@@ -165,13 +165,14 @@ def _compile(name: str, file: Path) -> None:
         try:
             _cpp_extension().load(module, [str(path) for path in SOURCES], build_directory=folder, **settings)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            raise RuntimeError(_not_built(_first_error(error))) from error
+            raise RuntimeError(not_built(_first_error(error))) from error
         shutil.copy(Path(folder) / f"{module}.so", f"{folder}/copy")
         os.replace(f"{folder}/copy", file)
     print(f"swan: compiled in {time.perf_counter() - start:.0f} s: {file}", file=sys.stderr, flush=True)
 
 
-def _not_built(reason: str) -> str:
+def not_built(reason: str) -> str:
+    """Say that the kernels were not built, why, and what they need."""
     return (
         f"swan's CPU kernels were not built: {reason}; they need a C++ compiler (such as g++) and ninja "
         "(pip install 'swan-attention[cpp]')"

@@ -221,7 +221,8 @@ class KVCache(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._check(k, v, padding)
-        store = self._storing(impl, k, v)
+        if impl != "auto":
+            self._storing(impl, k, v)  # raises, where it cannot, before anything is changed
         buffer, tokens = self.buffer, k.shape[2]
         if buffer.static and buffer.keys is None:
             self.allocate(k, v)
@@ -237,7 +238,7 @@ class KVCache(nn.Module):
             dense = self._with_new(k, v)
         evicted = buffer.push(k, v, padding)
         if self.plan_layer is not None:
-            self._store(self.plan_layer, *evicted, store=store)
+            self._store(self.plan_layer, *evicted, impl=impl)
         if dense is None:
             dense = self._after_push()
         self._recent = _Recent(*dense, tokens, length, first)
@@ -462,16 +463,15 @@ class KVCache(nn.Module):
         return buffer.keys, buffer.values, None if full else buffer.columns()
 
     def _storing(self, impl: Impl, k: Tensor, v: Tensor) -> tuple[Packing, Packing]:
-        """What packs keys and values; raises, where `impl` cannot, before anything is changed."""
+        """What packs keys and values."""
         layouts = (None, None) if self.plan_layer is None else (self.plan_layer.keys, self.plan_layer.values)
         return store_kernel(pack_impl(impl, k, layouts[0])), store_kernel(pack_impl(impl, v, layouts[1]))
 
-    def _store(
-        self, plan_layer: LayerPlan, k: Tensor, v: Tensor, index: Tensor | None, *, store: tuple[Packing, Packing]
-    ) -> None:
+    def _store(self, plan_layer: LayerPlan, k: Tensor, v: Tensor, index: Tensor | None, *, impl: Impl = "auto") -> None:
         """Pack evicted tokens and write them behind the stored ones (dynamic) or at `index` (static)."""
         if k.shape[2] == 0:
             return
+        store = self._storing(impl, k, v)
         if index is not None:
             index = torch.where(index < 0, self._room, index)
             self._write(store[0](k, plan_layer.keys), store[1](v, plan_layer.values), index, self._capacity)

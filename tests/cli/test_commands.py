@@ -146,7 +146,7 @@ def test_info(monkeypatch, tmp_path):
     for said in ("torch", torch.__version__, "native dtypes", "in use", "cpp generic", str(tmp_path / "cache")):
         assert said in shown
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "not built: there is no C++ compiler 'no-such-compiler'; install" in run("info").stdout
+    assert "not built: there is no C++ compiler 'no-such-compiler'; they need a C++ compiler" in run("info").stdout
 
 
 LAYER = ("--shape", "4/2/32", "--buffer", "32", "--form", "topk")

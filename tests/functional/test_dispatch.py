@@ -86,3 +86,11 @@ def test_a_cache_that_has_no_history_yet_attends_densely():
         cache.update(K, K)
     q = torch.randn(1, 4, 9, 16)
     assert torch.equal(caches[0].attend(q, impl="cpp"), caches[1].attend(q))
+
+
+def test_what_packs_is_chosen_when_something_is_packed(monkeypatch):
+    """The kernel may have to be compiled first, which a prompt shorter than the buffer does not wait for."""
+    monkeypatch.setattr(cpu, "built", lambda: pytest.fail("nothing is packed yet"))
+    cache = KVCache(PLAN, buffer=32)
+    cache.update(K, K)
+    cache.attend(torch.randn(1, 4, 9, 16))

@@ -231,8 +231,12 @@ def test_compiles_whole():
     def function(q, k, v):
         return packed_attention(q, k, v)  # "auto" takes the kernel here too
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(q, *history), packed_attention(q, *history, impl="cpp"))
+    def named(q, k, v):
+        return packed_attention(q, k, v, impl="cpp")
+
+    for each in (function, named):
+        compiled = torch.compile(each, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(q, *history), packed_attention(q, *history, impl="cpp"))
 
 
 def test_what_it_cannot_read_is_refused():
