@@ -18,7 +18,7 @@ DOCS := $(VENV)/.has-hf,cli,cpp,plot,docs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-matrix matrix check format docs docs-test docs-serve bench model dist clean
+.PHONY: help install demo test test-all test-matrix mutants matrix check format docs docs-test docs-serve bench model dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -29,7 +29,7 @@ demo: $(RUN) ## see it work on a small real model
 	@$(BIN)/swan demo
 
 model: $(RUN) ## fetch the default model into the cache folder
-	@$(BIN)/python -m swan.evaluation.sources smollm2-135m
+	@$(BIN)/python -m swan.evaluation.fetch smollm2-135m
 
 test: $(TEST) ## tests and docstring examples, in minutes
 	@$(PYTEST) -m "not slow"
@@ -40,6 +40,9 @@ test-all: $(TEST) ## every test, with more random examples
 test-matrix: $(TEST) .venv-oldest/.has-test ## the tests of transformers on its newest and its oldest version
 	@$(PYTEST) tests/integrations
 	@$(subst $(BIN),.venv-oldest/bin,$(PYTEST)) tests/integrations
+
+mutants: $(TEST) ## make mistakes in a copy, one by one: some test must notice each
+	@$(BIN)/python -m tests.mutants
 
 matrix: $(TEST) ## print what works on which architecture, dynamic and static
 	@$(BIN)/python -m tests.matrix
@@ -60,7 +63,7 @@ docs: $(DOCS) docs/vendor/katex ## build the pages into site/ (needs npm)
 
 docs-test: docs ## check the built pages in a browser (needs chromium)
 	@rm -rf site-screenshots
-	@$(BIN)/pytest -qs -o addopts=-pno:cacheprovider docs/test_site.py
+	@$(BIN)/pytest -qs -o addopts=-pno:cacheprovider docs/tests
 
 docs-serve: $(DOCS) docs/vendor/katex ## serve the pages; at each change build the changed page only
 	@$(MKDOCS) serve --dirty

@@ -3,7 +3,7 @@
 It imports no swan, because kvpress 0.5 needs transformers < 5.3 and swan a newer one. The windows come from swan:
 
     windows = torch.cat([token_windows(evaluation_text(name), tokenizer, 4, 2048) for name in ("qasper", "squad")])
-    torch.save(windows, "windows.pt")  # swan.evaluation.sources; it also keeps the folder of the model (cache_folder)
+    torch.save(windows, "windows.pt")  # swan.evaluation.texts; the folder of the model: swan.evaluation.models
 
 and the numbers from an environment of their own:
 
@@ -74,7 +74,7 @@ class Scores:
         self.agreement.append((log_p.argmax(-1) == dense.argmax(-1)).double().mean().item())
 
     def row(self, press: str, kept: float, dense: "Scores") -> dict[str, Any]:
-        """The row of the result."""
+        """Return the row of the result."""
         differences = [a - b for a, b in zip(self.nll, dense.nll, strict=True)]
         ratio = math.exp(statistics.fmean(differences))
         return {
@@ -91,7 +91,7 @@ class Scores:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; needs two values."""
+    """Compute the standard error of the mean; needs two values."""
     return statistics.stdev(values) / math.sqrt(len(values))
 
 

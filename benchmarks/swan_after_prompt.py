@@ -22,7 +22,7 @@ from torch import Tensor
 from swan import Plan
 from swan.cli.common import envelope
 from swan.evaluation.calibrations import calibration_of
-from swan.evaluation.sources import load_model
+from swan.evaluation.models import load_model
 from swan.integrations import attached
 from swan.integrations.transformers import SwanCache, cache_keyword
 

@@ -52,13 +52,13 @@ matplotlib.rcParams.update(
 def panels(
     count: int, height: float = 3.3, **kwargs: Any
 ) -> tuple[Figure, Sequence[Any]]:
-    """A figure as wide as the text, with a row of axes."""
+    """Make a figure as wide as the text, with a row of axes."""
     figure = Figure(figsize=(8.2, height), layout="constrained")
     return figure, np.atleast_1d(figure.subplots(1, count, **kwargs))
 
 
 def svg(figure: Figure, alt: str) -> str:
-    """A figure as HTML, with a text for those who do not see it."""
+    """Write a figure as HTML, with a text for those who do not see it."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     drawing = file.getvalue()
@@ -74,7 +74,7 @@ def svg(figure: Figure, alt: str) -> str:
 
 
 def toy(points: Any, basis: Any, plain: Any, turned: Any) -> str:
-    """Points in the plane and where they go when one of two coordinates is kept."""
+    """Plot points in the plane and where they go when one of two coordinates is kept."""
     figure, axes = panels(2, height=3.6, sharex=True, sharey=True)
     points, basis, plain, turned = map(np.asarray, (points, basis, plain, turned))
     settings = (
@@ -117,7 +117,7 @@ def curves(
     alt: str,
     **settings: Any,
 ) -> str:
-    """A panel for each title in `data`, a logarithmic curve for each basis in it."""
+    """Plot a panel for each title in `data`, a logarithmic curve for each basis in it."""
     figure, axes = panels(len(data), sharey=True)
     for axis, (title, lines) in zip(axes, data.items(), strict=True):
         for basis, y in lines.items():
@@ -130,7 +130,7 @@ def curves(
 
 
 def prefill_forms(tokens: int = 12, buffer: int = 2, sinks: int = 1) -> str:
-    """Which keys each query sees dense, packed or not at all, by form of the prefill and its chunks."""
+    """Plot which keys each query sees dense, packed or not at all, by form of the prefill and its chunks."""
     query, key = np.arange(tokens)[:, None], np.arange(tokens)[None]
     figure, axes = panels(3, height=3.2, sharey=True)
     for axis, title, chunk in zip(
@@ -178,14 +178,17 @@ def prefill_forms(tokens: int = 12, buffer: int = 2, sinks: int = 1) -> str:
 
 
 def kept_coordinates(vectors: Any, panels_of_kept: Mapping[str, Any]) -> str:
-    """Vectors as rows of squares as large as their coordinates; those that are kept in colour."""
+    """Plot vectors as rows of squares as large as their coordinates; those that are kept in colour."""
     vectors = np.asarray(vectors)
     rows, columns = np.indices(vectors.shape)
     size = 110 * np.abs(vectors) / np.abs(vectors).max()
     figure, axes = panels(len(panels_of_kept), height=2.6, sharey=True)
     for axis, (title, kept) in zip(axes, panels_of_kept.items(), strict=True):
-        held = np.asarray(kept) != 0
-        for colour, label, cells in ((BLUE, "kept", held), (GREY, "pruned", ~held)):
+        remains = np.asarray(kept) != 0
+        for colour, label, cells in (
+            (BLUE, "kept", remains),
+            (GREY, "pruned", ~remains),
+        ):
             alpha = 1 if colour == BLUE else 0.45
             axis.scatter(
                 columns[cells],
@@ -214,7 +217,7 @@ def kept_coordinates(vectors: Any, panels_of_kept: Mapping[str, Any]) -> str:
 
 
 def staircase(values: Any, rounded: Mapping[int, Any]) -> str:
-    """Values against what is stored of them, a panel for each number of bits."""
+    """Plot values against what is stored of them, a panel for each number of bits."""
     values = np.asarray(values)
     figure, axes = panels(len(rounded), height=2.9, sharey=True)
     for axis, (bits, stored) in zip(axes, rounded.items(), strict=True):
@@ -231,7 +234,7 @@ def staircase(values: Any, rounded: Mapping[int, Any]) -> str:
 
 
 def ring(slots: Sequence[Sequence[int]], sinks: int) -> str:
-    """Which token each slot of a buffer holds, a row for each step; negative where it holds nothing."""
+    """Plot which token each slot of a buffer holds, a row for each step; negative where it holds nothing."""
     table = np.asarray(slots)
     steps, width = table.shape
     figure, axes = panels(1, height=0.36 * steps + 0.7)
@@ -278,7 +281,7 @@ def ring(slots: Sequence[Sequence[int]], sinks: int) -> str:
 
 
 def layers_of(plans: Mapping[str, Sequence[float]]) -> str:
-    """The retention of each layer, a stepped line for each plan."""
+    """Plot the retention of each layer, a line for each plan."""
     figure, axes = panels(1, height=2.9)
     axis = axes[0]
     styles = zip((BLUE, GREEN, ORANGE), ("-", "--", "-."), strict=True)
@@ -317,7 +320,7 @@ def growth(
     *,
     xlabel: str = "tokens in the cache",
 ) -> str:
-    """Bytes of caches against tokens, the first in grey."""
+    """Plot bytes of caches against tokens, the first in grey."""
     figure, axes = panels(1, height=3)
     axis = axes[0]
     size, unit = (

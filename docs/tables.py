@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from swan.integrations.architectures import ARCHITECTURES
 
 
 def table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], align: str = ""
+    columns: Sequence[str], rows: Iterable[Sequence[str]], align: str = ""
 ) -> str:
-    """A Markdown table; `align` has a letter, l or r, for each column."""
+    """Write a Markdown table; `align` has a letter, l or r, for each column."""
     rules = [":---" if a == "l" else "---:" for a in align or "l" * len(columns)]
     return "\n".join(
         "| " + " | ".join(cells) + " |" for cells in (columns, rules, *rows)
@@ -21,7 +21,7 @@ def table(
 
 
 def architectures() -> str:
-    """What is known of architectures of transformers."""
+    """List what is known of architectures of transformers."""
     words = {True: "yes", False: "no"}
     rows = [
         [f"`{name}`", words[a.supported], words[a.fold], a.note]
@@ -31,7 +31,7 @@ def architectures() -> str:
 
 
 def commands() -> str:
-    """The commands of the command line."""
+    """List the commands of the command line."""
     import typer
     from swan.cli.app import app
 
@@ -109,7 +109,7 @@ GROUPS = {
 
 
 def public_names(group: str) -> str:
-    """A list of the public names of a group; each name of swan must be in one group."""
+    """List the public names of a group; each name of swan must be in one group."""
     grouped = [name for names in GROUPS.values() for name in names]
     public = [
         n
@@ -132,7 +132,7 @@ def _summary(thing: Any) -> str:
 
 
 def source(*things: Any) -> str:
-    """A block of Python: the source of functions and classes, and other lines as they are."""
+    """Show the source of functions and classes, and other lines as they are, as a block of Python."""
     parts = [
         thing if isinstance(thing, str) else inspect.getsource(thing)
         for thing in things
@@ -145,7 +145,7 @@ def source(*things: Any) -> str:
 
 
 def claims(rows: Sequence[tuple[str, str]]) -> str:
-    """What is claimed, and the test that holds it: ``tests/file.py::test_name``, which must exist."""
+    """List what is claimed, and the test that holds it: ``tests/file.py::test_name``, which must exist."""
     for _, test in rows:
         path, name = test.split("::")
         if f"def {name}(" not in Path(path).read_text():

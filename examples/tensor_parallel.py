@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
 import swan
-from swan.evaluation.sources import model_folder
+from swan.evaluation.models import model_folder
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -26,7 +26,7 @@ cache = swan.SwanCache(model, retention=0.33, buffer=8)
 output = model.generate(**inputs, cache=cache, max_new_tokens=16, do_sample=False)
 
 rank, held = dist.get_rank(), [None] * 3
-dist.all_gather_object(held, (cache.winnowed[0].buffer.keys.shape[1], cache.nbytes))
+dist.all_gather_object(held, (cache.winnowed[0].state.k_recent.shape[1], cache.nbytes))
 if rank == 0:
     print(tokenizer.decode(output[0]))
     for rank, (heads, nbytes) in enumerate(held):

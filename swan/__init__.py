@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from swan.integrations import attach as attach
     from swan.integrations import detach as detach
     from swan.integrations import supported as supported
-    from swan.integrations.pretrained import from_pretrained as from_pretrained
-    from swan.integrations.pretrained import save_pretrained as save_pretrained
     from swan.integrations.transformers import SwanCache as SwanCache
+    from swan.integrations.transformers.pretrained import from_pretrained as from_pretrained
+    from swan.integrations.transformers.pretrained import save_pretrained as save_pretrained
 
 __version__ = "0.1.0"
 
@@ -47,8 +47,8 @@ _LAZY = {
     "attach": "swan.integrations",
     "detach": "swan.integrations",
     "supported": "swan.integrations",
-    "from_pretrained": "swan.integrations.pretrained",
-    "save_pretrained": "swan.integrations.pretrained",
+    "from_pretrained": "swan.integrations.transformers.pretrained",
+    "save_pretrained": "swan.integrations.transformers.pretrained",
     "SwanCache": "swan.integrations.transformers",
 }
 

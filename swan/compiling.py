@@ -1,4 +1,4 @@
-"""Says to torch.compile what it cannot see, without importing the compiler: that takes longer than all of swan."""
+"""Marks of functions and tensors for torch.compile. None imports the compiler, which takes longer than all of swan."""
 
 import sys
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def constant_result(fn: F) -> F:
 
 
 def keep_in_place(*tensors: Tensor) -> None:
-    """Tell the compiler that these stay where they are: CUDA graphs then need no copies of them."""
+    """Tell the compiler that these tensors stay where they are: CUDA graphs then need no copies of them."""
     if not torch.compiler.is_compiling():
         from torch._dynamo import mark_static_address
 
@@ -28,6 +28,6 @@ def keep_in_place(*tensors: Tensor) -> None:
 
 
 def keep_in_place_if_compiling(tensor: Tensor) -> None:
-    """`keep_in_place` where the compiler is loaded, for what eager code builds too; called in constant functions."""
+    """Do as `keep_in_place` if the compiler is loaded: for `constant_result` functions, which eager code may call too."""
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         dynamo.mark_static_address(tensor, guard=False)

@@ -1,8 +1,8 @@
-"""Lets the threads of swan's commands spin for a moment only while they wait; imported before torch.
+"""Shorter spinning of the threads of swan's commands while they wait; imported before torch.
 
 The OpenMP library of torch's wheels spins for about a millisecond by default. Beside one busy process on two cores that
 makes a forward pass 1.6 times and decoding 2.7 times as long; a shorter wait costs nothing where the cores are free. It
-reads its settings as it loads, so they are set here, and only for the command line: other programs have their own.
+reads its settings when it is loaded, so they are set here, and for the command line only: other programs set theirs.
 """
 
 import os

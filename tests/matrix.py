@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache, TextStreamer
 
-from swan import SwanCache
+from swan import SwanCache, detach
 from swan.integrations.transformers import cache_keyword
 from tests.tiny import ARCHITECTURES, attached, everything, generated, left_padded, tiny, tokens
 
@@ -40,6 +40,7 @@ REFUSED = {
 }
 
 TOO = "refused by transformers with its own cache too"
+WRONG_TOO = "other tokens, those that transformers' own static cache gives too"
 OWN = ("gemma3", "lfm2", "qwen3-next")  # some of their layers are transformers' own, and cannot do everything
 SILENT = ("gpt2", "opt", "stablelm")  # do not tell their attention that weights are asked for
 
@@ -48,7 +49,7 @@ def expected(architecture: str, name: str) -> str:
     """The pattern of what a cell says."""
     reason = refusal(architecture, name)
     theirs = architecture in OWN or (architecture, name) == ("opt", "compiled")  # in old versions
-    return f"refused: .*{reason}" if reason else f"exact|{TOO}" if theirs else "exact"
+    return f"refused: .*{reason}" if reason else f"exact|{TOO}|{WRONG_TOO}" if theirs else "exact"
 
 
 def refusal(architecture: str, name: str) -> str | None:
@@ -65,13 +66,15 @@ def use(function: Use) -> Use:
 
 
 def cell(architecture: str, name: str, kind: str = "dynamic") -> str:
-    """``"exact"``, or ``"refused"`` and the reason; raises AssertionError where tokens differ."""
+    """``"exact"``, or ``"refused"`` and the reason; raises AssertionError where tokens differ that need not."""
     try:
         model = attached(architecture)
     except (ValueError, TypeError) as error:
         return f"refused: {error}"
     try:
         found = _run(name, model, lambda: everything(model, **CACHES[kind]))
+    except AssertionError:
+        raise
     except Exception as error:
         if (theirs := _error_of(name, model, kind)) is not None:
             return f"{TOO}: {theirs}"
@@ -79,19 +82,26 @@ def cell(architecture: str, name: str, kind: str = "dynamic") -> str:
             raise
         return f"refused: {error}"
     expected = _run(name, model, lambda: DynamicCache(config=model.config))
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b), f"{architecture}, {name}, {kind}: other tokens than with a dense cache"
-    return "exact"
+    if _same(found, expected):
+        return "exact"
+    as_theirs = kind == "static" and _same(found, _run(name, model, lambda: _theirs(model, kind)))
+    assert as_theirs, f"{architecture}, {name}, {kind}: other tokens than with a dense cache"
+    return WRONG_TOO
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def _theirs(model: PreTrainedModel, kind: str) -> Cache:
+    """transformers' own cache of a kind."""
+    return StaticCache(model.config, max_cache_len=128) if kind == "static" else DynamicCache(config=model.config)
 
 
 def _error_of(name: str, model: PreTrainedModel, kind: str) -> str | None:
     """What transformers' own cache of a kind says to a use that it does not serve."""
     try:
-        if kind == "static":
-            _run(name, model, lambda: StaticCache(config=model.config, max_cache_len=128))
-        else:
-            _run(name, model, lambda: DynamicCache(config=model.config))
+        _run(name, model, lambda: _theirs(model, kind))
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None
@@ -220,17 +230,38 @@ def inputs_embeds(model, new_cache):
 
 @use
 def no_cache(model, new_cache):
-    """The cache is not used, and must not be in the way."""
-    new_cache()
-    return [generated(model, **SINGLE, use_cache=False), forward(model, None, tokens(2, 20), use_cache=False)]
+    """A model that is told to use no cache is the one before `attach`, and a cache that it had begun goes on after."""
+    cache = _filled(model, new_cache)
+    plain = model
+    if not isinstance(cache, SwanCache):
+        plain = copy.deepcopy(model)
+        detach(plain)
+    found = [generated(plain, **SINGLE, use_cache=False), forward(plain, None, tokens(2, 20), use_cache=False)]
+    return [*found, _next(model, cache, 2)]
 
 
 @use
 def autocast(model, new_cache):
+    """Tokens that float32 prefers by far more than bfloat16 may move a logit: compared here, so none are returned."""
+    text = torch.cat([PADDED["input_ids"], tokens(3, 12, seed=2)], dim=1)
+
+    def logits(cache=None, **given):
+        """Of each step, where `generate` is made to write this text."""
+        forced = {"prefix_allowed_tokens_fn": lambda row, ids: [int(text[row, len(ids)])]}
+        kept = {"output_logits": True, "return_dict_in_generate": True}
+        return torch.stack(generated(model, cache, **PADDED, **forced, **kept, **given).logits, dim=1).float()
+
+    exact = logits(use_cache=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = generated(model, new_cache(), **PADDED, max_new_tokens=1)
-    assert found.shape == (3, 41)
-    return [found[:, :40]]  # bfloat16 may well choose another token than a dense cache does
+        rounded, found = logits(use_cache=False), logits(new_cache())
+    best, second = exact.topk(2).values.unbind(-1)
+    clear = best - second > 8 * (rounded - exact).abs().amax(-1).median()
+    agree = (found.argmax(-1) == exact.argmax(-1))[clear]
+    # Rounding may send a token to another expert, and then any of its logits is another.
+    mixture = any("experts" in name for name in model.config.to_dict())
+    assert len(agree) >= 8
+    assert agree.float().mean() >= (0.75 if mixture else 1), f"other tokens in {(~agree).sum()} of {len(agree)} steps"
+    return []
 
 
 # forward ------------------------------------------------------------------------------------------

@@ -189,9 +189,8 @@ def decode(cache, q: Tensor, k: Tensor, v: Tensor, chunks, *, padding: Tensor | 
     outs, start = [], 0
     for size in chunks:
         stop = start + size
-        cache.update(k[:, :, start:stop], v[:, :, start:stop], padding=padding)
         seen = None if mask is None else mask[:, :, start:stop]
-        outs.append(cache.attend(q[:, :, start:stop], mask=seen))
+        outs.append(cache(*(t[:, :, start:stop] for t in (q, k, v)), padding=padding, mask=seen))
         start = stop
     return torch.cat(outs, dim=2)
 

@@ -20,8 +20,7 @@ def test_a_decode_step_makes_few_calls():
 
     def step(tokens):
         q, k, v = torch.randn(1, 32, tokens, 128), *torch.randn(2, 1, 8, tokens, 128)
-        cache.update(key_rotation(k), value_rotation(v))
-        return value_rotation.inverse(cache.attend(key_rotation(q)))
+        return value_rotation.inverse(cache(key_rotation(q), key_rotation(k), value_rotation(v)))
 
     calls = []
 

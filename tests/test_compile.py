@@ -8,7 +8,6 @@ from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 from swan import (
-    DenseBuffer,
     Graded,
     KVCache,
     LayerPlan,
@@ -29,6 +28,7 @@ from swan import (
     topk_prune,
     unpack,
 )
+from swan.modules.buffer import StaticBuffer
 from tests.compilers import needs_cxx
 from tests.strategies import (
     U32,
@@ -168,8 +168,7 @@ def test_mixing_matrices_are_inputs_of_the_graph(dynamic):
 
 
 def step_cache(cache, q, k, v):
-    cache.update(k, v)
-    return cache.attend(q)
+    return cache(q, k, v)
 
 
 def static_cache(prefill="windowed", plan_layer=PLAN) -> KVCache:
@@ -179,7 +178,7 @@ def static_cache(prefill="windowed", plan_layer=PLAN) -> KVCache:
 @dynamic_or_not
 def test_a_static_buffer_compiles(dynamic):
     k, v = inputs(30)[1:]
-    plain, buffer = DenseBuffer(4, 2, static=True), DenseBuffer(4, 2, static=True)
+    plain, buffer = StaticBuffer(4, 2), StaticBuffer(4, 2)
     push = torch.compile(buffer.push, fullgraph=True, backend="eager", dynamic=dynamic)
     for part in (slice(3), slice(3, 4), slice(4, 30)):
         assert_equal(push(k[:, :, part], v[:, :, part]), plain.push(k[:, :, part], v[:, :, part]))

@@ -1,4 +1,4 @@
-"""The pages of the site: their code runs, and every public name has a page. docs/test_site.py checks them as built."""
+"""The pages of the site: their code runs, and every public name has a page. docs/tests checks them as built."""
 
 import re
 import sys

@@ -27,8 +27,7 @@ print(*[name for name in ("torch._dynamo", "sympy", "triton", "transformers", "r
 layer = swan.LayerPlan(swan.Graded(((32, 4),)), swan.TopK(32, 8))
 cache = swan.KVCache(layer, buffer=4)
 for tokens in (9, 1):
-    cache.update(*torch.randn(2, 1, 2, tokens, 32))
-    cache.attend(torch.randn(1, 4, tokens, 32), impl="compiled")
+    cache(torch.randn(1, 4, tokens, 32), *torch.randn(2, 1, 2, tokens, 32), impl="compiled")
 assert cache.history_length == 2
 """
     assert run(code) == ""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from swan import Calibration, SwanCache, attach, calibrate
-from swan.evaluation.sources import model_folder
+from swan.evaluation.models import model_folder
 from swan.integrations.transformers import cache_keyword
 from swan.storage.mixing import MIXES, _name
 
@@ -50,6 +50,8 @@ DEEPSEEK |= {"moe_intermediate_size": 48, "num_key_value_heads": 4}
 FALCON_H1 = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
 FALCON_H1 |= {"mamba_chunk_size": 16}
 HYBRID = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+# With the embeddings as its head a random Gemma repeats its last token, whatever its attention says.
+GEMMA3 = HYBRID | {"query_pre_attn_scalar": 16, "tie_word_embeddings": False}
 
 OLD = int(transformers.__version__.split(".")[1]) < 15 and transformers.__version__.startswith("5.")
 FORGETFUL = ("lfm2",) if OLD else ()  # whose convolutions forget, in old versions, what came before a chunk
@@ -61,7 +63,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
     "mistral": ("MistralForCausalLM", "MistralConfig", SIZES | {"sliding_window": None}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", SIZES),  # biases
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SIZES),  # norms of q and k
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", SIZES | HYBRID | {"query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", SIZES | GEMMA3),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", SIZES),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2_SIZES),  # no RoPE, fused qkv, Conv1D
     "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES),  # fused qkv, partial RoPE

@@ -1,7 +1,7 @@
 """Runs a model and observes q, k and v inside its attention function: no hooks per architecture."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from swan.modules import SwanAttention
 
 __all__ = [
-    "Observed", "attention_layers", "call", "config_fingerprint", "evaluating", "fingerprint", "observing",
-    "swan_layers", "tensor_parallel", "unwrapped",
+    "CHANGE_SCORES", "Observed", "attention_layers", "call", "config_fingerprint", "evaluating", "fingerprint", "given",
+    "observing", "register_attention", "swan_layers", "tensor_parallel", "unwrapped",
 ]  # fmt: skip
 
 
@@ -48,7 +48,7 @@ class Observed:
 
 Observer = Callable[[int, Observed], None]
 OBSERVE = "swan_observe"  # name of the observing attention function in transformers
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments of attention functions that change the scores
+CHANGE_SCORES = ("softcap", "s_aux", "position_bias")  # arguments of attention functions
 
 _observer: Observer | None = None
 
@@ -66,12 +66,26 @@ def swan_layers(model: nn.Module) -> list[SwanAttention]:
 
 def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     """The attention modules of a transformers model by their layer index."""
-    found = {}
+    layers = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and hasattr(module, "is_causal"):
-            found[index] = module
-    return found
+            layers[index] = module
+    return layers
+
+
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Give transformers an attention function under a name, and with it the boolean masks of SDPA."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def given(arguments: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return those of the names that an attention function was given a value for."""
+    return [name for name in names if arguments.get(name) is not None and arguments[name] is not False]
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -151,10 +165,8 @@ def _observe_transformers(model: nn.Module, observer: Observer) -> Iterator[None
     global _observer
     config = _config(model)
     import transformers
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    transformers.AttentionInterface.register(OBSERVE, _observed_attention)
-    AttentionMaskInterface.register(OBSERVE, sdpa_mask)
+    register_attention(OBSERVE, _observed_attention)
     assert isinstance(model, transformers.PreTrainedModel)
     before = config._attn_implementation
     if _observer is not None:
@@ -174,11 +186,11 @@ def _observed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     assert _observer is not None
-    asked = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    unsupported = given(kwargs, CHANGE_SCORES)
     if attention_mask is not None and attention_mask.dtype != torch.bool:
-        asked.append(f"a mask of {attention_mask.dtype}")
-    if asked:
-        raise ValueError(f"{type(module).__name__} computes its attention with {', '.join(asked)}: not supported")
+        unsupported.append(f"a mask of {attention_mask.dtype}")
+    if unsupported:
+        raise ValueError(f"{type(module).__name__} computes its attention with {', '.join(unsupported)}: not supported")
     index = module.layer_idx
     assert isinstance(index, int)
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -1,7 +1,7 @@
 """`swan bench`: timings against the strongest dense attention."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,22 +20,21 @@ from swan.cli.common import (
     layer_dtype,
     load,
     print_json,
-    print_table,
     user_errors,
     write_json,
 )
+from swan.cli.tables import Columns, Row, mebibytes, milliseconds, number, percent, print_table, ratio
 from swan.evaluation import bench as benchmarks
 from swan.evaluation.bench import FORMS, IMPLS, SHAPES, Setup
 from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.figures import save
 from swan.evaluation.machine import memory_bandwidth
-from swan.evaluation.sources import evaluation_text, token_windows
+from swan.evaluation.texts import evaluation_text, token_windows
 
 bench = typer.Typer(help="Timings against the strongest dense attention.", no_args_is_help=True)
 
 Form = tuple[str, float]
-Row = dict[str, Any]
 
 LengthsOption = Annotated[list[int] | None, typer.Option("--lengths", help="Tokens in the cache (repeat it).")]
 ShapeOption = Annotated[
@@ -67,7 +66,7 @@ def decode(
     plot: Annotated[Path | None, typer.Option(help="Image file to draw.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Attention of one decoding step of one layer, swan beside dense."""
+    """Time the attention of one decoding step of one layer, swan beside dense."""
     lengths = lengths or [8192]
     with user_errors():
         check_plot(plot)
@@ -80,14 +79,14 @@ def decode(
             save(benchmarks.plot_decode(rows, _about(setup)), plot)
     if json:
         return print_json(_settings(setup, shape, lengths=lengths, bandwidth=bandwidth), rows)
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: Columns = {
         "cache": _label,
         "impl": lambda row: row["impl"],
         "dtype": lambda row: row["dtype"],
         "length": lambda row: str(row["length"]),
-        "ms (spread)": _ms,
+        "ms (spread)": milliseconds,
         "speedup": _speedup,
-        "read MB": lambda row: f"{row['bytes'] / 1e6:.1f}",
+        "read MB": lambda row: number(row["bytes"] / 1e6, 1),
         "GB/s": _gigabytes,
     }
     _show(f"Attention of one decode step, {_about(setup)}", columns, rows)
@@ -106,7 +105,7 @@ def step(
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:
-    """Parts of one decoding step of one layer, and the length from which on swan's is faster."""
+    """Time the parts of one decoding step of one layer, and find the length from which on swan's is faster."""
     lengths = lengths or [512, 2048, 8192]
     options = _given(forms=_forms(form, retention), impls=impl)
     with user_errors():
@@ -114,21 +113,22 @@ def step(
         rows = benchmarks.bench_step(lengths, setup, **options)
     if json:
         return print_json(_settings(setup, shape, lengths=lengths), rows)
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: Columns = {
         "cache": _label,
         "impl": lambda row: row["impl"],
         "length": lambda row: str(row["length"]),
         "part": lambda row: row["what"],
-        "ms (spread)": _ms,
-        "share": lambda row: "-" if row["share"] is None else f"{100 * row['share']:.0f} %",
+        "ms (spread)": milliseconds,
+        "share": lambda row: percent(row["share"], 0),
         "speedup": _speedup,
     }
     timed = [row for row in rows if row["what"] != "break-even"]
     _show(f"One decode step of a layer, {_about(setup)}, {dtype_name(setup.dtype)}", columns, timed)
     console.print("share: of the time of the attention")
     for row in (row for row in rows if row["what"] == "break-even"):
-        measured = row["error"] if row["length"] is None else f"{row['length']:.0f} tokens"
-        console.print(f"break-even, {_label(row)} {row['impl']}: {measured} (by operations {row['formula']:.0f})")
+        measured = row["error"] if row["length"] is None else f"{number(row['length'], 0)} tokens"
+        operations = number(row["formula"], 0)
+        console.print(f"break-even, {_label(row)} {row['impl']}: {measured} (by operations {operations})")
 
 
 @bench.command()
@@ -142,20 +142,20 @@ def prefill(
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:
-    """Taking in a prompt in one layer: time and peak of memory, swan beside dense."""
+    """Measure time and peak of memory of taking in a prompt in one layer, swan beside dense."""
     lengths = lengths or [2048]
     with user_errors():
         setup = Setup(batch=batch, buffer=buffer, dtype=layer_dtype(dtype), **_shape(shape))
         rows = benchmarks.bench_prefill(lengths, setup, **_given(forms=_forms(form, retention)))
     if json:
         return print_json(_settings(setup, shape, lengths=lengths), rows)
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: Columns = {
         "cache": _label,
         "length": lambda row: str(row["length"]),
-        "ms (spread)": _ms,
+        "ms (spread)": milliseconds,
         "speedup": _speedup,
-        "cache MiB": lambda row: f"{row['bytes'] / 2**20:.1f}",
-        "peak MiB": lambda row: f"{row['peak_bytes'] / 2**20:.1f}",
+        "cache MiB": lambda row: mebibytes(row["bytes"], unit=""),
+        "peak MiB": lambda row: mebibytes(row["peak_bytes"], unit=""),
     }
     _show(f"A prompt in one layer, {_about(setup)}, {dtype_name(setup.dtype)}", columns, rows)
 
@@ -174,10 +174,10 @@ def capacity(
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:
-    """Tokens per second of one layer at the largest batch that fits a memory."""
+    """Measure tokens per second of one layer at the largest batch that fits a memory."""
     lengths = lengths or [8192]
     with user_errors():
-        from swan.integrations.transformers import byte_count
+        from swan.integrations.sizes import byte_count
 
         setup = Setup(buffer=buffer, dtype=layer_dtype(dtype), **_shape(shape))
         size, bandwidth = byte_count(memory), memory_bandwidth(setup.device)
@@ -186,13 +186,13 @@ def capacity(
     if json:
         settings = _settings(setup, shape, lengths=lengths, memory=size, bandwidth=bandwidth)
         return print_json(settings, rows)
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: Columns = {
         "cache": _label,
         "impl": lambda row: row["impl"],
         "length": lambda row: str(row["length"]),
         "batch": lambda row: str(row["batch"]),
-        "ms (spread)": _ms,
-        "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
+        "ms (spread)": milliseconds,
+        "tokens/s": lambda row: number(row["tokens_per_second"], 0),
         "speedup": _speedup,
         "GB/s": _gigabytes,
     }
@@ -213,38 +213,38 @@ def model(
     ] = None,
     impl: Annotated[list[str] | None, typer.Option(help="Of eager, compiled (repeat it); both by default.")] = None,
     quantized: Annotated[bool, typer.Option(help="Also transformers' quantized cache, if quanto is there.")] = True,
-    calibration: CalibrationOption = None,
+    calibration_file: CalibrationOption = None,
     dtype: DtypeOption = Dtype.auto,
     out: Annotated[Path | None, typer.Option(help="JSON file to write, after each row too.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Tokens per second of a whole model, swan's caches beside those of transformers."""
+    """Measure tokens per second of a whole model, swan's caches beside those of transformers."""
     options = _given(retentions=retention, impls=impl)
     with user_errors():
         network, tokenizer = load(model, dtype)
         ids = token_windows(evaluation_text("qasper"), tokenizer, batch, prompt)
-        found = calibration_of(model, network, tokenizer, path=calibration)
+        calibration = calibration_of(model, network, tokenizer, path=calibration_file)
         options |= {"tokens": tokens, "quantized": quantized, "buffer": buffer}
         settings = {"model": model, "prompt": prompt, "tokens": tokens, "batch": batch, "buffer": buffer}
         settings |= {"dtype": dtype_name(network.dtype), "threads": torch.get_num_threads()}
 
-        def keep(rows: list[Row]) -> None:
+        def write(rows: list[Row]) -> None:
             write_json(out, envelope(settings, rows))
 
-        rows = benchmarks.bench_model(network, ids, found, after_row=keep, **options)
+        rows = benchmarks.bench_model(network, ids, calibration, after_row=write, **options)
     if json:
         return print_json(settings, rows)
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: Columns = {
         "cache": _label,
         "impl": lambda row: row["impl"],
-        "tok/s": lambda row: f"{row['tokens_per_second']:.1f}",
-        "ms (spread)": _ms,
+        "tok/s": lambda row: number(row["tokens_per_second"], 1),
+        "ms (spread)": milliseconds,
         "speed": _speedup,
-        "fill s": lambda row: f"{row['prefill_seconds']:.1f}",
-        "MiB": lambda row: f"{row['bytes'] / 2**20:.1f}",
-        "growth": lambda row: "-" if row["growth"] is None else f"{row['growth'] / 1024:.1f}",
-        "counted": lambda row: f"{row['growth_counted'] / 1024:.1f}",
-        "agree": lambda row: f"{100 * row['agreement']:.0f} %",
+        "fill s": lambda row: number(row["prefill_seconds"], 1),
+        "MiB": lambda row: mebibytes(row["bytes"], unit=""),
+        "growth": lambda row: number(row["growth"], 1, scale=2**-10),
+        "counted": lambda row: number(row["growth_counted"], 1, scale=2**-10),
+        "agree": lambda row: percent(row["agreement"], 0),
     }
     _show(f"{model}, {tokens} tokens after {batch} x {prompt}, {settings['dtype']}", columns, rows)
     console.print("fill: of the prompt; growth of the process, counted of the cache, KiB per token")
@@ -261,7 +261,7 @@ def _shape(shape: str) -> dict[str, Any]:
 
 
 def _forms(form: list[str] | None, retention: list[float] | None) -> list[Form] | None:
-    """Forms as asked for, in the usual retentions where none is given; None if nothing is."""
+    """Pair the chosen forms with the retentions, or with the usual ones; None if neither is given."""
     if retention:
         return list(itertools.product(form or ["graded"], retention))
     usual = (*FORMS, *((name, 0.5) for name in form or [] if name not in dict(FORMS)))
@@ -269,7 +269,7 @@ def _forms(form: list[str] | None, retention: list[float] | None) -> list[Form] 
 
 
 def _given(**options: Any) -> dict[str, Any]:
-    """Options that were given, so that others keep their defaults."""
+    """Select the options that were given, so that others keep their defaults."""
     return {name: value for name, value in options.items() if value}
 
 
@@ -282,10 +282,10 @@ def _about(setup: Setup) -> str:
     return f"{setup.heads} query and {setup.kv_heads} KV heads of {setup.head_dim}, batch {setup.batch}"
 
 
-def _show(title: str, columns: dict[str, Callable[[Row], str]], rows: Sequence[Row]) -> None:
-    """A table of what was measured, and below it what was not, and why."""
+def _show(title: str, columns: Columns, rows: Sequence[Row]) -> None:
+    """Print a table of what was measured, and below it what was not, and why."""
     timed = [row for row in rows if row["median_ms"] is not None]
-    print_table(title, list(columns), [[cell(row) for cell in columns.values()] for row in timed])
+    print_table(title, columns, timed)
     missing: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["median_ms"] is None:
@@ -295,21 +295,16 @@ def _show(title: str, columns: dict[str, Callable[[Row], str]], rows: Sequence[R
 
 
 def _say_bandwidth(bandwidth: float) -> None:
-    console.print(f"plain reading or copying: {bandwidth / 1e9:.1f} GB/s (threads: {torch.get_num_threads()})")
+    console.print(f"plain reading or copying: {number(bandwidth / 1e9, 1)} GB/s (threads: {torch.get_num_threads()})")
 
 
 def _label(row: Row) -> str:
-    return "dense" if row["form"] == "dense" else f"{row['form']} {row['retention']:.2f}"
-
-
-def _ms(row: Row) -> str:
-    median = f"{row['median_ms']:.{3 if abs(row['median_ms']) < 10 else 1}f}"
-    return median if row["spread"] is None else f"{median} ({100 * row['spread']:.0f} %)"
-
-
-def _gigabytes(row: Row) -> str:
-    return f"{row['bytes'] / row['median_ms'] / 1e6:.1f}"
+    return "dense" if row["form"] == "dense" else f"{row['form']} {number(row['retention'], 2)}"
 
 
 def _speedup(row: Row) -> str:
-    return "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+    return ratio(row["speedup"])
+
+
+def _gigabytes(row: Row) -> str:
+    return number(row["bytes"] / row["median_ms"] / 1e6, 1)

@@ -15,9 +15,9 @@ from swan.cli.common import (
     console,
     load,
     print_json,
-    print_table,
     user_errors,
 )
+from swan.cli.tables import Columns, number, percent, print_table
 from swan.evaluation.calibrations import calibration_of
 
 
@@ -39,10 +39,12 @@ def calibrate(
     if json:
         settings = {"model": model, "basis": basis, "tokens": calibration.tokens, "text": text, "out": str(out)}
         return print_json(settings, rows)
-    names = ("keys_quarter", "keys_half", "values_quarter", "values_half")
-    print_table(
-        "Share of importance in the leading coordinates",
-        ("layer", "keys: d/4", "keys: d/2", "values: d/4", "values: d/2"),
-        [[f"{row['layer']:.0f}", *(f"{100 * row[name]:.1f} %" for name in names)] for row in rows],
-    )
+    columns: Columns = {
+        "layer": lambda row: number(row["layer"], 0),
+        "keys: d/4": lambda row: percent(row["keys_quarter"]),
+        "keys: d/2": lambda row: percent(row["keys_half"]),
+        "values: d/4": lambda row: percent(row["values_quarter"]),
+        "values: d/2": lambda row: percent(row["values_half"]),
+    }
+    print_table("Share of importance in the leading coordinates", columns, rows)
     console.print(f"{calibration} written to {out}")

@@ -1,4 +1,4 @@
-"""What the commands share: loading, calibrating, errors, JSON and tables."""
+"""Options that several commands have, the loading of models, errors, and JSON."""
 
 import contextlib
 import importlib.util
@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from swan.calibration.files import replacing
+from swan.evaluation.announcements import announced
 from swan.evaluation.dtypes import native_or_float32
-from swan.evaluation.machine import machine, versions
-from swan.evaluation.sources import announced, automatic_dtype, load_model
+from swan.evaluation.machine import default_device, machine, versions
+from swan.evaluation.models import automatic_dtype, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,35 +73,32 @@ def user_errors() -> Iterator[None]:
 
 
 def load(name: str, dtype: Dtype) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """A model and its tokenizer, on the GPU where there is one; says on stderr which dtype `auto` is, and why."""
+    """Load a model and its tokenizer, to the GPU where there is one; say on stderr which dtype `auto` is, and why."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    chosen = _said(automatic_dtype(name, _device())) if dtype is Dtype.auto else getattr(torch, dtype)
+    device = default_device()
+    chosen = _announced_dtype(automatic_dtype(name, device)) if dtype is Dtype.auto else getattr(torch, dtype)
     with announced(f"loading {name}"):
-        return load_model(name, dtype=chosen, device=_device())
+        return load_model(name, dtype=chosen, device=device)
 
 
 def layer_dtype(dtype: Dtype) -> torch.dtype:
-    """The dtype of a benchmark without a model; `auto` is bfloat16 where the device multiplies it, and is said."""
+    """Choose the dtype of a benchmark without a model; `auto`, which is announced, prefers bfloat16."""
     if dtype is Dtype.auto:
-        return _said(native_or_float32(torch.bfloat16, _device(), "most models'"))
+        return _announced_dtype(native_or_float32(torch.bfloat16, default_device(), "most models'"))
     return getattr(torch, dtype)
 
 
-def _said(choice: tuple[torch.dtype, str]) -> torch.dtype:
-    """A dtype, after its reason went to stderr."""
+def _announced_dtype(choice: tuple[torch.dtype, str]) -> torch.dtype:
+    """Return a dtype after its reason went to stderr."""
     dtype, reason = choice
     messages.print(f"[dim]dtype: {reason}[/]", highlight=False, soft_wrap=True)
     return dtype
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def envelope(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The JSON object of a command."""
+    """Make the JSON object of a command."""
     command = shlex.join(["swan", *sys.argv[1:]])
     about = {"command": command, "date": date.today().isoformat(), "versions": versions(), "machine": machine()}
     return about | {"settings": settings, "rows": list(rows)}
@@ -124,23 +120,3 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         with replacing(path) as temporary:
             Path(temporary).write_text(json.dumps(result, indent=2) + "\n")
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, numbers to the right."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def percent(value: float | None, digits: int = 2) -> str:
-    """A fraction as signed percent, or a dash."""
-    return "-" if value is None else f"{100 * value:+.{digits}f} %"
-
-
-def mebibytes(count: int) -> str:
-    """A count of bytes in MiB."""
-    return f"{count / 2**20:.1f} MiB"

@@ -10,24 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from swan.calibration import Plan
-from swan.cli.common import (
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    console,
-    load,
-    mebibytes,
-    percent,
-    print_json,
-    print_table,
-    user_errors,
-)
+from swan.cli.common import Dtype, DtypeOption, JsonOption, console, load, print_json, user_errors
 from swan.cli.generate import encode, stream
+from swan.cli.tables import Columns, Row, mebibytes, number, percent, print_table
 from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.perplexity import Setting
 from swan.evaluation.perplexity import evaluate as evaluate_settings
-from swan.evaluation.sources import evaluation_text, token_windows
+from swan.evaluation.texts import evaluation_text, token_windows
 from swan.integrations import attached
 
 RETENTIONS = (0.5, 0.33, 0.25)
@@ -66,22 +56,17 @@ def demo(
     if json:
         settings = {"model": model, "dtype": dtype_name(network.dtype), "tokens": tokens, "windows": windows}
         return print_json(settings, rows)
-    print_table(
-        f"{model}, {dtype_name(network.dtype)}, prompt of {inputs.shape[1]} tokens and {tokens} generated",
-        ("retention", "bytes", "of dense", "tokens/s", "perplexity", "increase", "agree"),
-        [
-            [
-                "dense" if row["form"] == "dense" else f"{row['retention']}",
-                mebibytes(row["nbytes"]),
-                f"{row['compression']:.2f}",
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['perplexity']:.2f}",
-                percent(row["perplexity_increase"]),
-                f"{100 * row['agreement']:.1f} %",
-            ]
-            for row in rows
-        ],
-    )
+    columns: Columns = {
+        "retention": _name,
+        "bytes": lambda row: mebibytes(row["nbytes"]),
+        "of dense": lambda row: number(row["compression"], 2),
+        "tokens/s": lambda row: number(row["tokens_per_second"], 1),
+        "perplexity": lambda row: number(row["perplexity"], 2),
+        "increase": lambda row: percent(row["perplexity_increase"], 2, signed=True),
+        "agree": lambda row: percent(row["agreement"]),
+    }
+    title = f"{model}, {dtype_name(network.dtype)}, prompt of {inputs.shape[1]} tokens and {tokens} generated"
+    print_table(title, columns, rows)
     console.print(
         f"of dense: of the bytes of a dense {dtype_name(network.dtype)} cache; buffer of 128 recent tokens and 4 sinks "
         "included. agree: the same likeliest next token.\n"
@@ -94,8 +79,8 @@ SCORES = ("perplexity", "perplexity_increase", "standard_error", "kl", "agreemen
 
 def _generate(
     model: Any, tokenizer: Any, inputs: Any, calibration: Any, retention: float | None, tokens: int, show: bool
-) -> dict[str, Any]:
-    """One generation, on the dense cache if there is no retention."""
+) -> Row:
+    """Generate once, on the dense cache if there is no retention."""
     from transformers import DynamicCache
 
     from swan.integrations.transformers import SwanCache
@@ -113,22 +98,26 @@ def _generate(
     return form | row
 
 
-def _plot(rows: list[dict[str, Any]], path: Path) -> Path:
-    """Bytes held and perplexity increase, side by side."""
+def _name(row: Row) -> str:
+    return "dense" if row["form"] == "dense" else f"{row['retention']}"
+
+
+def _plot(rows: list[Row], path: Path) -> Path:
+    """Draw the bytes of the caches and the perplexity increase, side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    labels = ["dense" if row["form"] == "dense" else f"{row['retention']}" for row in rows]
+    labels = [_name(row) for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     colors = ["#9aa0a6"] + ["#3f51b5"] * (len(rows) - 1)
     bars = left.bar(labels, [row["nbytes"] / 2**20 for row in rows], color=colors)
-    left.bar_label(bars, [f"{row['compression']:.2f}" for row in rows])
+    left.bar_label(bars, [number(row["compression"], 2) for row in rows])
     left.set(title="Cache after generating", ylabel="MiB", xlabel="retention")
     increase = [100 * row["perplexity_increase"] for row in rows]
     bars = right.bar(labels, increase, color=colors, yerr=[100 * (row["standard_error"] or 0) for row in rows])
-    right.bar_label(bars, [f"{100 * row['agreement']:.0f} % agree" for row in rows])
+    right.bar_label(bars, [f"{percent(row['agreement'], 0)} agree" for row in rows])
     right.set(title="Perplexity above dense", ylabel="%", xlabel="retention")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)

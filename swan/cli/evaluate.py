@@ -14,16 +14,15 @@ from swan.cli.common import (
     JsonOption,
     ModelArgument,
     load,
-    percent,
     print_json,
-    print_table,
     user_errors,
 )
+from swan.cli.tables import Columns, Row, number, percent, print_table
 from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.perplexity import Setting, default_sweep
 from swan.evaluation.perplexity import evaluate as evaluate_settings
-from swan.evaluation.sources import evaluation_text, token_windows
+from swan.evaluation.texts import evaluation_text, token_windows
 
 
 def evaluate(
@@ -37,7 +36,7 @@ def evaluate(
     buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 64,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept dense.")] = 4,
     basis: BasisOption = BasisName.joint,
-    calibration: CalibrationOption = None,
+    calibration_file: CalibrationOption = None,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:
@@ -45,10 +44,11 @@ def evaluate(
     with user_errors():
         network, tokenizer = load(model, dtype)
         tokens = token_windows(evaluation_text(text), tokenizer, windows, length)
-        found = calibration_of(model, network, tokenizer, path=calibration, basis=basis.value)
-        plans = [Plan.for_retention(r, found, buffer=buffer, sinks=sinks) for r in retention or []]
+        calibration = calibration_of(model, network, tokenizer, path=calibration_file, basis=basis.value)
+        plans = [Plan.for_retention(r, calibration, buffer=buffer, sinks=sinks) for r in retention or []]
         sweep = [Setting(plan, basis=basis.value) for plan in plans]
-        rows = evaluate_settings(network, tokens, sweep or default_sweep(found.dims, buffer=buffer, sinks=sinks), found)
+        sweep = sweep or default_sweep(calibration.dims, buffer=buffer, sinks=sinks)
+        rows = evaluate_settings(network, tokens, sweep, calibration)
     rows = [{"model": model, "text": text, **row} for row in rows]
     if json:
         settings = {
@@ -58,28 +58,20 @@ def evaluate(
             "sinks": sinks,
             "dtype": dtype_name(network.dtype),
         }
-        return print_json(settings | {"calibration": repr(found)}, rows)
-    print_table(
-        f"{model} on {text}, {windows} windows of {length} tokens, buffer {buffer}",
-        ("history", "retention", "perplexity", "increase ± s.e.", "KL", "agreement"),
-        [_cells(row) for row in rows],
-    )
+        return print_json(settings | {"calibration": repr(calibration)}, rows)
+    columns: Columns = {
+        "history": _history,
+        "retention": lambda row: number(row["retention"], 3),
+        "perplexity": lambda row: number(row["perplexity"], 3),
+        "increase ± s.e.": lambda row: percent(row["perplexity_increase"], 2, signed=True, error=row["standard_error"]),
+        "KL": lambda row: number(row["kl"], 4),
+        "agreement": lambda row: percent(row["agreement"]),
+    }
+    print_table(f"{model} on {text}, {windows} windows of {length} tokens, buffer {buffer}", columns, rows)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    error = row["standard_error"]
-    return [
-        _history(row),
-        f"{row['retention']:.3f}",
-        f"{row['perplexity']:.3f}",
-        percent(row["perplexity_increase"]) + ("" if error is None else f" ± {100 * error:.2f}"),
-        f"{row['kl']:.4f}",
-        f"{100 * row['agreement']:.1f} %",
-    ]
-
-
-def _history(row: dict[str, Any]) -> str:
-    """What a row stores, in words."""
+def _history(row: Row) -> str:
+    """Say what a row stores."""
     settings = row["settings"]
     if row["form"] == "dense":
         return "dense"

@@ -19,10 +19,10 @@ from swan.cli.common import (
     console,
     envelope,
     load,
-    print_table,
     user_errors,
     write_json,
 )
+from swan.cli.tables import Columns, Row, number, percent, print_table
 from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.figures import save
@@ -38,7 +38,7 @@ from swan.evaluation.frontier import (
 )
 from swan.evaluation.perplexity import Setting, evaluate
 from swan.evaluation.retrieval import evaluate_needles, needle_cases, summarize_needles
-from swan.evaluation.sources import evaluation_text, token_windows
+from swan.evaluation.texts import evaluation_text, token_windows
 from swan.integrations import attached
 
 
@@ -57,7 +57,7 @@ def frontier(
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept dense.")] = 4,
     rivals: Annotated[bool, typer.Option(help="Score the rivals too.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="Short windows, one seed, few needles: minutes.")] = False,
-    calibration: CalibrationOption = None,
+    calibration_file: CalibrationOption = None,
     dtype: DtypeOption = Dtype.auto,
     plot: Annotated[Path | None, typer.Option(help="Image file to draw.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write, after each window too.")] = None,
@@ -75,27 +75,27 @@ def frontier(
         cases = []
         if needles:
             cases = needle_cases(tokenizer, evaluation_text("qasper"), cases=needles, lengths=(length // 2, length))
-        found = calibration_of(model, network, tokenizer, path=calibration)
-        compared_methods = methods(found, retentions, buffer=buffer, sinks=sinks, seeds=seeds)
+        calibration = calibration_of(model, network, tokenizer, path=calibration_file)
+        compared_methods = methods(calibration, retentions, buffer=buffer, sinks=sinks, seeds=seeds)
         if not rivals:
             compared_methods = [m for m in compared_methods if m.form == DEFAULT]
         if quick:
             compared_methods = [m for m in compared_methods if m.basis is not None]  # those of transformers are slow
         settings = {"texts": texts, "windows": windows, "length": length, "buffer": buffer, "sinks": sinks}
-        settings |= {"dtype": dtype_name(network.dtype), "calibration": repr(found), "layers": _layers(network)}
+        settings |= {"dtype": dtype_name(network.dtype), "calibration": repr(calibration), "layers": _layers(network)}
 
-        def keep(scored: list[dict[str, Any]]) -> dict[str, Any]:
+        def written(scored: list[Row]) -> dict[str, Any]:
             rows = [{"model": model, "text": "+".join(texts), **row} for row in scored]
             mark_frontier(rows)
             result = envelope(settings, rows) | {"needles": []}
             write_json(out, result)
             return result
 
-        result = keep(evaluate(network, tokens, compared_methods, found, after_window=keep))
-        plans = [Plan.for_retention(r, found, buffer=buffer, sinks=sinks) for r in needle_retention or [0.26]]
-        asked = [Setting(), *(Setting(plan, name=DEFAULT) for plan in plans)] if cases else []
-        for method in asked:
-            with attached(network, None if method.form == "dense" else found):
+        result = written(evaluate(network, tokens, compared_methods, calibration, after_window=written))
+        plans = [Plan.for_retention(r, calibration, buffer=buffer, sinks=sinks) for r in needle_retention or [0.26]]
+        needle_settings = [Setting(), *(Setting(plan, name=DEFAULT) for plan in plans)] if cases else []
+        for method in needle_settings:
+            with attached(network, None if method.form == "dense" else calibration):
                 answers = evaluate_needles(network, cases, functools.partial(method.cache, network))
             row = {"form": method.form, "retention": method.retention}
             result["needles"].append(row | summarize_needles(answers))
@@ -106,47 +106,48 @@ def frontier(
         save(plot_frontier(shown, f"{model}, {len(tokens)} windows of {length} tokens"), plot)
     if json:
         return print(json_module.dumps(result, indent=2))
-    print_table(
-        f"{model} on {' and '.join(texts)}, {len(tokens)} windows of {length} tokens, buffer {buffer}, sinks {sinks}",
-        ("* frontier", "bytes", "cache", "perplexity, %", "KL, 1/1000", "top-1"),
-        [_cells(row) for row in sorted(shown, key=lambda row: -row["retention"])],
-    )
-    if beside := [row for row in compared(shown) if row["ratio"] is not None]:
-        print_table(
-            "Each rival beside the default plan in as many bytes or fewer (KL in 1/1000 nats)",
-            ("rival", "bytes", "KL", "swan", "its KL", "ratio", "enough"),
-            [_beside(row) for row in beside],
-        )
+    sizes = f"{len(tokens)} windows of {length} tokens, buffer {buffer}, sinks {sinks}"
+    _print_methods(f"{model} on {' and '.join(texts)}, {sizes}", shown)
+    _print_rivals([row for row in compared(shown) if row["ratio"] is not None])
     for row in result["needles"]:
-        console.print(f"needles, {row['form']} {row['retention']:.2f}: {row['found']} of {row['cases']}")
+        console.print(f"needles, {row['form']} {number(row['retention'], 2)}: {row['found']} of {row['cases']}")
 
 
 def _layers(network: Any) -> str:
-    """Which layers are winnowed."""
+    """Say which layers are winnowed."""
     kinds = getattr(network.config.get_text_config(decoder=True), "layer_types", None) or []
     full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
     return "all" if len(full) == len(kinds) else ", ".join(map(str, full))
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    error, kl_error = row["standard_error"], row["kl_error"]
-    return [
-        ("* " if row["frontier"] else "  ") + label(row) + ("" if row["seeds"] == 1 else f" x{row['seeds']}"),
-        f"{row['retention']:.3f}",
-        f"{row['compression_bf16']:.3f}",
-        f"{100 * row['perplexity_increase']:+.2f}" + ("" if error is None else f" ± {100 * error:.2f}"),
-        f"{1000 * row['kl']:.2f}" + ("" if kl_error is None else f" ± {1000 * kl_error:.2f}"),
-        f"{100 * row['agreement']:.1f} %",
-    ]
+def _print_methods(title: str, rows: list[Row]) -> None:
+    columns: Columns = {
+        "* frontier": _method,
+        "bytes": lambda row: number(row["retention"], 3),
+        "cache": lambda row: number(row["compression_bf16"], 3),
+        "perplexity, %": lambda row: percent(
+            row["perplexity_increase"], 2, unit="", signed=True, error=row["standard_error"]
+        ),
+        "KL, 1/1000": lambda row: number(row["kl"], 2, scale=1000, error=row["kl_error"]),
+        "top-1": lambda row: percent(row["agreement"]),
+    }
+    print_table(title, columns, sorted(rows, key=lambda row: -row["retention"]))
 
 
-def _beside(row: dict[str, Any]) -> list[str]:
-    return [
-        row["rival"],
-        f"{row['rival_retention']:.3f}",
-        f"{1000 * row['rival_kl']:.2f}",
-        f"{row['retention']:.3f}",
-        f"{1000 * row['kl']:.2f}",
-        f"{row['ratio']:.2f}",
-        "-" if row["enough"] is None else f"{row['enough']:.3f}",
-    ]
+def _method(row: Row) -> str:
+    """Name a method, with a star on the frontier and how many seeds were averaged."""
+    return ("* " if row["frontier"] else "  ") + label(row) + ("" if row["seeds"] == 1 else f" x{row['seeds']}")
+
+
+def _print_rivals(rows: list[Row]) -> None:
+    columns: Columns = {
+        "rival": lambda row: row["rival"],
+        "bytes": lambda row: number(row["rival_retention"], 3),
+        "KL": lambda row: number(row["rival_kl"], 2, scale=1000),
+        "swan": lambda row: number(row["retention"], 3),
+        "its KL": lambda row: number(row["kl"], 2, scale=1000),
+        "ratio": lambda row: number(row["ratio"], 2),
+        "enough": lambda row: number(row["enough"], 3),
+    }
+    if rows:
+        print_table("Each rival beside the default plan in as many bytes or fewer (KL in 1/1000 nats)", columns, rows)

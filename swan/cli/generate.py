@@ -2,7 +2,6 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -17,11 +16,11 @@ from swan.cli.common import (
     JsonOption,
     ModelArgument,
     load,
-    mebibytes,
     messages,
     print_json,
     user_errors,
 )
+from swan.cli.tables import mebibytes, number
 from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.dtypes import dtype_name
 from swan.integrations import attach
@@ -46,7 +45,7 @@ def generate(
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of a random basis.")] = 0,
     basis: BasisOption = BasisName.joint,
-    calibration: CalibrationOption = None,
+    calibration_file: CalibrationOption = None,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:
@@ -61,8 +60,10 @@ def generate(
         else:
             from swan.integrations.transformers import SwanCache
 
-            found = calibration_of(model, network, tokenizer, path=Path(calibration) if calibration else None)
-            attach(network, found if basis.value == found.basis else found.with_basis(basis.value, seed=seed))
+            calibration = calibration_of(model, network, tokenizer, path=calibration_file)
+            if basis.value != calibration.basis:
+                calibration = calibration.with_basis(basis.value, seed=seed)
+            attach(network, calibration)
             level: dict[str, Any] = {"retention": retention} if budget is None else {"budget": budget}
             cache = SwanCache(network, **level, buffer=buffer, sinks=sinks)
         torch.manual_seed(seed)
@@ -72,14 +73,15 @@ def generate(
         settings = {"model": model, "retention": retention, "budget": budget, "buffer": buffer, "sinks": sinks}
         return print_json(settings | {"basis": basis, "dtype": dtype_name(network.dtype), "dense": dense}, [row])
     messages.print(
-        f"[dim]{row['new_tokens']} tokens at {row['tokens_per_second']:.1f}/s after a prompt of {row['prompt_tokens']} "
-        f"({row['prefill_seconds']:.1f} s); cache {mebibytes(row['nbytes'])}, {row['compression']:.2f} of dense, "
-        f"retention {row['retention']:.2f}[/]"
+        f"[dim]{row['new_tokens']} tokens at {number(row['tokens_per_second'], 1)}/s "
+        f"after a prompt of {row['prompt_tokens']} ({number(row['prefill_seconds'], 1)} s); "
+        f"cache {mebibytes(row['nbytes'])}, {number(row['compression'], 2)} of dense, "
+        f"retention {number(row['retention'], 2)}[/]"
     )
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, *, raw: bool = False) -> "Tensor":
-    """Token ids ``[1, tokens]`` of a prompt, in the chat template where there is one."""
+    """Encode a prompt as token ids ``[1, tokens]``, in the chat template where there is one."""
     if raw or not tokenizer.chat_template:
         return tokenizer(prompt, return_tensors="pt")["input_ids"]  # type: ignore[return-value]
     chat = [{"role": "user", "content": prompt}]
@@ -97,14 +99,14 @@ def stream(
     sample: bool = False,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Generate on a cache, printing the text as it comes; returns the text and what it took."""
+    """Generate on a cache, printing the text as it comes; return the text and what it took."""
     from transformers import TextStreamer
     from transformers.generation.streamers import BaseStreamer
 
     from swan.integrations.transformers import cache_keyword
 
     class Clock(BaseStreamer):
-        """Notes when tokens come; the first call brings the prompt, the second the first token."""
+        """Note when tokens come; the first call brings the prompt, the second the first token."""
 
         def __init__(self) -> None:
             self.times: list[float] = []
@@ -133,7 +135,7 @@ def stream(
     assert isinstance(out, torch.Tensor)
     new = out[0, inputs.shape[1] :]
     first, last = clock.times[1], clock.times[-1]
-    held, dense = cache_bytes(model, cache)
+    nbytes, dense_nbytes = cache_bytes(model, cache)
     return {
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "token_ids": new.tolist(),
@@ -141,17 +143,17 @@ def stream(
         "new_tokens": len(new),
         "prefill_seconds": first - start,
         "tokens_per_second": (len(new) - 1) / (last - first) if len(new) > 1 else 0.0,
-        "nbytes": held,
-        "compression": held / dense,
+        "nbytes": nbytes,
+        "compression": nbytes / dense_nbytes,
     }
 
 
 def cache_bytes(model: "PreTrainedModel", cache: "Cache") -> tuple[int, int]:
-    """Bytes that a cache holds, and those of a dense cache of the same tokens."""
+    """Count the bytes that a cache holds, and those of a dense cache of the same tokens."""
     from swan.integrations.transformers import SwanCache
 
     if isinstance(cache, SwanCache):
         return cache.nbytes, round(cache.nbytes / cache.compression)
     layers = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
-    held = sum(t.numel() * t.element_size() for pair in layers for t in pair if t is not None)
-    return held, held
+    nbytes = sum(t.numel() * t.element_size() for pair in layers for t in pair if t is not None)
+    return nbytes, nbytes

@@ -1,15 +1,16 @@
-"""`swan info`: what a bug report needs."""
+"""`swan info`: all that a bug report needs."""
 
-import importlib.metadata
 from typing import Any
 
 import torch
 from rich.markup import escape
 
 from swan.cli.common import JsonOption, console, print_json, user_errors
+from swan.cli.tables import gibibytes
+from swan.evaluation.downloads import cache_folder
 from swan.evaluation.dtypes import dtype_name, native_dtypes
-from swan.evaluation.machine import machine, versions
-from swan.evaluation.sources import MODELS, cache_folder, model_path
+from swan.evaluation.machine import default_device, machine, package_version, versions
+from swan.evaluation.models import MODELS, model_path
 from swan.kernels import cpu
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -23,10 +24,10 @@ def info(json: JsonOption = False) -> None:
     """Show versions, the device and its dtypes, which kernels are built or why not, folders and the default model."""
     with user_errors():
         variant = cpu.variant()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device().type
     folder = model_path(DEFAULT_MODEL)
     settings: dict[str, Any] = {
-        "packages": {name: _version(name) for name in ("einops", "numpy", "safetensors", *EXTRAS)},
+        "packages": {name: package_version(name) for name in ("einops", "numpy", "safetensors", *EXTRAS)},
         "device": device,
         "native_dtypes": [dtype_name(dtype) for dtype in native_dtypes(device)],
         "instruction_sets": list(cpu.instruction_sets()),
@@ -41,8 +42,8 @@ def info(json: JsonOption = False) -> None:
     if json:
         return print_json(settings, rows)
     about = machine()
-    gpu = "none" if about["gpu"] is None else f"{about['gpu']}, {about['gpu_memory'] / 2**30:.0f} GiB"
-    memory = "" if about["memory"] is None else f", {about['memory'] / 2**30:.0f} GiB"
+    gpu = "none" if about["gpu"] is None else f"{about['gpu']}, {gibibytes(about['gpu_memory'])}"
+    memory = "" if about["memory"] is None else f", {gibibytes(about['memory'])}"
     _section("Versions", versions() | {n: v for n, v in settings["packages"].items() if v})
     if absent := {extra for name, extra in EXTRAS.items() if extra and settings["packages"][name] is None}:
         _lines({"not installed": f"pip install 'swan-attention[{','.join(sorted(absent))}]'"})
@@ -63,7 +64,7 @@ def info(json: JsonOption = False) -> None:
 
 
 def _cpu_kernel(name: str) -> dict[str, Any]:
-    """A variant of the kernels for CPUs, and whether it is built."""
+    """Describe a variant of the kernels for CPUs, and whether it is built."""
     row: dict[str, Any] = {"kernel": f"cpp {name}", "built": False, "file": None}
     try:
         file, lacks = cpu.library(name), cpu.missing()
@@ -77,18 +78,11 @@ def _cpu_kernel(name: str) -> dict[str, Any]:
 
 
 def _triton_kernel() -> dict[str, Any]:
-    """The kernels for GPUs, which triton compiles as they are called."""
-    has_triton, has_gpu = _version("triton") is not None, torch.cuda.is_available()
+    """Describe the kernels for GPUs, which triton compiles as they are called."""
+    has_triton, has_gpu = package_version("triton") is not None, torch.cuda.is_available()
     reason = None if has_triton and has_gpu else "no GPU" if has_triton else "no triton: pip install triton"
     state = "compiled when called with impl='triton'" if reason is None else f"not usable: {reason}"
     return {"kernel": "triton", "built": False, "file": None, "state": state}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _section(title: str, lines: dict[str, str]) -> None:

@@ -1,1 +1,1 @@
-"""Evaluation: where models and texts come from, perplexity, retrieval, memory, and rival caches."""
+"""Evaluation: models, texts, perplexity, retrieval, timings, and rival caches."""

@@ -17,7 +17,11 @@ from torch import Tensor
 from swan.calibration import Plan
 from swan.calibration.bases import Basis
 from swan.evaluation.perplexity import CHUNK, Method, Setting
+from swan.functional import pack
+from swan.functional.dispatch import Impl
 from swan.modules import KVCache
+from swan.modules.buffer import Evicted
+from swan.modules.history import History
 from swan.storage import Graded, LayerPlan, Layout, Packed, TopK
 from swan.storage.codes import code_bytes, pack_code, unpack_code
 
@@ -44,21 +48,21 @@ class Float8:
     d: int
 
     def vector_bytes(self, itemsize: int = 2) -> int:
-        """One byte for each coordinate."""
+        """Return one byte for each coordinate."""
         return self.d
 
     def pack(self, x: Tensor) -> Packed:
-        """The nearest 8-bit floats."""
+        """Code coordinates as the nearest 8-bit floats."""
         limit = torch.finfo(torch.float8_e4m3fn).max
         codes = x.clamp(-limit, limit).to(torch.float8_e4m3fn).view(torch.uint8)
         return Packed((codes,), None, None, self, x.dtype)
 
     def unpack(self, packed: Packed) -> Tensor:
-        """The 8-bit floats in the dtype of the cache."""
+        """Return the 8-bit floats in the dtype of the cache."""
         return packed.planes[0].view(torch.float8_e4m3fn).to(packed.dtype)
 
     def mix(self, dtype: torch.dtype, device: torch.device) -> None:
-        """None."""
+        """Return None: nothing is mixed."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,11 @@ class LloydMax:
     bits: int
 
     def vector_bytes(self, itemsize: int = 2) -> int:
-        """Codes and the length."""
+        """Count the bytes of the codes and of the length."""
         return code_bytes(self.d, self.bits) + 2
 
     def pack(self, x: Tensor) -> Packed:
-        """The nearest grid points."""
+        """Code coordinates as the nearest grid points."""
         length = x.float().norm(dim=-1, keepdim=True).to(torch.float16)
         grid = normal_grid(self.bits).to(x.device)
         unit = x.float() * (math.sqrt(self.d) / length.float().clamp(min=1e-30))
@@ -93,19 +97,19 @@ class LloydMax:
         return Packed((torch.cat(pack_code(code, self.bits), dim=-1),), length, None, self, x.dtype)
 
     def unpack(self, packed: Packed) -> Tensor:
-        """Grid points times the length."""
+        """Return grid points times the length."""
         code = unpack_code(packed.planes[0], self.d, self.bits)
         assert packed.scales is not None
         grid = normal_grid(self.bits).to(code.device)
         return (grid[code.int()] * (packed.scales.float() / math.sqrt(self.d))).to(packed.dtype)
 
     def mix(self, dtype: torch.dtype, device: torch.device) -> None:
-        """None."""
+        """Return None: nothing is mixed."""
 
 
 @functools.cache
 def normal_grid(bits: int) -> Tensor:
-    """The grid of ``2 ** bits`` points with the least squared error for a standard normal variable, float32.
+    """Compute the grid of ``2 ** bits`` points with the least squared error for a standard normal variable, float32.
 
     Example:
         >>> normal_grid(2)
@@ -123,29 +127,26 @@ def normal_grid(bits: int) -> Tensor:
     return grid.float()
 
 
-class KiviCache(KVCache):
+class KiviHistory(History):
     """Keys coded by channel over 32 tokens, values by token over 32 coordinates, with an offset and a scale each.
 
     Tokens that leave the buffer wait dense until 32 of them are there.
     """
 
-    def __init__(self, bits: int, *, d: int, dv: int, buffer: int, sinks: int, prefill: Any) -> None:
+    def __init__(self, bits: int, cache: KVCache) -> None:
+        super().__init__(cache.plan_layer, cache.state, cache.buffer.sinks)
         self.bits = bits
-        plain = LayerPlan(Graded(((d, 16),)), Graded(((dv, 16),)))
-        super().__init__(plain, buffer=buffer, sinks=sinks, prefill=prefill)
-
-    def reset(self) -> None:
-        """Forget all tokens."""
-        super().reset()
         self.coded: list[tuple[Tensor, ...]] = []  # codes, scales and offsets of keys, then of values
         self.waiting: tuple[Tensor, Tensor] | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor that the cache holds."""
-        return super().tensors + [t for group in self.coded for t in group] + list(self.waiting or ())
+        """Codes, scales and offsets, and the tokens that wait."""
+        return [t for group in self.coded for t in group] + list(self.waiting or ())
 
-    def _store(self, plan_layer: LayerPlan, k: Tensor, v: Tensor, index: Tensor | None, **_: Any) -> None:
+    def append(self, evicted: Evicted, impl: Impl = "auto") -> None:
+        """Code tokens, as soon as there are 32 of them."""
+        k, v, _ = evicted
         if self.waiting is not None:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self.waiting, (k, v), strict=True))
         whole = k.shape[2] // KIVI_GROUP * KIVI_GROUP
@@ -155,23 +156,23 @@ class KiviCache(KVCache):
             self.coded.append((*_affine(keys, self.bits), *_affine(values, self.bits)))
         self.waiting = k[:, :, whole:].clone(), v[:, :, whole:].clone()
 
-    def _visible_history(self, recent: Any) -> tuple[Packed | None, Packed | None]:
-        assert self.plan_layer is not None
-        if self.waiting is None:
+    def until(self, column: int | None) -> tuple[Packed | None, Packed | None]:
+        """Keys and values before a column, dense: a rival is scored, not timed."""
+        if self.waiting is None or column is None or column <= self.start:
             return None, None
+        stop = column - self.start
         keys, values = [], []
         for group in self.coded:
             k, v = _undo_affine(group[:3], self.bits), _undo_affine(group[3:], self.bits)
             keys.append(rearrange(k, "b h n d t -> b h (n t) d"))
             values.append(rearrange(v, "b h t n c -> b h t (n c)"))
         dense = torch.cat([*keys, self.waiting[0]], dim=2), torch.cat([*values, self.waiting[1]], dim=2)
-        layouts = self.plan_layer.keys, self.plan_layer.values
-        k, v = (Packed((x,), None, None, layout, x.dtype) for x, layout in zip(dense, layouts, strict=True))
-        return self._seen_packed(k, v, recent)
+        k, v = (pack(x[:, :, :stop], Graded(((x.shape[-1], 16),))) for x in dense)
+        return k, v
 
 
 def _affine(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of `bits` bits between minimum and maximum along the last axis; scales and minima in 16 bits."""
+    """Code with `bits` bits between minimum and maximum along the last axis; scales and minima take 16 bits."""
     low, high = x.float().aminmax(dim=-1, keepdim=True)
     low = low.to(torch.bfloat16)
     scale = ((high - low.float()) / (2**bits - 1)).to(torch.bfloat16)
@@ -207,25 +208,36 @@ class Kivi:
 
     @property
     def retention(self) -> float:
-        """Bytes per history token over those in bf16."""
+        """Return the bytes per history token over those in bf16."""
         return (self.bits + 1) / 16
 
     def cache(self, model: "PreTrainedModel") -> "Cache":
-        """A cache for an attached model."""
+        """Make a cache for an attached model.
+
+        Raises:
+            ValueError: the values of a layer cannot be cut into groups of 32 coordinates.
+        """
         from swan.integrations.transformers import SwanCache
 
         cache = SwanCache(model, retention=1.0, buffer=self.buffer, sinks=self.sinks, prefill="windowed")
-        options: dict[str, Any] = {"buffer": self.buffer, "sinks": self.sinks, "prefill": "windowed"}
         for index, kv in cache.winnowed.items():
             assert kv.plan_layer is not None
-            d, dv = kv.plan_layer.keys.d, kv.plan_layer.values.d
-            layer_cache: Any = cache.layers[index]
-            layer_cache.kv = KiviCache(self.bits, d=d, dv=dv, **options)
+            if not _kivi_fits(kv.plan_layer.values.d):
+                raise ValueError(
+                    f"KIVI needs values whose head dimension is a multiple of {KIVI_GROUP}, got "
+                    f"{kv.plan_layer.values.d} in layer {index}: leave it out for this model, as rivals() does"
+                )
+            kv.history = KiviHistory(self.bits, kv)
         return cache
 
     def describe(self) -> dict[str, Any]:
-        """The settings as JSON values."""
+        """Return the settings as JSON values."""
         return {"bits": self.bits, "group": KIVI_GROUP, "buffer": self.buffer, "sinks": self.sinks}
+
+
+def _kivi_fits(dv: int) -> bool:
+    """Tell if values of a head dimension can be cut into KIVI's groups; keys can always, as theirs are of tokens."""
+    return dv % KIVI_GROUP == 0
 
 
 @dataclass(frozen=True)
@@ -251,16 +263,16 @@ class TransformersQuantized:
 
     @property
     def form(self) -> str:
-        """The name of the backend."""
+        """Return the name of the backend."""
         return self.backend
 
     @property
     def retention(self) -> float:
-        """Codes, and a scale and an offset of 16 bits for every group."""
+        """Return the retention: codes, and a scale and an offset of 16 bits for every group."""
         return (self.bits + 32 / self.group) / 16
 
     def cache(self, model: "PreTrainedModel") -> "Cache":
-        """A cache for a model that is not attached."""
+        """Make a cache for a model that is not attached."""
         from transformers import QuantizedCache
 
         axis = 0 if self.backend == "quanto" else 1
@@ -270,12 +282,12 @@ class TransformersQuantized:
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
-        """The settings as JSON values."""
+        """Return the settings as JSON values."""
         return {"bits": self.bits, "group": self.group, "buffer": self.tail // 2, "sinks": 0}
 
 
 def rivals(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: int = 4, seeds: int = 3) -> list[Method]:
-    """The methods that swan is measured against, at the bytes that each of them takes.
+    """Collect the methods that swan is measured against, at the bytes that each of them takes.
 
     Args:
         dims: head dimensions of keys and values of each layer.
@@ -286,7 +298,8 @@ def rivals(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: int = 4,
     Returns:
         Window and sinks alone; fp8; top-k without rotation (8-bit values; Mustafar, arXiv:2505.22913) at two
         retentions; half the principal components of keys and values at 16 bits; a random rotation with 4, 3 and 2
-        bits; KIVI with 4 and 2 bits; and, where their packages are installed, the quantized caches of transformers.
+        bits; KIVI with 4 and 2 bits, where the head dimensions of values are multiples of 32; and, where their
+        packages are installed, the quantized caches of transformers.
     """
     from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
@@ -296,7 +309,7 @@ def rivals(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: int = 4,
     def topk(retention: float) -> Plan:
         return stored(lambda d: TopK(d, math.floor(2 * d * retention) - 2 - -(-d // 8)))
 
-    found: list[Method] = [
+    methods: list[Method] = [
         Setting(Plan((None,) * len(dims), buffer=buffer, sinks=sinks)),
         Setting(stored(Float8), basis="identity"),
         *(Setting(topk(r), basis="identity", name="topk, no rotation") for r in (0.5, 0.33)),
@@ -304,9 +317,10 @@ def rivals(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: int = 4,
     ]
     for bits in (4, 3, 2):
         plan = stored(lambda d, bits=bits: LloydMax(d, bits))
-        found += [Setting(plan, basis="random", seed=seed) for seed in range(seeds)]
-    found += [Kivi(bits, buffer=buffer, sinks=sinks) for bits in (4, 2)]
+        methods += [Setting(plan, basis="random", seed=seed) for seed in range(seeds)]
+    if all(_kivi_fits(dv) for _, dv in dims):
+        methods += [Kivi(bits, buffer=buffer, sinks=sinks) for bits in (4, 2)]
     for backend, installed in (("quanto", is_optimum_quanto_available()), ("hqq", is_hqq_available())):
         if installed:
-            found += [TransformersQuantized(backend, bits) for bits in (4, 2)]
-    return found
+            methods += [TransformersQuantized(backend, bits) for bits in (4, 2)]
+    return methods

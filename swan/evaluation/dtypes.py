@@ -6,7 +6,7 @@ __all__ = ["dtype_name", "native_dtypes", "native_or_float32"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name of a dtype without ``torch.``.
+    """Return the name of a dtype without ``torch.``.
 
     Example:
         >>> dtype_name(torch.bfloat16)
@@ -16,7 +16,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def native_dtypes(device: torch.device | str) -> tuple[torch.dtype, ...]:
-    """Floating-point types of matrix products for which a device has instructions, float32 first.
+    """List the floating-point types for whose matrix products a device has instructions, float32 first.
 
     Other types work everywhere, but on a CPU with AVX2 only a product takes 7 to 14 times as long as in float32. A CPU
     that ATEN_CPU_CAPABILITY limits counts as what it is limited to.
@@ -39,12 +39,12 @@ def native_dtypes(device: torch.device | str) -> tuple[torch.dtype, ...]:
 
 
 def native_or_float32(
-    own: torch.dtype, device: torch.device | str, whose: str = "the model's"
+    dtype: torch.dtype, device: torch.device | str, whose: str = "the model's"
 ) -> tuple[torch.dtype, str]:
-    """The dtype for a model on a device: its own where that is native there, else float32.
+    """Choose the dtype for a model on a device: its own where that is native there, else float32.
 
     Args:
-        own: dtype of the model.
+        dtype: dtype of the model.
         device: where it will run.
         whose: of whom the sentence speaks.
 
@@ -56,11 +56,11 @@ def native_or_float32(
         (torch.float32, "float32, the model's own")
     """
     device = torch.device(device)
-    if own == torch.float32:
-        return own, f"float32, {whose} own"
-    if own in native_dtypes(device):
-        return own, f"{dtype_name(own)}, {whose} own: native on this {device.type.upper()}"
-    needs = {torch.bfloat16: "AVX512-BF16 or AMX", torch.float16: "AVX512-FP16 or AMX"}.get(own)
+    if dtype == torch.float32:
+        return dtype, f"float32, {whose} own"
+    if dtype in native_dtypes(device):
+        return dtype, f"{dtype_name(dtype)}, {whose} own: native on this {device.type.upper()}"
+    needs = {torch.bfloat16: "AVX512-BF16 or AMX", torch.float16: "AVX512-FP16 or AMX"}.get(dtype)
     lacks = f"it lacks {needs}" if device.type == "cpu" and needs else "it lacks the instructions"
-    reason = f"float32, as this {device.type.upper()} would multiply {whose} {dtype_name(own)} slowly ({lacks})"
+    reason = f"float32, as this {device.type.upper()} would multiply {whose} {dtype_name(dtype)} slowly ({lacks})"
     return torch.float32, reason

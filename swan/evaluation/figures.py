@@ -1,4 +1,4 @@
-"""What the plots of results share."""
+"""The look of plots of results, and writing them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -31,7 +31,7 @@ def methods(
     sinks: int = 4,
     seeds: int = 3,
 ) -> list[Method]:
-    """What `swan frontier` compares: default plans, the same without effects, the paper's form, and the rivals.
+    """Collect the methods of `swan frontier`: default plans, the same without effects, the paper's form, rivals.
 
     Args:
         calibration: of the model.
@@ -41,35 +41,35 @@ def methods(
         seeds: how many rotations a random one is drawn.
     """
     dims = calibration.dims
-    kept: dict[str, Any] = {"buffer": buffer, "sinks": sinks}
+    recent: dict[str, Any] = {"buffer": buffer, "sinks": sinks}
     winnowed = [layer is not None for layer in Plan.for_retention(1.0, calibration).layers]
 
     def everywhere(plan: Plan) -> Plan:
-        """The plan with an entry only where there is no sliding window, so that its retention counts those layers."""
+        """Empty a plan's entries of layers with a sliding window, so that its retention counts the others."""
         layers = [layer if used else None for layer, used in zip(plan.layers, winnowed, strict=True)]
         return Plan(tuple(layers), buffer=plan.buffer, sinks=plan.sinks)
 
-    found: list[Method] = []
+    others: list[Method] = []
     for r in retentions[1::2]:
-        found.append(Setting(everywhere(Plan.for_retention(r, dims=dims, **kept)), name="swan, layers alike"))
+        others.append(Setting(everywhere(Plan.for_retention(r, dims=dims, **recent)), name="swan, layers alike"))
     topk = [LayerPlan(TopK(d, d // 2), TopK(dv, dv // 2)) for d, dv in dims]
-    found.append(Setting(everywhere(Plan(tuple(topk), **kept)), name="swan topk"))
-    for rival in rivals(dims, seeds=seeds, **kept):
+    others.append(Setting(everywhere(Plan(tuple(topk), **recent)), name="swan topk"))
+    for rival in rivals(dims, seeds=seeds, **recent):
         if isinstance(rival, Setting) and rival.plan is not None:
-            found.append(Setting(everywhere(rival.plan), rival.basis, rival.seed, rival.name))
+            others.append(Setting(everywhere(rival.plan), rival.basis, rival.seed, rival.name))
         elif rival.basis is not None or all(winnowed):  # transformers quantizes models without sliding layers only
-            found.append(rival)
-    plans = [Plan.for_retention(r, calibration, **kept) for r in retentions]
-    others = {method.retention for method in found if not method.form.startswith(DEFAULT)}
-    for r in sorted(r for r in others if r >= min(retentions)):
+            others.append(rival)
+    plans = [Plan.for_retention(r, calibration, **recent) for r in retentions]
+    sizes = {method.retention for method in others if not method.form.startswith(DEFAULT)}
+    for r in sorted(r for r in sizes if r >= min(retentions)):
         if not any(NEAR * r <= plan.retention <= r for plan in plans):
-            plans.append(Plan.for_retention(r, calibration, **kept))
+            plans.append(Plan.for_retention(r, calibration, **recent))
     distinct = sorted(dict.fromkeys(plans), key=lambda plan: -plan.retention)
-    return [*(Setting(plan, name=DEFAULT) for plan in distinct), *found]
+    return [*(Setting(plan, name=DEFAULT) for plan in distinct), *others]
 
 
 def average_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that differ by their seed alone as one, with their number as ``seeds``.
+    """Join rows that differ by their seed alone, with their number as ``seeds``.
 
     The error of the mean is that over texts and that over seeds together.
     """
@@ -78,7 +78,7 @@ def average_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         settings = {name: value for name, value in row["settings"].items() if name != "seed"}
         return json.dumps([row["form"], row["retention"], settings], default=str)
 
-    found = []
+    averages = []
     for _, group in groupby(rows, key):
         same = list(group)
         row = {**same[0], "seeds": len(same)}
@@ -87,8 +87,8 @@ def average_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for name, error in (("kl", "kl_error"), ("perplexity_increase", "standard_error")):
                 texts = statistics.fmean(r[error] or 0.0 for r in same)
                 row[error] = (texts**2 + statistics.variance(r[name] for r in same) / len(same)) ** 0.5
-        found.append(row)
-    return found
+        averages.append(row)
+    return averages
 
 
 def mark_frontier(rows: Sequence[dict[str, Any]]) -> None:
@@ -99,20 +99,20 @@ def mark_frontier(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each rival beside the best default plan in as many bytes or fewer.
+    """Compare each rival with the best default plan in as many bytes or fewer.
 
     Returns:
         By falling bytes, rows with ``rival``, ``rival_retention``, ``rival_kl``, ``rival_kl_error``; of the default
         plan ``retention``, ``kl``, ``kl_error``; ``ratio`` of the two divergences; and ``enough``: the least
         retention at which a default plan was measured to have no higher divergence. None where there is no such plan.
     """
-    own = [row for row in rows if row["form"] == DEFAULT]
-    others = [row for row in rows if not row["form"].startswith(DEFAULT) and row["form"] != "dense"]
-    found = []
-    for rival in sorted(others, key=lambda row: -row["retention"]):
-        within = [row for row in own if row["retention"] <= rival["retention"]]
+    defaults = [row for row in rows if row["form"] == DEFAULT]
+    rival_rows = [row for row in rows if not row["form"].startswith(DEFAULT) and row["form"] != "dense"]
+    pairs = []
+    for rival in sorted(rival_rows, key=lambda row: -row["retention"]):
+        within = [row for row in defaults if row["retention"] <= rival["retention"]]
         best = min(within, key=lambda row: row["kl"], default=None)
-        found.append(
+        pairs.append(
             {
                 "rival": label(rival),
                 "rival_retention": rival["retention"],
@@ -122,21 +122,21 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "kl": None if best is None else best["kl"],
                 "kl_error": None if best is None else best["kl_error"],
                 "ratio": None if best is None else best["kl"] / rival["kl"],
-                "enough": min((row["retention"] for row in own if row["kl"] <= rival["kl"]), default=None),
+                "enough": min((row["retention"] for row in defaults if row["kl"] <= rival["kl"]), default=None),
             }
         )
-    return found
+    return pairs
 
 
 def label(row: dict[str, Any]) -> str:
-    """The name of a row's method with its bits."""
+    """Name the method of a row, with its bits."""
     settings = row["settings"]
     bits = settings.get("bits", settings.get("keys", {}).get("bits") if row["form"] == "random-rotation" else None)
     return row["form"] if bits is None else f"{row['form']}, {bits} bit"
 
 
 def plot_frontier(rows: Sequence[dict[str, Any]], title: str) -> "Figure":
-    """KL divergence against retention, the default plans as a line.
+    """Draw KL divergence against retention, the default plans as a thick line.
 
     Args:
         rows: averaged over seeds, with what is on the frontier marked.
@@ -150,9 +150,10 @@ def plot_frontier(rows: Sequence[dict[str, Any]], title: str) -> "Figure":
     for form in dict.fromkeys(row["form"] for row in shown):
         points = sorted((r["retention"], r["kl"], r["kl_error"] or 0.0) for r in shown if r["form"] == form)
         x, y, error = zip(*points, strict=True)
-        own = form == DEFAULT
-        style: Any = {"color": "#4c6ef5", "linewidth": 2.2, "zorder": 3} if own else {"linewidth": 0.9, "alpha": 0.85}
-        axes.errorbar(x, y, yerr=error, marker="o" if own else "s", markersize=5, label=form, capsize=2, **style)
+        is_swan = form == DEFAULT
+        thin, thick = {"linewidth": 0.9, "alpha": 0.85}, {"color": "#4c6ef5", "linewidth": 2.2, "zorder": 3}
+        style: Any = thick if is_swan else thin
+        axes.errorbar(x, y, yerr=error, marker="o" if is_swan else "s", markersize=5, label=form, capsize=2, **style)
     marked = [row for row in shown if row["frontier"]]
     x, y = [row["retention"] for row in marked], [row["kl"] for row in marked]
     axes.scatter(x, y, s=110, facecolors="none", edgecolors="#e8590c", label="frontier", zorder=4)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from swan.evaluation.calibrations import calibration_of
-from swan.evaluation.sources import MODELS, automatic_dtype, load_model, model_folder
+from swan.evaluation.machine import default_device
+from swan.evaluation.models import MODELS, automatic_dtype, load_model, model_folder
 from swan.integrations import attach
-from swan.integrations.pretrained import attach_saved, has_calibration
 from swan.integrations.transformers import SwanCache, attachment_of, cache_keyword
+from swan.integrations.transformers.pretrained import attach_saved, has_calibration
 
 try:
     from lm_eval.api.registry import register_model
@@ -73,13 +74,14 @@ class SwanLM(HFLM):
         device: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if asked := sorted(name for name in OF_LOADING if kwargs.get(name)):
-            raise ValueError(f"the model 'swan' does not take {', '.join(asked)}; write such a model to a folder first")
+        if refused := sorted(name for name in OF_LOADING if kwargs.get(name)):
+            named = ", ".join(refused)
+            raise ValueError(f"the model 'swan' does not take {named}; write such a model to a folder first")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self._dense = retention == "dense"
         wanted = None if retention is None or self._dense else float(retention)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or default_device().type
         if dtype == "auto":
             chosen, reason = automatic_dtype(pretrained, device)
             print(f"swan: dtype {reason}", file=sys.stderr)
@@ -99,7 +101,7 @@ class SwanLM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, **kwargs)
 
     def _given(self) -> dict[str, Any]:
-        """The cache of one batch, as an argument of the model."""
+        """Make the cache of one batch, as an argument of the model."""
         return {} if self._dense else {cache_keyword(self.model): SwanCache(self.model, **self._settings)}
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -115,9 +117,9 @@ def main() -> None:
     """Run the harness' own command with ``swan`` among its models."""
     from lm_eval.__main__ import cli_evaluate
 
-    named = [f"pretrained={name}" for name in MODELS]
+    embedded = [f"pretrained={name}" for name in MODELS]
     for index, argument in enumerate(sys.argv):  # tasks that size their prompts ask for a folder with the tokenizer
-        for name in named:
+        for name in embedded:
             if name in argument.replace(" ", ",").split(","):
                 folder = Path(model_folder(name.removeprefix("pretrained=")))
                 sys.argv[index] = argument.replace(name, f"pretrained={folder}")

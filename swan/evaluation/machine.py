@@ -16,7 +16,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = [
-    "TooLong", "at_most", "last_level_cache", "machine", "memory_bandwidth", "peak_bytes", "time_calls", "versions"
+    "TooLong", "at_most", "default_device", "last_level_cache", "machine", "memory_bandwidth", "package_version",
+    "peak_bytes", "time_calls", "versions",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -25,8 +26,18 @@ SYSTEM_CPUS = Path("/sys/devices/system/cpu")
 UNKNOWN_CACHE = 32 * 2**20  # bytes, where the system does not tell
 
 
+def default_device() -> torch.device:
+    """Return the device on which to run if nobody chooses one: CUDA where it is there, else the CPU.
+
+    Example:
+        >>> default_device().type in ("cuda", "cpu")
+        True
+    """
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def machine() -> dict[str, Any]:
-    """The machine that this process runs on.
+    """Describe the machine that this process runs on.
 
     Returns:
         ``cpu`` (model), ``cores`` (that this process may use), ``memory`` (bytes or None),
@@ -48,7 +59,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of python, torch, swan, and of transformers, triton and CUDA where they are there.
+    """Return the versions of python, torch, swan, and of transformers, triton and CUDA where they are there.
 
     Example:
         >>> set(versions()) >= {"python", "torch", "swan"}
@@ -56,19 +67,25 @@ def versions() -> dict[str, str]:
     """
     from swan import __version__  # not at the top: no floor imports the package that shows it
 
-    found = {"python": platform.python_version(), "torch": torch.__version__, "swan": __version__}
-    for name in ("transformers", "triton"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if torch.version.cuda is not None:
-        found["cuda"] = torch.version.cuda
-    return found
+    always = {"python": platform.python_version(), "torch": torch.__version__, "swan": __version__}
+    optional = {name: package_version(name) for name in ("transformers", "triton")} | {"cuda": torch.version.cuda}
+    return always | {name: version for name, version in optional.items() if version is not None}
+
+
+def package_version(name: str) -> str | None:
+    """Return the version of an installed package, None of one that is not installed.
+
+    Example:
+        >>> package_version("no-such-package")
+    """
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def last_level_cache(device: torch.device | str) -> int:
-    """Bytes of the last-level cache: all of a CPU's together, or the L2 of a CUDA device."""
+    """Return the bytes of the last-level cache: all of a CPU's together, or the L2 of a CUDA device."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     caches: dict[tuple[str, str], int] = {}  # (level, cores that share it) -> bytes
@@ -83,7 +100,7 @@ def last_level_cache(device: torch.device | str) -> int:
 
 
 def memory_bandwidth(device: torch.device | str) -> float:
-    """Bytes per second that plain code gets from memory: the better of a sum (read) and a copy (read and write)."""
+    """Measure the bytes per second of memory in plain code: a sum (read) or a copy (read and write), the better."""
     device = torch.device(device)
     size = max(2**30 if device.type == "cuda" else 2**28, 4 * last_level_cache(device))
     source = torch.ones(size // 4, device=device)
@@ -96,7 +113,7 @@ def memory_bandwidth(device: torch.device | str) -> float:
 def time_calls(
     run: Callable[[T], Any], inputs: Sequence[T], device: torch.device, repeats: int, seconds: float
 ) -> list[float]:
-    """Seconds of each call, after three to warm up.
+    """Measure the seconds of each call, after three to warm up.
 
     Args:
         run: what to time.
@@ -129,7 +146,7 @@ def time_calls(
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Most memory that a call takes at once, beyond what was there: by CUDA's allocator, or torch.profiler on a CPU."""
+    """Measure the most bytes that a call adds at once: by CUDA's allocator, or torch.profiler on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -156,7 +173,7 @@ class TooLong(BaseException):
 
 @contextlib.contextmanager
 def at_most(seconds: float, what: str) -> Iterator[None]:
-    """Raise `TooLong` in `what` takes longer, where the system has timers (in the main thread, not on Windows)."""
+    """Raise `TooLong` if `what` takes longer, where the system has timers (in the main thread, not on Windows)."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -175,14 +192,14 @@ def at_most(seconds: float, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_stderr() -> Iterator[None]:
-    """The profiler announces each start and stop on the stderr of C++."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Silence the stderr of C++, on which the profiler announces each start and stop."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(nowhere)
 
 

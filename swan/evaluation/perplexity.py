@@ -30,35 +30,35 @@ class Method(Protocol):
 
     @property
     def form(self) -> str:
-        """Its name."""
+        """Return its name."""
         ...
 
     @property
     def basis(self) -> Basis | None:
-        """Basis in which the model is attached; None where the model is left as it is."""
+        """Return the basis in which the model is attached; None where the model is left as it is."""
         ...
 
     @property
     def seed(self) -> int:
-        """Seed of a random basis."""
+        """Return the seed of a random basis."""
         ...
 
     @property
     def retention(self) -> float:
-        """Bytes per history token over those in bf16, all that it needs included."""
+        """Return the bytes per history token over those in bf16, all that it needs included."""
         ...
 
     @property
     def chunk(self) -> int:
-        """Tokens that the cache is given at a time."""
+        """Return how many tokens the cache is given at a time."""
         ...
 
     def cache(self, model: "PreTrainedModel") -> "Cache":
-        """An empty cache for the model."""
+        """Make an empty cache for the model."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """The settings as JSON values: ``buffer`` and ``sinks`` where tokens are kept dense."""
+        """Return the settings as JSON values: ``buffer`` and ``sinks`` where tokens are kept dense."""
         ...
 
 
@@ -81,7 +81,7 @@ class Setting:
 
     @property
     def form(self) -> str:
-        """``"dense"``, ``"window"``, or the form of the keys of the first layer: ``"topk"`` or ``"graded"``."""
+        """Return ``"dense"``, ``"window"``, or the form of the keys of the first layer: ``"topk"`` or ``"graded"``."""
         if self.name is not None:
             return self.name
         if self.plan is None:
@@ -91,11 +91,11 @@ class Setting:
 
     @property
     def retention(self) -> float:
-        """That of the plan."""
+        """Return the retention of the plan."""
         return 1.0 if self.plan is None else self.plan.retention
 
     def cache(self, model: "PreTrainedModel") -> "Cache":
-        """A `SwanCache` in windowed form; transformers' own without a plan."""
+        """Make a `SwanCache` in windowed form; the dense cache of transformers without a plan."""
         from transformers import DynamicCache
 
         from swan.integrations.transformers import SwanCache
@@ -110,7 +110,7 @@ class Setting:
         return next((layer for layer in layers if layer is not None), None)
 
     def describe(self) -> dict[str, Any]:
-        """The settings as JSON values, layouts of the first layer."""
+        """Return the settings as JSON values, layouts of the first layer."""
         if self.plan is None:
             return {}
         first = self._first_layer
@@ -139,7 +139,7 @@ class _Reference:
 
 
 def default_sweep(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: int = 4) -> list[Setting]:
-    """Dense, window only, top-k at several keeps, other bases, the paper's byte format, our plans.
+    """Sweep over dense, window only, top-k at several keeps, other bases, the paper's byte format, our plans.
 
     Args:
         dims: head dimensions of keys and values of each layer.
@@ -148,7 +148,7 @@ def default_sweep(dims: Sequence[tuple[int, int]], *, buffer: int = 64, sinks: i
     """
 
     def topk(share: float, bits: int = 8, **kwargs: Any) -> Plan:
-        layers = [LayerPlan(_kept(d, share, bits), _kept(dv, share, bits)) for d, dv in dims]
+        layers = [LayerPlan(_chosen(d, share, bits), _chosen(dv, share, bits)) for d, dv in dims]
         return Plan(tuple(layers), **{"buffer": buffer, "sinks": sinks, **kwargs})
 
     def index(retention: float) -> Plan:
@@ -247,14 +247,14 @@ def _score_window(
             for setting, score in group:
                 start = time.perf_counter()
                 cache = setting.cache(model)
-                found = (logits.log_softmax(-1) for logits in _logits(model, tokens, cache, setting.chunk))
-                _add(score, found, reference, tokens, None, 0.0)
+                chunks = (logits.log_softmax(-1) for logits in _logits(model, tokens, cache, setting.chunk))
+                _add(score, chunks, reference, tokens, None, 0.0)
                 score.compression.append(getattr(cache, "compression", math.nan))
                 score.seconds += time.perf_counter() - start
 
 
 def _logits(model: "PreTrainedModel", tokens: Tensor, cache: "Cache", chunk: int) -> Iterator[Tensor]:
-    """Logits ``[tokens, vocabulary]`` in float32, a chunk at a time."""
+    """Yield logits ``[tokens, vocabulary]`` in float32, a chunk at a time."""
     from swan.integrations.transformers import cache_keyword
 
     keyword = {cache_keyword(model): cache}
@@ -264,7 +264,7 @@ def _logits(model: "PreTrainedModel", tokens: Tensor, cache: "Cache", chunk: int
 
 def _add(
     score: _Scores,
-    found: Iterable[Tensor],
+    chunks: Iterable[Tensor],
     reference: _Reference,
     tokens: Tensor,
     compression: float | None,
@@ -273,7 +273,7 @@ def _add(
     """Add a window: log-probabilities by chunk, against those of the dense cache."""
     count, start = tokens.shape[1] - 1, 0
     nll = kl = agreement = 0.0
-    for log_p in found:
+    for log_p in chunks:
         targets = tokens[0, start + 1 : start + len(log_p) + 1]
         log_p, here = log_p[: len(targets)], slice(start, start + len(targets))
         start += len(targets)
@@ -292,13 +292,13 @@ def _row(setting: Method, score: _Scores, dense: _Scores, tokens: int) -> dict[s
     differences = [a - b for a, b in zip(score.nll, dense.nll, strict=True)]
     ratio = math.exp(statistics.fmean(differences))
     about, compression = setting.describe(), statistics.fmean(score.compression)
-    kept = min(about.get("buffer", 0) + about.get("sinks", 0), tokens) / tokens
+    recent = min(about.get("buffer", 0) + about.get("sinks", 0), tokens) / tokens
     return {
         "form": setting.form,
         "settings": about,
         "retention": setting.retention,
         "compression": None if math.isnan(compression) else compression,
-        "compression_bf16": kept + (1 - kept) * setting.retention,
+        "compression_bf16": recent + (1 - recent) * setting.retention,
         "perplexity": math.exp(statistics.fmean(score.nll)),
         "perplexity_increase": ratio - 1,
         "standard_error": _standard_error(differences, ratio),
@@ -311,16 +311,16 @@ def _row(setting: Method, score: _Scores, dense: _Scores, tokens: int) -> dict[s
 
 
 def _standard_error(values: Sequence[float], factor: float) -> float | None:
-    """Of the mean, by windows."""
+    """Compute the standard error of the mean over windows."""
     return factor * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def _kept(d: int, share: float, bits: int) -> TopK:
+def _chosen(d: int, share: float, bits: int) -> TopK:
     return TopK(d, max(1, round(share * d)), bits=16 if bits == 16 else 8)
 
 
 def _indexed(d: int, retention: float) -> TopK:
-    """The paper's byte format, a byte for the value and one for its position: all that fit."""
+    """Lay out as many coordinates as fit in the paper's format: a byte for the value and one for its position."""
     return TopK(d, max(1, (math.floor(2 * d * retention) - 2) // 2), positions="index")
 
 

@@ -12,7 +12,7 @@ import torch
 
 from swan.calibration.progress import track
 from swan.evaluation.perplexity import CHUNK
-from swan.evaluation.sources import token_windows
+from swan.evaluation.texts import token_windows
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -106,16 +106,16 @@ def needle_cases(
     per_length = cases // len(lengths)
     starts = [(length, first) for length in lengths for first in range(0, per_length, needles)]
     share = len(haystack) // len(starts)
-    found: list[NeedleCase] = []
+    made: list[NeedleCase] = []
     for i, (length, first) in enumerate(starts):
         begin = i * share + rng.randrange(max(share // 2, 1))
         numbers = range(first, min(first + needles, per_length))
         facts = {
-            (n % depths + 0.5) / depths: (keys[(len(found) + j) % len(keys)], rng.randrange(10**6, 10**7))
+            (n % depths + 0.5) / depths: (keys[(len(made) + j) % len(keys)], rng.randrange(10**6, 10**7))
             for j, n in enumerate(numbers)
         }
-        found += _cases_of_context(tokenizer, haystack[begin : (i + 1) * share], length, facts)
-    return found
+        made += _cases_of_context(tokenizer, haystack[begin : (i + 1) * share], length, facts)
+    return made
 
 
 @torch.no_grad()
@@ -208,7 +208,7 @@ def summarize_needles(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _cases_of_context(
     tokenizer: "PreTrainedTokenizerBase", text: str, length: int, facts: dict[float, tuple[str, int]]
 ) -> list[NeedleCase]:
-    """The cases of one context; `facts` are key and number by depth."""
+    """Make the cases of one context; `facts` are key and number by depth."""
 
     def encode(template: str, key: str, number: int) -> tuple[int, ...]:
         return tuple(tokenizer(template.format(key=key, number=number), add_special_tokens=False)["input_ids"])
@@ -245,5 +245,5 @@ def _ask(model: "PreTrainedModel", case: NeedleCase, cache: dict[str, Any]) -> d
 
 
 def _count(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    found = sum(row["found"] for row in rows)
-    return {"cases": len(rows), "found": found, "nll": statistics.fmean(row["nll"] for row in rows)}
+    correct = sum(row["found"] for row in rows)
+    return {"cases": len(rows), "found": correct, "nll": statistics.fmean(row["nll"] for row in rows)}

@@ -1,4 +1,4 @@
-"""Attention over dense and packed keys and values, and the exact merge of its parts."""
+"""Attention over dense and packed keys and values, and the exact merge of attention over disjoint sets of them."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def dense_attention(
     impl: Impl = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Softmax attention: $o_i = \sum_j p_{ij} v_j$, $p_i = \mathrm{softmax}_j(s\, q_i \cdot k_j)$.
+    r"""Compute softmax attention: $o_i = \sum_j p_{ij} v_j$, $p_i = \mathrm{softmax}_j(s\, q_i \cdot k_j)$.
 
-    Query head ``h`` reads KV head ``h // groups``. A query that sees no key gets a zero output and
-    a log-sum-exp of minus infinity, so parts merge exactly (`merge_attention`).
+    Query head ``h`` reads KV head ``h // (heads // kv_heads)``. A query that sees no key gets a zero output
+    and a log-sum-exp of minus infinity, so outputs over disjoint sets of keys merge exactly (`merge_attention`).
 
     Args:
         q: queries; ``heads`` is a multiple of ``kv_heads``.
@@ -68,8 +68,8 @@ def dense_attention(
         scale: factor of the scores, ``d ** -0.5`` by default.
         impl: ``"sdpa"`` (torch's fused kernels), ``"flex"`` (FlexAttention, compiled),
             ``"compiled"`` (plain tensor code with scores in float32, made for torch.compile),
-            ``"reference"`` (float64-capable oracle); ``"auto"`` takes sdpa wherever it can give
-            what was asked for, else compiled.
+            ``"reference"`` (float64-capable oracle); ``"auto"`` takes sdpa wherever it gives
+            what `return_lse` and gradients need, else compiled.
         return_lse: also return the natural log of the softmax denominator.
 
     Returns:
@@ -77,7 +77,7 @@ def dense_attention(
         float32 log-sum-exp ``[batch, heads, queries]``.
 
     Raises:
-        ValueError: shapes or devices do not fit, or `impl` cannot do what was asked for.
+        ValueError: shapes or devices do not fit, or `impl` cannot compute this.
         TypeError: dtypes differ, or the mask is not boolean.
 
     Example:
@@ -92,7 +92,7 @@ def dense_attention(
     factor = _factor(q, scale)
     impl = dense_impl(impl, q, k, v, return_lse)
     if k.shape[2] == 0:
-        out, lse = _nothing(q, v.shape[-1])
+        out, lse = _attention_to_nothing(q, v.shape[-1])
     elif impl == "reference":
         out, lse = reference.dense_attention(q, k, v, mask=mask, causal=causal, scale=factor)
     else:
@@ -142,10 +142,10 @@ def packed_attention(
     impl: Impl = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Attention over packed keys and values: `dense_attention` on what `unpack` would return.
+    r"""Attend to packed keys and values: `dense_attention` on what `unpack` would return.
 
     $o_i = \sum_j p_{ij} \hat v_j$, $p_i = \mathrm{softmax}_j(s\, q_i \cdot \hat k_j)$, with $\hat k_j$ and $\hat v_j$
-    as they are stored. At most 1024 tokens are unpacked at a time; their parts are merged by log-sum-exp, so the
+    as they are stored. At most 1024 tokens are unpacked at a time; their outputs are merged by log-sum-exp, so the
     dense history never exists (``impl="reference"`` is exempt).
 
     Args:
@@ -197,38 +197,38 @@ def _factor(q: Tensor, scale: float | None) -> float:
 def _in_tiles(
     q: Tensor, k: Packed, v: Packed, mask: Tensor | None, scale: float | None, impl: Impl
 ) -> tuple[Tensor, Tensor]:
-    """Unpacked a tile at a time, in mixed coordinates; output at least in float32."""
+    """Attend tile by tile to unpacked tokens, in mixed coordinates; the output is at least in float32."""
     tokens = k.shape[2]
     tile = max(tokens, 1) if impl == "reference" else TILE
     wide = torch.promote_types(q.dtype, torch.float32)
-    parts: list[tuple[Tensor, Tensor]] = []
+    outputs: list[tuple[Tensor, Tensor]] = []
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
-        seen = None if mask is None else mask[..., start:stop]
+        tile_mask = None if mask is None else mask[..., start:stop]
         keys, values = unpack_mixed(k.tokens(start, stop)), unpack_mixed(v.tokens(start, stop))
-        out, lse = dense_attention(q, keys, values, mask=seen, scale=scale, impl=impl, return_lse=True)
-        parts.append((out.to(wide), lse))
-        if len(parts) * q.shape[2] >= TILE:  # many queries: their outputs, too, stay within a tile
-            parts = [merge_attention(parts)]
-    return merge_attention(parts or [_nothing(q, v.format.d)])
+        out, lse = dense_attention(q, keys, values, mask=tile_mask, scale=scale, impl=impl, return_lse=True)
+        outputs.append((out.to(wide), lse))
+        if len(outputs) * q.shape[2] >= TILE:  # many queries: their outputs, too, stay within a tile
+            outputs = [merge_attention(outputs)]
+    return merge_attention(outputs or [_attention_to_nothing(q, v.format.d)])
 
 
 def merge_attention(
     parts: Sequence[tuple[Float[Tensor, "batch heads queries dv"], Float[Tensor, "batch heads queries"]]],
 ) -> tuple[Float[Tensor, "batch heads queries dv"], Float[Tensor, "batch heads queries"]]:
-    r"""Exact attention over the union of disjoint sets of keys, from each set's output and log-sum-exp.
+    r"""Merge attention over disjoint sets of keys exactly, from each set's output and log-sum-exp.
 
     $L = \log \sum_p e^{L_p}$, $o = \sum_p e^{L_p - L} o_p$, in float32.
 
     Args:
-        parts: pairs (output, log-sum-exp); a part that saw nothing has a log-sum-exp of minus
-            infinity.
+        parts: a pair (output, log-sum-exp) for each set of keys; where a query sees none of them, its
+            log-sum-exp is minus infinity.
 
     Returns:
         Merged output, in the dtype of the first, and merged float32 log-sum-exp.
 
     Raises:
-        ValueError: no parts.
+        ValueError: there are no pairs.
 
     Example:
         >>> q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
@@ -246,7 +246,7 @@ def merge_attention(
     lse = torch.logsumexp(lses, dim=0)
     weights = torch.where(lse == -math.inf, 0, (lses - lse).exp())
     outs = torch.stack([out.float() for out, _ in parts])
-    merged = einsum(weights, outs, "part b h q, part b h q d -> b h q d")
+    merged = einsum(weights, outs, "set b h q, set b h q d -> b h q d")
     return merged.to(parts[0][0].dtype), lse
 
 
@@ -262,20 +262,20 @@ def swan_attention(
     scale: float | None = None,
     impl: Impl = "auto",
 ) -> Float[Tensor, "batch heads queries dv"]:
-    r"""Attention over packed history and dense buffer together: one softmax, nothing rebuilt.
+    r"""Attend to packed history and dense recent tokens together: one softmax, nothing rebuilt.
 
-    $o_i = \sum_{j \in H} p_{ij} \hat v_j + \sum_{j \in B} p_{ij} v_j$ with
-    $p_i = \mathrm{softmax}_{j \in H \cup B}(s\, q_i \cdot k_j)$: what `merge_attention` makes of `packed_attention`
-    over the history $H$, whose keys count as they are stored, and `dense_attention` over the buffer $B$.
+    $o_i = \sum_{j \in H} p_{ij} \hat v_j + \sum_{j \in R} p_{ij} v_j$ with
+    $p_i = \mathrm{softmax}_{j \in H \cup R}(s\, q_i \cdot k_j)$: what `merge_attention` makes of `packed_attention`
+    over the history $H$, whose keys count as they are stored, and `dense_attention` over the recent tokens $R$.
 
     Args:
         q: rotated queries.
         k_history: packed keys ``[batch, kv_heads, tokens, d]``, or None where there is no history yet.
         v_history: packed values ``[batch, kv_heads, tokens, dv]``, or None.
-        k_buffer: dense keys: the buffer and the sinks, in any order.
-        v_buffer: dense values.
+        k_buffer: dense keys of the recent tokens: buffer and sinks, in any order.
+        v_buffer: dense values of the recent tokens.
         history_mask: True where a query sees a history token.
-        buffer_mask: True where a query sees a dense token.
+        buffer_mask: True where a query sees a recent token.
         scale: factor of the scores, ``d ** -0.5`` by default.
         impl: as in `packed_attention`; a kernel over packed tokens needs a history.
 
@@ -283,7 +283,7 @@ def swan_attention(
         Output in the rotated coordinates of the values: `inverse_rotate` brings it back.
 
     Raises:
-        ValueError: shapes do not fit, only one of the histories is given, or `impl` cannot do what was asked for.
+        ValueError: shapes do not fit, only one of the histories is given, or `impl` cannot compute this.
         TypeError: dtypes differ, or a mask is not boolean.
         RuntimeError: ``impl="cpp"`` and the kernel cannot be built.
 
@@ -307,16 +307,16 @@ def swan_attention(
         if not torch.compiler.is_compiling():
             _check(q, k_history, v_history, history_mask)
             _check(q, k_buffer, v_buffer, buffer_mask)
-        recent = Recent(k_buffer, v_buffer, buffer_mask)
-        out, _ = attend_kernel(impl)(q, k_history, v_history, history_mask, _factor(q, scale), recent)
+        tokens = Recent(k_buffer, v_buffer, buffer_mask)
+        out, _ = attend_kernel(impl)(q, k_history, v_history, history_mask, _factor(q, scale), tokens)
         return out.to(q.dtype)
     history = packed_attention(q, k_history, v_history, mask=history_mask, scale=scale, impl=impl, return_lse=True)
-    dense: Impl = "auto" if is_kernel(impl) else impl
-    buffer = dense_attention(q, k_buffer, v_buffer, mask=buffer_mask, scale=scale, impl=dense, return_lse=True)
-    return merge_attention([history, buffer])[0]
+    recent_impl: Impl = "auto" if is_kernel(impl) else impl
+    recent = dense_attention(q, k_buffer, v_buffer, mask=buffer_mask, scale=scale, impl=recent_impl, return_lse=True)
+    return merge_attention([history, recent])[0]
 
 
-def _nothing(q: Tensor, dv: int) -> tuple[Tensor, Tensor]:
+def _attention_to_nothing(q: Tensor, dv: int) -> tuple[Tensor, Tensor]:
     out = q.new_zeros(*q.shape[:-1], dv)
     return out, torch.full(q.shape[:-1], -math.inf, dtype=torch.float32, device=q.device)
 
@@ -329,17 +329,17 @@ def _with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
 
 
 def _group_rows(q: Tensor, kv_heads: int) -> Tensor:
-    """Query groups as rows of their KV head: each key is read once for all of them."""
+    """Arrange query groups as rows of their KV head, so that each key is read once for all of them."""
     return rearrange(q, "b (h g) q d -> b h (g q) d", h=kv_heads)
 
 
 def _group_mask(mask: Tensor | None, q: Tensor, kv_heads: int) -> Tensor | None:
-    groups = q.shape[1] // kv_heads
-    if mask is None or groups == 1:
+    group_size = q.shape[1] // kv_heads
+    if mask is None or group_size == 1:
         return mask
     if mask.shape[1] == 1:
-        return repeat(mask, "b 1 q k -> b 1 (g q) k", g=groups)
-    return rearrange(mask, "b (h g) q k -> b h (g q) k", g=groups)
+        return repeat(mask, "b 1 q k -> b 1 (g q) k", g=group_size)
+    return rearrange(mask, "b (h g) q k -> b h (g q) k", g=group_size)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -348,7 +348,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
         return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     rows = sdpa(_group_rows(q, k.shape[1]), k, v, attn_mask=_group_mask(mask, q, k.shape[1]), scale=scale)
     out = rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2])
-    # Kernels differ in what a row that sees nothing gives; ours is zero.
+    # Torch's kernels differ in their output for a query that sees nothing; here it is zero.
     return out if mask is None else torch.where(mask.any(-1, keepdim=True), out, 0)
 
 
@@ -358,15 +358,15 @@ def _sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
             "impl='sdpa' gives a log-sum-exp only on the CPU, for keys and values of one head dimension, not in "
             f"float64 (device {q.device.type}, {q.shape[-1]} and {v.shape[-1]}, {q.dtype}); use impl='compiled'"
         )
-    bias, grouped = None, _group_mask(mask, q, k.shape[1])
-    if grouped is not None:
-        bias = torch.zeros_like(grouped, dtype=q.dtype).masked_fill(~grouped, -math.inf)
+    bias, row_mask = None, _group_mask(mask, q, k.shape[1])
+    if row_mask is not None:
+        bias = torch.zeros_like(row_mask, dtype=q.dtype).masked_fill(~row_mask, -math.inf)
     rows, lse_rows = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         _group_rows(q, k.shape[1]), k, v, attn_mask=bias, scale=scale
     )
     out = rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2])
     lse = rearrange(lse_rows, "b h (g q) -> b (h g) q", q=q.shape[2])
-    if mask is not None:  # the kernel reports 0 for a row that sees nothing
+    if mask is not None:  # the kernel returns 0 for a query that sees nothing
         lse = torch.where(mask.any(-1), lse, -math.inf)
     return out, lse
 
@@ -388,8 +388,8 @@ def _flex(
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # imports the compiler
 
     kv_heads = k.shape[1]
-    rows, seen = _group_rows(q, kv_heads), _group_mask(mask, q, kv_heads)
-    score_mod = None if seen is None else _visible(seen.expand(q.shape[0], kv_heads, -1, -1))
+    rows, row_mask = _group_rows(q, kv_heads), _group_mask(mask, q, kv_heads)
+    score_mod = None if row_mask is None else _masking(row_mask.expand(q.shape[0], kv_heads, -1, -1))
     flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     if return_lse:
         rows, aux = flex(rows, k, v, score_mod=score_mod, scale=scale, return_aux=AuxRequest(lse=True))
@@ -399,16 +399,16 @@ def _flex(
     return rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2]), lse
 
 
-def _visible(seen: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    return lambda score, b, h, i, j: torch.where(seen[b, h, i, j], score, -math.inf)
+def _masking(mask: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    return lambda score, b, h, i, j: torch.where(mask[b, h, i, j], score, -math.inf)
 
 
 def _tensor_code(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     kv_heads = k.shape[1]
     scores = einsum(_group_rows(q, kv_heads).float(), k.float(), "b h r d, b h k d -> b h r k") * scale
-    seen = _group_mask(mask, q, kv_heads)
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -math.inf)
+    row_mask = _group_mask(mask, q, kv_heads)
+    if row_mask is not None:
+        scores = scores.masked_fill(~row_mask, -math.inf)
     peak = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weights = (scores - peak).exp()
     total = weights.sum(-1, keepdim=True)

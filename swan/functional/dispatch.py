@@ -1,6 +1,6 @@
-"""Which implementation computes what: every `impl` is resolved here.
+"""The choice of implementations: every `impl` is resolved here.
 
-What sdpa and flex cannot give (a log-sum-exp, gradients) they refuse themselves, in attention.py.
+Only what sdpa and flex cannot give (a log-sum-exp, gradients) is refused elsewhere: in attention.py.
 
 ``"auto"`` follows a table:
 
@@ -34,7 +34,7 @@ PACK = ("auto", "compiled", "cpp", "triton")
 
 
 def is_kernel(impl: Impl) -> bool:
-    """Whether an implementation is a kernel over packed tokens."""
+    """Tell if an implementation is a kernel over packed tokens."""
     return impl in ("cpp", "triton")
 
 
@@ -42,7 +42,7 @@ def dense_impl(impl: Impl, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) ->
     """Resolve the `impl` of `dense_attention`.
 
     Raises:
-        ValueError: it is none of those that there are.
+        ValueError: there is no implementation of this name.
     """
     _check_known("dense_attention", impl, DENSE)
     if impl != "auto":
@@ -58,14 +58,15 @@ def packed_impl(impl: Impl, q: Tensor, k: Packed, v: Packed) -> Impl:
 
     Raises:
         TypeError: keys or values are not `Packed`.
-        ValueError: it is none of those that there are, or ``"cpp"`` and the kernel does not read the layouts here.
-        RuntimeError: ``"cpp"`` and the kernel cannot be built.
+        ValueError: there is no implementation of this name, or it is ``"cpp"`` and the kernel does not read the layouts here.
+        RuntimeError: it is ``"cpp"`` and the kernel cannot be built.
     """
     if impl == "flex":
         raise ValueError(
             "impl='flex' cannot read packed tensors, FlexAttention has no gather by token; use 'auto' or 'compiled'"
         )
-    _check_known("packed_attention", impl, PACKED)
+    if impl != "auto":
+        _check_known("packed_attention", impl, PACKED)
     for name, packed in (("k", k), ("v", v)):
         if not isinstance(packed, Packed):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
@@ -91,20 +92,20 @@ def packed_impl(impl: Impl, q: Tensor, k: Packed, v: Packed) -> Impl:
     return "cpp" if cpu.built() else impl
 
 
-def one_call_serves(q: Tensor, k: Packed, v: Packed, k_buffer: Tensor, v_buffer: Tensor) -> bool:
-    """Whether one call of a kernel serves history and buffer together."""
-    if k_buffer.ndim != 4 or v_buffer.ndim != 4:
+def one_call_serves(q: Tensor, k: Packed, v: Packed, k_recent: Tensor, v_recent: Tensor) -> bool:
+    """Tell if one call of a kernel serves history and recent tokens together."""
+    if k_recent.ndim != 4 or v_recent.ndim != 4:
         return False
-    if torch.is_grad_enabled() and _require_grad(q, k_buffer, v_buffer):
+    if torch.is_grad_enabled() and _require_grad(q, k_recent, v_recent):
         return False
     (_, k_heads, k_tokens, d), (_, v_heads, v_tokens, dv) = k.shape, v.shape
-    keys_fit = (k_buffer.shape[1], k_buffer.shape[3], k_buffer.dtype) == (k_heads, d, k.dtype)
-    values_fit = (v_buffer.shape[1], v_buffer.shape[3], v_buffer.dtype) == (v_heads, dv, v.dtype)
+    keys_fit = (k_recent.shape[1], k_recent.shape[3], k_recent.dtype) == (k_heads, d, k.dtype)
+    values_fit = (v_recent.shape[1], v_recent.shape[3], v_recent.dtype) == (v_heads, dv, v.dtype)
     return keys_fit and values_fit and k_tokens == v_tokens
 
 
 def attend_kernel(impl: Impl) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The kernel of ``"cpp"`` or ``"triton"`` that attends to packed tokens."""
+    """Return the kernel of ``"cpp"`` or ``"triton"`` that attends to packed tokens."""
     if impl == "cpp":
         return attend_cpu.attend
     from swan.kernels import attend_triton
@@ -116,10 +117,11 @@ def pack_impl(impl: Impl, x: Tensor, layout: Layout | None) -> Impl:
     """Resolve the `impl` of `pack`: ``"compiled"`` (tensor code) or a kernel that knows the layout and runs here.
 
     Raises:
-        ValueError: it is none of those that there are, or cannot store `x` in the layout.
-        RuntimeError: ``"cpp"`` and the kernel cannot be built.
+        ValueError: there is no implementation of this name, or it cannot store `x` in the layout.
+        RuntimeError: it is ``"cpp"`` and the kernel cannot be built.
     """
-    _check_known("pack", impl, PACK)
+    if impl != "auto":
+        _check_known("pack", impl, PACK)
     if layout is None:  # nothing is stored
         return impl
     match impl:
@@ -144,7 +146,7 @@ def pack_impl(impl: Impl, x: Tensor, layout: Layout | None) -> Impl:
 
 
 def store_kernel(impl: Impl) -> Callable[[Tensor, Layout], Packed]:
-    """What packs vectors: a kernel, or the tensor code of the layout for ``"compiled"``."""
+    """Return the function that packs vectors: a kernel, or the tensor code of the layout for ``"compiled"``."""
     match impl:
         case "cpp":
             return pack_cpu.store
@@ -157,7 +159,7 @@ def store_kernel(impl: Impl) -> Callable[[Tensor, Layout], Packed]:
 
 
 def sdpa_gives_lse(q: Tensor, v: Tensor) -> bool:
-    """Whether torch's SDPA gives a log-sum-exp."""
+    """Tell if torch's SDPA gives a log-sum-exp."""
     return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and q.dtype != torch.float64
 
 
@@ -171,14 +173,14 @@ def _cpp_packs(x: Tensor) -> bool:
 
 
 def _build_cpp() -> None:
-    if not cpu.built():  # a constant of compiled code
-        cpu.build()  # raises, and says why it cannot be
+    if not cpu.built():  # compiled code reads this once
+        cpu.build()  # raises an error that says why the kernel cannot be built
 
 
 def _require_grad(*tensors: Tensor) -> bool:
     return any([t.requires_grad for t in tensors])
 
 
-def _check_known(what: str, impl: Any, known: tuple[str, ...]) -> None:
-    if impl not in known:
-        raise ValueError(f"impl of {what} must be one of {', '.join(known)}, got {impl!r}")
+def _check_known(function: str, impl: Any, names: tuple[str, ...]) -> None:
+    if impl not in names:
+        raise ValueError(f"impl of {function} must be one of {', '.join(names)}, got {impl!r}")

@@ -1,4 +1,4 @@
-"""`pack`: vectors to what a cache stores."""
+"""`pack`: from vectors to the tensors that a cache stores."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ __all__ = ["graded_prune", "topk_prune"]
 def topk_prune(x: Float[Tensor, "... d"], keep: int) -> Float[Tensor, "... d"]:
     r"""Keep each vector's largest coordinates: $x_i$ if $|x_i|$ is among the `keep` largest, else 0.
 
-    Equal magnitudes are broken arbitrarily; exactly `keep` coordinates are kept.
+    Among equal magnitudes the choice is arbitrary; exactly `keep` coordinates are kept.
     ``unpack(pack(x, TopK(d, keep, bits=16)))`` is the same tensor.
 
     Args:
@@ -42,12 +42,12 @@ def topk_prune(x: Float[Tensor, "... d"], keep: int) -> Float[Tensor, "... d"]:
     if not 1 <= keep <= d:
         raise ValueError(f"keep must be between 1 and d = {d}, got {keep}")
     index = x.abs().topk(keep, dim=-1).indices
-    kept = torch.zeros_like(x, dtype=torch.bool).scatter(-1, index, True)
-    return torch.where(kept, x, 0)
+    mask = torch.zeros_like(x, dtype=torch.bool).scatter(-1, index, True)
+    return torch.where(mask, x, 0)
 
 
 def graded_prune(x: Float[Tensor, "... d"], groups: tuple[tuple[int, int], ...]) -> Float[Tensor, "... d"]:
-    r"""What a graded layout keeps of each vector: the same coordinates, group by group, with the group's bits.
+    r"""Keep the same coordinates of each vector, group by group with the group's bits: what a graded layout stores.
 
     16 bits keep a coordinate as it is, 0 prunes it; between, a group $x_g$ is mixed, rounded to $2^b$ steps of its own
     scale $s$, and mixed back, $\hat x_g = R_b(x_g H)\, H^\top$ with $|R_b(y) - y| \le 2^{-b} s$ (`Graded`).
@@ -74,7 +74,7 @@ def graded_prune(x: Float[Tensor, "... d"], groups: tuple[tuple[int, int], ...])
         raise ValueError(f"groups sum to {layout.d} coordinates, x has {x.shape[-1]}")
     if layout.mixed:
         return unpack(pack(x.reshape(1, 1, -1, layout.d), layout)).reshape(x.shape)
-    kept = torch.zeros(layout.d, dtype=torch.bool, device=x.device)
+    mask = torch.zeros(layout.d, dtype=torch.bool, device=x.device)
     for start, stop, _ in layout.stored:
-        kept[start:stop] = True
-    return torch.where(kept, x, 0)
+        mask[start:stop] = True
+    return torch.where(mask, x, 0)

@@ -1,4 +1,4 @@
-"""The slow, obvious twin of each function: what the fast ones are tested against, in any precision.
+"""A slow, obvious twin of each function, in any precision: the fast ones are tested against these.
 
 Nothing here is tiled, fused or clever. Give float64 inputs for an oracle.
 """
@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 from swan.storage import Graded, Layout, TopK
-from swan.storage.mixing import hadamard
 
-__all__ = ["dense_attention", "graded_prune", "merge_attention", "prune", "rotate", "topk_prune", "windowed_attention"]
+__all__ = [
+    "dense_attention", "graded_prune", "hadamard", "merge_attention", "mix", "prune", "rotate", "topk_prune",
+    "windowed_attention",
+]  # fmt: skip
 
 
 def rotate(x: Tensor, basis: Tensor) -> Tensor:
-    """`swan.functional.rotate`, one head at a time."""
-    groups = x.shape[1] // basis.shape[0]
-    return torch.stack([x[:, h] @ basis[h // groups] for h in range(x.shape[1])], dim=1)
+    """Compute `swan.functional.rotate`, one head at a time."""
+    group_size = x.shape[1] // basis.shape[0]
+    return torch.stack([x[:, h] @ basis[h // group_size] for h in range(x.shape[1])], dim=1)
 
 
 def topk_prune(x: Tensor, keep: int) -> Tensor:
-    """`swan.functional.topk_prune`, one vector at a time."""
+    """Compute `swan.functional.topk_prune`, one vector at a time."""
     out = torch.zeros_like(x)
     for source, target in zip(x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1]), strict=True):
         for i in sorted(range(len(source)), key=lambda i: -abs(float(source[i])))[:keep]:
@@ -30,27 +32,45 @@ def topk_prune(x: Tensor, keep: int) -> Tensor:
 
 
 def graded_prune(x: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
-    """`swan.functional.graded_prune`, one group of one vector at a time, the nearest of all steps by search."""
+    """Compute `swan.functional.graded_prune`, one group of one vector at a time; search all steps for the nearest."""
     out, start = torch.zeros_like(x), 0
     for size, bits in groups:
-        part = slice(start, start + size)
+        group = slice(start, start + size)
         if bits == 16:
-            out[..., part] = x[..., part]
+            out[..., group] = x[..., group]
         elif bits:
-            matrix = hadamard(size, x.device).to(x.dtype)
-            mixed = x[..., part] @ matrix
+            matrix = hadamard(size).to(x)
+            mixed = x[..., group] @ matrix
             for vector in mixed.view(-1, size):
                 peak = float(vector.abs().max())
                 byte = next((c for c in range(256) if 2 ** ((c - 128) / 8) >= peak), 255)
-                levels = (torch.arange(2**bits).to(x) - (2**bits - 1) / 2) * 2 ** (1 - bits) * 2 ** ((byte - 128) / 8)
-                vector[:] = levels[(vector[:, None] - levels).abs().argmin(-1)]
-            out[..., part] = mixed @ matrix.mT
+                steps = (torch.arange(2**bits).to(x) - (2**bits - 1) / 2) * 2 ** (1 - bits) * 2 ** ((byte - 128) / 8)
+                vector[:] = steps[(vector[:, None] - steps).abs().argmin(-1)]
+            out[..., group] = mixed @ matrix.mT
         start += size
     return out
 
 
+def hadamard(size: int) -> Tensor:
+    """Compute `swan.storage.mixing.hadamard`, entry by entry: signs for the power of two, cosines for the odd factor."""
+    odd = size // (size & -size)
+
+    def entry(row: int, column: int) -> float:
+        (a, i), (b, j) = divmod(row, odd), divmod(column, odd)
+        cosine = math.cos(math.pi / odd * (i + 0.5) * j) * math.sqrt(2 if j else 1)
+        return (-1) ** (a & b).bit_count() * cosine / math.sqrt(size)
+
+    return torch.tensor([[entry(row, column) for column in range(size)] for row in range(size)], dtype=torch.float64)
+
+
+def mix(groups: tuple[tuple[int, int], ...]) -> Tensor:
+    """Build the matrix of `Graded.mix`: a `hadamard` for each group of 1 to 8 bits."""
+    blocks = [hadamard(size) if 0 < bits < 16 else torch.eye(size, dtype=torch.float64) for size, bits in groups]
+    return torch.block_diag(*blocks)
+
+
 def prune(x: Tensor, layout: Layout) -> Tensor:
-    """What ``unpack(pack(x, layout))`` stands for, before quantization."""
+    """Prune vectors as a layout does: ``unpack(pack(x, layout))``, but for the rounding of `TopK`."""
     if isinstance(layout, Graded):
         return graded_prune(x, layout.groups)
     assert isinstance(layout, TopK)
@@ -60,10 +80,10 @@ def prune(x: Tensor, layout: Layout) -> Tensor:
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`swan.functional.dense_attention` with its log-sum-exp; float64 stays float64."""
-    groups = q.shape[1] // k.shape[1]
+    """Compute `swan.functional.dense_attention` with its log-sum-exp; float64 stays float64."""
+    group_size = q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys, values = (t.to(wide).repeat_interleave(groups, dim=1) for t in (k, v))
+    keys, values = (t.to(wide).repeat_interleave(group_size, dim=1) for t in (k, v))
     scores = q.to(wide) @ keys.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
@@ -71,12 +91,12 @@ def dense_attention(
         above = torch.ones(scores.shape[-2:], device=q.device).triu(scores.shape[-1] - scores.shape[-2] + 1).bool()
         scores = scores.masked_fill(above, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.softmax(scores, dim=-1).nan_to_num(0)  # a row that sees nothing gives zero
+    weights = torch.softmax(scores, dim=-1).nan_to_num(0)  # zero for a query that sees nothing
     return (weights @ values).to(q.dtype), lse
 
 
 def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """`swan.functional.merge_attention` by the definition."""
+    """Compute `swan.functional.merge_attention` by its definition."""
     total = sum(lse.exp() for _, lse in parts)
     assert isinstance(total, Tensor)
     out = sum(out * (lse.exp() / total)[..., None] for out, lse in parts)
@@ -97,10 +117,10 @@ def windowed_attention(
     window_start: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """A whole sequence as decoding token by token sees it.
+    """Attend over a whole sequence as decoding token by token does.
 
     Query i sees key j dense if ``i - j < buffer`` or j is a sink, else pruned. `padding` counts each
-    row's left padding; `window_start` [queries] overrides ``i - buffer + 1`` (the prefill form ``chunk``).
+    row's left padding; `window_start` [queries] overrides ``i - buffer + 1`` (for ``prefill="chunk"``).
     """
     batch, _, tokens, _ = q.shape
     i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
@@ -109,14 +129,14 @@ def windowed_attention(
     sink = j[None] < first[:, None, None] + sinks
     visible = (j <= i)[None] & (j[None] >= first[:, None, None])
     dense = ((j >= start)[None] | sink).expand(batch, tokens, tokens)
-    groups = q.shape[1] // k.shape[1]
+    group_size = q.shape[1] // k.shape[1]
     factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
 
     def scores(keys: Tensor) -> Tensor:
-        return q @ keys.repeat_interleave(groups, dim=1).mT * factor
+        return q @ keys.repeat_interleave(group_size, dim=1).mT * factor
 
     mixed = torch.where(dense[:, None], scores(k), scores(k_pruned)).masked_fill(~visible[:, None], -math.inf)
     weights = torch.softmax(mixed, dim=-1).nan_to_num(0)
-    dense_part = torch.where(dense[:, None], weights, 0) @ v.repeat_interleave(groups, dim=1)
-    pruned_part = torch.where(dense[:, None], 0, weights) @ v_pruned.repeat_interleave(groups, dim=1)
-    return dense_part + pruned_part
+    from_dense = torch.where(dense[:, None], weights, 0) @ v.repeat_interleave(group_size, dim=1)
+    from_pruned = torch.where(dense[:, None], 0, weights) @ v_pruned.repeat_interleave(group_size, dim=1)
+    return from_dense + from_pruned

@@ -19,9 +19,9 @@ __all__ = ["check_basis", "fold_value_rotation", "inverse_rotate", "random_rotat
 def rotate(
     x: Float[Tensor, "batch heads tokens d"], basis: Float[Tensor, "kv_heads d d"]
 ) -> Float[Tensor, "batch heads tokens d"]:
-    r"""Coordinates of vectors in a basis: $x' = x P_h$ for each KV head $h$.
+    r"""Rotate vectors into a basis: $x' = x P_h$ for each KV head $h$.
 
-    Queries rotate with the basis of the KV head that their group shares, so
+    Queries rotate with the basis of the KV head that their query group shares, so
     $q' \cdot k' = q P P^\top k = q \cdot k$: attention scores do not change.
 
     Args:
@@ -49,7 +49,7 @@ def rotate(
 def inverse_rotate(
     x: Float[Tensor, "batch heads tokens d"], basis: Float[Tensor, "kv_heads d d"]
 ) -> Float[Tensor, "batch heads tokens d"]:
-    r"""Back from coordinates in a basis: $x = x' P_h^\top$, the inverse of `rotate`.
+    r"""Rotate vectors back from a basis: $x = x' P_h^\top$, the inverse of `rotate`.
 
     Args:
         x: rotated vectors, for instance attention outputs over rotated values.
@@ -76,7 +76,7 @@ def inverse_rotate(
 def random_rotation(
     kv_heads: int, d: int, *, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> Float[Tensor, "kv_heads d d"]:
-    r"""Orthogonal matrices drawn uniformly (Haar): $Q$ of $G = QR$, signs fixed by $\mathrm{diag}(R)$.
+    r"""Draw orthogonal matrices uniformly (Haar): $Q$ of $G = QR$, signs fixed by $\mathrm{diag}(R)$.
 
     Args:
         kv_heads: number of matrices.
@@ -109,9 +109,9 @@ def fold_value_rotation(
     basis: Float[Tensor, "kv_heads d d"],
     v_bias: Float[Tensor, " kv_d"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    r"""Projections whose values come out rotated: $W_V' = P^\top W_V$, $b_V' = P^\top b_V$, $W_O' = W_O P$.
+    r"""Fold a value basis into the projections: $W_V' = P^\top W_V$, $b_V' = P^\top b_V$, $W_O' = W_O P$.
 
-    The layer computes the same function, and rotating values costs nothing per token. The output
+    Values come out rotated at no cost per token, and the layer computes the same function. The output
     bias does not change. Products are formed in float64 and rounded once.
 
     Args:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from swan.calibration import Calibration
@@ -20,7 +19,7 @@ def attach(model: nn.Module, calibration: Calibration | str | Path, fold: bool =
 
     A transformers model keeps its weights and gets swan's attention function, which rotates at run time and
     is the model's own attention wherever no `SwanCache` is given. In a model of your own the bases of its
-    `SwanAttention` modules are set.
+    `SwanAttention` modules are set; one whose bases came with a state dict counts as attached.
 
     Args:
         model: the model that was calibrated.
@@ -36,7 +35,7 @@ def attach(model: nn.Module, calibration: Calibration | str | Path, fold: bool =
             find out); the model is unchanged then.
 
     Example:
-        >>> import swan
+        >>> import torch, swan
         >>> model = torch.nn.Sequential(swan.SwanAttention(64, heads=4))
         >>> swan.attach(model, swan.calibrate(model, [torch.randn(2, 50, 64)]))
 
@@ -51,6 +50,8 @@ def attach(model: nn.Module, calibration: Calibration | str | Path, fold: bool =
     if not layers:
         _transformers().attach(model, calibration, fold)
         return
+    if any(layer.has_bases for layer in layers):
+        raise ValueError("this model is already attached; call swan.detach(model) first")
     calibration.check_model(model)
     if fold:
         raise ValueError("fold=True is for transformers models; SwanAttention rotates at run time")
@@ -68,7 +69,7 @@ def detach(model: nn.Module) -> None:
         ValueError: the model is not attached.
 
     Example:
-        >>> import swan
+        >>> import torch, swan
         >>> model = torch.nn.Sequential(swan.SwanAttention(64, heads=4))
         >>> swan.attach(model, swan.calibrate(model, [torch.randn(2, 50, 64)]))
         >>> swan.detach(model)
@@ -78,9 +79,10 @@ def detach(model: nn.Module) -> None:
     if not layers:
         _transformers().detach(model)
         return
+    if not any(layer.has_bases for layer in layers):
+        raise ValueError("this model is not attached; there is nothing to detach")
     for layer in layers:
-        key_eye, value_eye = (torch.eye(layer.head_dim).expand(layer.kv_heads, -1, -1) for _ in range(2))
-        layer.set_bases(key_eye, value_eye)
+        layer.reset_bases()
 
 
 @contextlib.contextmanager

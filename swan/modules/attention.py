@@ -75,15 +75,15 @@ class SwanAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.rope = rope
-        identity = torch.eye(self.head_dim).expand(self.kv_heads, -1, -1)
-        self.register_buffer("key_basis", identity.clone())
-        self.register_buffer("value_basis", identity.clone())
+        self.register_buffer("key_basis", self._identity())
+        self.register_buffer("value_basis", self._identity())
+        self._bases_set = False
         self.observer: Callable[[Tensor, Tensor, Tensor, Tensor], Any] | None = None
         """Called with q, k (after RoPE), v and the output ``[batch, tokens, heads, d]`` of each forward without a
         cache; `swan.calibrate` sets it."""
 
     def forward(self, x: Tensor, cache: KVCache | None = None, *, padding: Tensor | None = None) -> Tensor:
-        """Attention over `x` alone, or over the cache and `x`.
+        """Attend over `x` alone, or over the cache and `x`.
 
         Args:
             x: ``[batch, tokens, dim]``.
@@ -92,7 +92,7 @@ class SwanAttention(nn.Module):
                 remembers it.
 
         Returns:
-            ``[batch, tokens, dim]``; positions of padding hold no meaning.
+            ``[batch, tokens, dim]``; the output at padding means nothing.
 
         Raises:
             ValueError: `x` has another width, or the cache cannot take its tokens.
@@ -104,18 +104,18 @@ class SwanAttention(nn.Module):
             mask = None if padding is None else _key_mask(padding, x.shape[1])
             out = dense_attention(q, k, v, mask=mask, causal=True)
         else:
-            held = cache.buffer.padding if padding is None else padding
-            q, k, v = self._project(x, cache.buffer.length, held)
+            row_padding = cache.state.padding if padding is None else padding
+            q, k, v = self._project(x, cache.state.length, row_padding)
             key_basis, value_basis = self.key_basis.to(x.dtype), self.value_basis.to(x.dtype)
-            cache.update(rotate(k, key_basis), rotate(v, value_basis), padding=padding)
-            out = inverse_rotate(cache.attend(rotate(q, key_basis)), value_basis)
+            q, k, v = rotate(q, key_basis), rotate(k, key_basis), rotate(v, value_basis)
+            out = inverse_rotate(cache(q, k, v, padding=padding), value_basis)
         out = rearrange(out, "b h t d -> b t h d")
         if cache is None and self.observer is not None:
             self.observer(q, k, v, out)
         return self.o_proj(out.flatten(2))
 
     def set_bases(self, key_basis: Tensor, value_basis: Tensor) -> None:
-        """Set both bases ``[kv_heads, d, d]``; caches filled before do not fit any more.
+        """Set both bases ``[kv_heads, d, d]``; caches filled before no longer fit.
 
         Raises:
             ValueError: wrong shape, or not orthogonal.
@@ -126,12 +126,27 @@ class SwanAttention(nn.Module):
             check_basis(basis)
         self.key_basis.copy_(key_basis)
         self.value_basis.copy_(value_basis)
+        self._bases_set = True
+
+    def reset_bases(self) -> None:
+        """Set both bases to the identity, as in a new module."""
+        self.set_bases(self._identity(), self._identity())
+        self._bases_set = False
+
+    @property
+    def has_bases(self) -> bool:
+        """True once bases were set, or came with a state dict."""
+        identity = self._identity().to(self.key_basis)
+        return self._bases_set or any(not torch.equal(basis, identity) for basis in (self.key_basis, self.value_basis))
 
     def extra_repr(self) -> str:
-        """Settings shown by `repr`."""
+        """Return the settings that `repr` shows."""
         return (
             f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, rope={self.rope}"
         )
+
+    def _identity(self) -> Tensor:
+        return torch.eye(self.head_dim).repeat(self.kv_heads, 1, 1)
 
     def _project(self, x: Tensor, start: int | Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (

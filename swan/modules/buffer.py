@@ -1,16 +1,18 @@
 """`DenseBuffer`: the newest tokens in a ring, and the first ones (sinks), unpruned."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from swan.compiling import keep_in_place
+from swan.modules.state import CacheState, StaticState
 
-__all__ = ["DenseBuffer", "Evicted"]
+__all__ = ["DenseBuffer", "Evicted", "StaticBuffer", "ring_columns"]
 
-NOWHERE = 2**62  # the column of a slot that holds nothing: later than every query
+NOWHERE = 2**62  # the column of an empty slot: later than every query, so no query sees it
 
 
 class Evicted(NamedTuple):
@@ -19,8 +21,8 @@ class Evicted(NamedTuple):
     Attributes:
         keys: ``[batch, kv_heads, tokens, d]``.
         values: ``[batch, kv_heads, tokens, dv]``.
-        places: for a static buffer the place of each token after the sinks, or -1 where the slot
-            held nothing; None for a dynamic buffer, whose tokens simply follow the last ones.
+        places: for a `StaticBuffer` the place of each token in the history, or -1 where the slot was
+            empty; None for a dynamic buffer, whose tokens simply follow the last ones.
     """
 
     keys: Tensor
@@ -36,8 +38,8 @@ class DenseBuffer(nn.Module):
 
     Args:
         size: tokens in the ring, at least 1.
-        sinks: first tokens kept for ever.
-        static: keep counters as tensors and never change a shape, for torch.compile.
+        sinks: first tokens that never leave.
+        state: the state that holds the tokens: that of a cache, or by default a new one.
 
     Raises:
         ValueError: `size` below 1 or `sinks` below 0.
@@ -48,37 +50,27 @@ class DenseBuffer(nn.Module):
         >>> buffer.push(k, v).keys.flatten()  # token 0 is the sink, tokens 2 to 5 stay
         tensor([1.])
         >>> buffer
-        DenseBuffer(size=4, sinks=1, static=False)
+        DenseBuffer(size=4, sinks=1)
 
     Source: the buffer is arXiv:2511.18936's; sinks are Xiao et al., arXiv:2309.17453.
     """
 
-    def __init__(self, size: int = 128, sinks: int = 4, *, static: bool = False) -> None:
+    def __init__(self, size: int = 128, sinks: int = 4, *, state: CacheState | None = None) -> None:
         super().__init__()
         if size < 1 or sinks < 0:
             raise ValueError(f"a buffer needs size >= 1 and sinks >= 0, got size={size}, sinks={sinks}")
-        self.size, self.sinks, self.static = size, sinks, static
-        self.reset()
+        self.size, self.sinks = size, sinks
+        self.state = self._new_state() if state is None else state
 
     def reset(self) -> None:
         """Forget all tokens and free the memory."""
-        self.keys: Tensor | None = None  # [batch, kv_heads, sinks + size, d]: sinks, then the ring
-        self.values: Tensor | None = None
-        self.length: int | Tensor = 0  # tokens seen
-        self.first: int | Tensor = 0  # the oldest column in the ring
-        self.padding: Tensor | None = None  # [batch], left padding of each row; None = no padding
-        self.sinks_end = self.sinks  # column after which no row has a sink left to write (dynamic)
+        self.state.reset()
 
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Take the memory for keys and values like these, of however many tokens."""
         slots = self.sinks + self.size
-        self.keys = k.new_zeros(*k.shape[:2], slots, k.shape[3])
-        self.values = v.new_zeros(*v.shape[:2], slots, v.shape[3])
-        if self.static:
-            self.length = torch.zeros((), dtype=torch.long, device=k.device)
-            self.first = torch.zeros((), dtype=torch.long, device=k.device)
-            self.padding = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
-            keep_in_place(self.keys, self.values, self.length, self.first, self.padding)
+        self.state.k_recent = k.new_zeros(*k.shape[:2], slots, k.shape[3])
+        self.state.v_recent = v.new_zeros(*v.shape[:2], slots, v.shape[3])
 
     def push(self, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Evicted:
         """Take new tokens in and hand out those that have to leave.
@@ -91,93 +83,156 @@ class DenseBuffer(nn.Module):
         Returns:
             The evicted tokens (sinks are never among them where no row is padded).
         """
-        if self.keys is None or self.values is None:
+        state = self.state
+        if state.k_recent is None:
             self.allocate(k, v)
-            assert self.keys is not None and self.values is not None
+        assert state.k_recent is not None and state.v_recent is not None
         if padding is not None:
             self._set_padding(padding)
-        tokens, length = k.shape[2], self.length
-        if self.sinks and (self.static or int(length) < self.sinks_end):
-            source = self._sink_source(tokens, k.device)
-            for stored, new in ((self.keys, k), (self.values, v)):
+        if self._lacks_sinks():
+            source = self._sink_source(k.shape[2], k.device)
+            for stored, new in ((state.k_recent, k), (state.v_recent, v)):
                 _write_sinks(stored[:, :, : self.sinks], new, source)
-        k_out, v_out = self._turn(self.keys[:, :, self.sinks :], k), self._turn(self.values[:, :, self.sinks :], v)
-        evicted = self._evicted(k_out, v_out, length)
-        if isinstance(self.length, Tensor) and isinstance(self.first, Tensor):
-            self.length.add_(tokens)
-            self.first.copy_(torch.maximum(self.first, self.length - self.size))
-        else:
-            self.length = int(self.length) + tokens
-            self.first = max(int(self.first), self.length - self.size)
+        overwritten = [self._turn(t[:, :, self.sinks :], new) for t, new in ((state.k_recent, k), (state.v_recent, v))]
+        evicted = self._evicted(*overwritten)
+        self._count(k.shape[2])
         return evicted
 
     def columns(self) -> Tensor:
-        """The column that each slot holds, ``[batch or 1, sinks + size]``; a token counts once.
+        """Return the column of the token in each slot, ``[batch or 1, sinks + size]``; a token counts once.
 
-        A slot that holds nothing, and a sink that is still in the ring, have a column later than
+        An empty slot, and the slot of a sink that is still in the ring too, have a column later than
         every query.
         """
-        assert self.keys is not None
-        device = self.keys.device
-        slots = torch.arange(self.size, device=device)
-        last = self.length - 1
-        ring = last - (last - slots) % self.size
-        ring = torch.where(ring >= self.first, ring, NOWHERE)
-        offsets = torch.arange(self.sinks, device=device)[None]
-        sinks = offsets if self.padding is None else self.padding[:, None] + offsets
-        sinks = torch.where(sinks < self.first, sinks, NOWHERE)
+        state = self.state
+        assert state.k_recent is not None
+        ring = ring_columns(state.length - 1, self.size, state.k_recent.device)
+        ring = torch.where(ring >= state.first, ring, NOWHERE)
+        offsets = torch.arange(self.sinks, device=ring.device)[None]
+        sinks = offsets if state.padding is None else state.padding[:, None] + offsets
+        sinks = torch.where(sinks < state.first, sinks, NOWHERE)
         return torch.cat([sinks, repeat(ring, "slot -> row slot", row=sinks.shape[0])], dim=1)
 
     def crop(self, length: int) -> None:
         """Forget the tokens from column `length` on; tokens already evicted do not come back."""
-        if isinstance(self.length, Tensor) and isinstance(self.first, Tensor):
-            self.length.fill_(length)
-            self.first.clamp_(max=length)
-            if length == 0 and self.padding is not None:
-                self.padding.zero_()  # another sequence begins
-        else:
-            self.length, self.first = length, min(int(self.first), length)
+        state = self.state
+        state.length, state.first = length, min(int(state.first), length)
 
     def extra_repr(self) -> str:
-        """Settings shown by `repr`."""
-        return f"size={self.size}, sinks={self.sinks}, static={self.static}"
+        """Return the settings that `repr` shows."""
+        return f"size={self.size}, sinks={self.sinks}"
+
+    def _new_state(self) -> CacheState:
+        return CacheState()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.state.convert(fn)
+        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
 
     def _set_padding(self, padding: Tensor) -> None:
-        if self.static:
-            assert self.padding is not None
-            self.padding.copy_(padding)
-        else:
-            self.padding = padding
-            self.sinks_end = int(padding.max()) + self.sinks
+        self.state.padding, self.state.padded = padding, int(padding.max())
+
+    def _lacks_sinks(self) -> bool:
+        """Tell if a sink of some row may be among the new tokens."""
+        return int(self.state.length) < self.state.padded + self.sinks
 
     def _sink_source(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For each sink its place among the new tokens ``[batch or 1, sinks]``, and whether it is there."""
-        place = torch.arange(self.sinks, device=device)[None] - self.length
-        if self.padding is not None:
-            place = place + self.padding[:, None]
+        """Find each sink's place among the new tokens ``[batch or 1, sinks]``, and tell if it is there at all."""
+        place = torch.arange(self.sinks, device=device)[None] - self.state.length
+        if self.state.padding is not None:
+            place = place + self.state.padding[:, None]
         return place.clamp(0, tokens - 1), (place >= 0) & (place < tokens)
 
     def _turn(self, ring: Tensor, new: Tensor) -> Tensor:
-        """Write new tokens over the oldest slots; returns what the slots held, oldest first."""
-        tokens, size = new.shape[2], self.size
+        """Write new tokens over the oldest slots; return the tokens that were there, oldest first."""
+        tokens, size, length = new.shape[2], self.size, self.state.length
         slots = torch.arange(min(tokens, size), device=new.device)
         if tokens <= size:
-            slots = (slots + self.length) % size
+            slots = (slots + length) % size
             old = ring.index_select(2, slots)
             ring.index_copy_(2, slots, new)
             return old
-        old = torch.cat([ring.index_select(2, (slots + self.length) % size), new[:, :, : tokens - size]], dim=2)
-        ring.index_copy_(2, (slots + self.length + tokens) % size, new[:, :, tokens - size :])
+        old = torch.cat([ring.index_select(2, (slots + length) % size), new[:, :, : tokens - size]], dim=2)
+        ring.index_copy_(2, (slots + length + tokens) % size, new[:, :, tokens - size :])
         return old
 
-    def _evicted(self, k: Tensor, v: Tensor, length: int | Tensor) -> Evicted:
-        """Of what the slots held, columns ``length - size`` on, the tokens that the ring really had."""
-        if isinstance(length, Tensor):
-            column = length - self.size + torch.arange(k.shape[2], device=k.device)
-            held = (column >= self.first) & (column >= self.sinks)
-            return Evicted(k, v, torch.where(held, column - self.sinks, -1))
-        skip = min(max(max(int(self.first), self.sinks) - (length - self.size), 0), k.shape[2])
+    def _evicted(self, k: Tensor, v: Tensor) -> Evicted:
+        """Leave out empty slots and sinks among overwritten slots, the first of which is column ``length - size``."""
+        oldest = int(self.state.length) - self.size
+        skip = min(max(max(int(self.state.first), self.sinks) - oldest, 0), k.shape[2])
         return Evicted(k[:, :, skip:], v[:, :, skip:], None)
+
+    def _count(self, tokens: int) -> None:
+        state = self.state
+        state.length = int(state.length) + tokens
+        state.first = max(int(state.first), state.length - self.size)
+
+
+class StaticBuffer(DenseBuffer):
+    """A `DenseBuffer` for torch.compile: its counters are tensors, and no shape ever changes.
+
+    Args:
+        size: tokens in the ring, at least 1.
+        sinks: first tokens that never leave.
+        state: the state that holds the tokens: that of a cache, or by default a new one.
+
+    Raises:
+        ValueError: `size` below 1 or `sinks` below 0.
+
+    Example:
+        >>> buffer = StaticBuffer(size=4, sinks=1)
+        >>> k = v = torch.arange(6.0).view(1, 1, 6, 1)
+        >>> buffer.push(k, v).places  # four empty slots, the sink, and the first token after it
+        tensor([-1, -1, -1, -1, -1,  0])
+
+    Source: as of `DenseBuffer`.
+    """
+
+    def allocate(self, k: Tensor, v: Tensor) -> None:
+        """Take the memory for keys and values like these, and for the counters."""
+        super().allocate(k, v)
+        state = self.state
+        state.length, state.first = (torch.zeros((), dtype=torch.long, device=k.device) for _ in range(2))
+        state.padding = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
+        keep_in_place(*state.tensors)
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from column `length` on; tokens already evicted do not come back."""
+        state = self.state
+        if not isinstance(state.length, Tensor) or not isinstance(state.first, Tensor):
+            return  # empty
+        state.length.fill_(length)
+        state.first.clamp_(max=length)
+        if length == 0 and state.padding is not None:
+            state.padding.zero_()  # another sequence begins
+
+    def _new_state(self) -> CacheState:
+        return StaticState()
+
+    def _set_padding(self, padding: Tensor) -> None:
+        assert self.state.padding is not None
+        self.state.padding.copy_(padding)
+
+    def _lacks_sinks(self) -> bool:
+        return self.sinks > 0  # always: compiled code cannot read the counter
+
+    def _evicted(self, k: Tensor, v: Tensor) -> Evicted:
+        state = self.state
+        column = state.length - self.size + torch.arange(k.shape[2], device=k.device)
+        real = (column >= state.first) & (column >= self.sinks)
+        return Evicted(k, v, torch.where(real, column - self.sinks, -1))
+
+    def _count(self, tokens: int) -> None:
+        length, first = self.state.length, self.state.first
+        assert isinstance(length, Tensor) and isinstance(first, Tensor)
+        length.add_(tokens)
+        first.copy_(torch.maximum(first, length - self.size))
+
+
+def ring_columns(last: int | Tensor, size: int, device: torch.device) -> Tensor:
+    """Return the column in each slot of a full ring ``[size]`` whose newest token is column `last`."""
+    slots = torch.arange(size, device=device)
+    return last - (last - slots) % size
 
 
 def _write_sinks(stored: Tensor, new: Tensor, source: tuple[Tensor, Tensor]) -> None:

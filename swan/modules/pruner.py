@@ -1,4 +1,4 @@
-"""`StructuredPruner`: the module form of `pack`."""
+"""`StructuredPruner`: `pack` as a module."""
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ class StructuredPruner(nn.Module):
     """Prunes vectors and stores what is left: ``pack(x, layout)``.
 
     Args:
-        layout: a plan entry, `TopK` or `Graded`.
+        layout: a `TopK`, `Graded` or other `Layout`.
 
     Shape:
         ``[batch, heads, tokens, d]`` in, a `Packed` of the same shape out.
@@ -41,5 +41,5 @@ class StructuredPruner(nn.Module):
         return pack(x, self.layout)
 
     def extra_repr(self) -> str:
-        """Settings shown by `repr`."""
+        """Return the settings that `repr` shows."""
         return repr(self.layout)

@@ -1,4 +1,4 @@
-"""`OrthoRotation`: the module form of `rotate` and `inverse_rotate`."""
+"""`OrthoRotation`: `rotate` and `inverse_rotate` as a module."""
 
 from torch import Tensor, nn
 
@@ -38,13 +38,13 @@ class OrthoRotation(nn.Module):
         self.register_buffer("basis", basis.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Coordinates of `x` in the basis; raises as `rotate` does."""
+        """Rotate `x` into the basis; raises as `rotate` does."""
         return rotate(x, self.basis)
 
     def inverse(self, x: Tensor) -> Tensor:
-        r"""Back from coordinates in the basis, $x = x' P_h^\top$; raises as `inverse_rotate` does."""
+        r"""Rotate back from the basis, $x = x' P_h^\top$; raises as `inverse_rotate` does."""
         return inverse_rotate(x, self.basis)
 
     def extra_repr(self) -> str:
-        """Settings shown by `repr`."""
+        """Return the settings that `repr` shows."""
         return f"kv_heads={self.basis.shape[0]}, d={self.basis.shape[1]}"

@@ -1,11 +1,11 @@
-"""What a winnowed cache stores: layouts, `Packed` and `unpack`; `swan.pack` fills it.
+"""The storage of a winnowed cache: layouts, `Packed` and `unpack`; `swan.pack` fills it.
 
 A *layout* says how one vector of ``d`` coordinates is stored. There are two forms:
 
 - `TopK`: every vector keeps its own ``keep`` largest coordinates (the paper, arXiv:2511.18936);
 - `Graded`: every vector keeps the same coordinates, group by group of the sorted basis.
 
-Whatever has the methods of `Layout` is one too.
+A class of your own with the members of `Layout` is a layout too.
 """
 
 from swan.storage.graded import Graded as Graded

@@ -1,4 +1,4 @@
-"""Codes of few bits in bytes, and the scales that they are steps of."""
+"""Codes of few bits, how they lie in bytes, and the scales whose steps they count."""
 
 import torch
 from einops import rearrange
@@ -10,40 +10,40 @@ __all__ = [
 ]  # fmt: skip
 
 SCALE_DTYPE = torch.bfloat16  # the range of float32; its rounding is below half a step of int8
-PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (4, 4)}  # of a code, high bits first
-OCTAVE, OFFSET = 8, 128  # a scale byte c stands for 2 ** ((c - OFFSET) / OCTAVE)
+PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (4, 4)}  # bits of the parts of a code, high ones first
+OCTAVE, OFFSET = 8, 128  # a scale byte c means 2 ** ((c - OFFSET) / OCTAVE)
 
 
 def quantize_group(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale byte ``[..., 1]`` and codes of `bits` bits: ``|x - x_hat| <= 2 ** -bits * scale``."""
+    """Code vectors: scale byte ``[..., 1]`` and codes of `bits` bits, ``|x - x_hat| <= 2 ** -bits * scale``."""
     scale = scale_byte(x)
     steps = x.float() / scale_of(scale) * 2 ** (bits - 1)
     return scale, (steps.floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1).to(torch.uint8)
 
 
 def scale_byte(x: Tensor) -> Tensor:
-    """The byte ``[..., 1]`` of the smallest scale that is not below any coordinate."""
+    """Return the byte ``[..., 1]`` of the smallest scale that is not below any coordinate."""
     peak = x.abs().amax(dim=-1, keepdim=True).float()
     return ((peak.log2() * OCTAVE).ceil().clamp(-OFFSET, 255 - OFFSET) + OFFSET).to(torch.uint8)
 
 
 def dequantize_group(code: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Middles of the steps that codes of `bits` bits stand for, float32."""
+    """Decode codes of `bits` bits to the middles of their steps, float32."""
     return (code - (2**bits - 1) / 2) * (scale_of(scale) * 2.0 ** (1 - bits))
 
 
 def scale_of(byte: Tensor) -> Tensor:
-    """Scales that bytes stand for, float32."""
+    """Decode scale bytes to scales, float32."""
     return torch.exp2((byte.float() - OFFSET) / OCTAVE)
 
 
 def code_bytes(size: int, bits: int) -> int:
-    """Bytes of so many codes: each part is rounded up."""
+    """Count the bytes of `size` codes: each part is rounded up."""
     return sum(-(-size * part // 8) for part in PARTS[bits])
 
 
 def pack_code(code: Tensor, bits: int) -> list[Tensor]:
-    """The parts of codes as planes of bytes: byte ``i`` holds coordinates ``i``, ``i + n``, ... of ``n`` bytes."""
+    """Pack each part of the codes into a plane of bytes: byte ``i`` holds coordinates ``i``, ``i + n``, ... of ``n`` bytes."""
     planes, shift = [], bits
     for part in PARTS[bits]:
         shift -= part
@@ -57,7 +57,7 @@ def pack_code(code: Tensor, bits: int) -> list[Tensor]:
 
 
 def unpack_code(planes: Tensor, size: int, bits: int) -> Tensor:
-    """The codes of `pack_code`, uint8 ``[..., size]``."""
+    """Return the codes that `pack_code` packed, uint8 ``[..., size]``."""
     code, start, shift = torch.zeros((), dtype=torch.uint8, device=planes.device), 0, bits
     for part in PARTS[bits]:
         shift -= part
@@ -70,7 +70,7 @@ def unpack_code(planes: Tensor, size: int, bits: int) -> Tensor:
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 values and a scale for each vector: ``|values - int8 * scale| <= scale / 2``.
+    """Round values to int8 with a scale for each vector: ``|values - int8 * scale| <= scale / 2``.
 
     Within 0.8 % of the dtype's maximum the bound is `scale`, so that 127 steps stay finite.
     """
@@ -81,9 +81,9 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_bfloat16(x: Tensor) -> Tensor:
-    """Numbers of float32, not negative, rounded to those of bfloat16.
+    """Round float32 numbers, not negative, to the nearest of bfloat16.
 
-    As integers: torch.compile drops a cast to bfloat16 and back.
+    This is done on their bits as integers, because torch.compile drops a cast to bfloat16 and back.
     """
     bits = x.view(torch.int32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ __all__ = ["Graded"]
 
 @dataclass(frozen=True)
 class Graded:
-    r"""Each vector keeps the same coordinates: groups of the sorted basis with their own bits.
+    r"""The layout in which each vector keeps the same coordinates: groups of the sorted basis with their own bits.
 
     Inside a group coordinates are mixed by an orthonormal Hadamard matrix, so that they have equal
     variance, and share one scale per vector, $s = 2^{c/8 - 16}$ with a byte $c$, the smallest that is not
@@ -48,11 +48,17 @@ class Graded:
 
     groups: tuple[tuple[int, int], ...]
 
-    # What the groups imply, set once for each instance; as ClassVar it is no field of the dataclass.
+    # Derived from the groups once for each instance. A ClassVar is no field of a dataclass: equality ignores these.
     spans: ClassVar[tuple[tuple[int, int, int], ...]]  # (start, stop, bits) of each group
-    stored: ClassVar[tuple[tuple[int, int, int], ...]]  # of each group that is not pruned
-    mixed: ClassVar[bool]  # whether some group is stored in mixed coordinates
-    numbers: ClassVar[list[int]]  # as kernels take it: 0, then size and bits of each group
+    stored: ClassVar[tuple[tuple[int, int, int], ...]]  # the spans that are not pruned
+    mixed: ClassVar[bool]  # some group is stored in mixed coordinates
+    numbers: ClassVar[list[int]]  # the layout as kernels take it: 0, then size and bits of each group
+    if TYPE_CHECKING:
+
+        @property
+        def d(self) -> int:
+            """Head dimension."""
+            ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple((int(size), int(bits)) for size, bits in self.groups))
@@ -67,6 +73,7 @@ class Graded:
         spans = tuple((stop - size, stop, bits) for stop, (size, bits) in zip(stops, self.groups, strict=True))
         check_dim(spans[-1][1])
         vars(self).update(
+            d=spans[-1][1],
             spans=spans,
             stored=tuple(span for span in spans if span[2]),
             mixed=any(bits in PARTS for _, _, bits in spans),
@@ -75,25 +82,20 @@ class Graded:
 
     @classmethod
     def leading(cls, d: int, keep: int) -> "Graded":
-        """The first `keep` of `d` coordinates at 16 bits, the rest pruned."""
+        """Make the layout of the first `keep` of `d` coordinates at 16 bits, the rest pruned."""
         if not 1 <= keep <= d:
             raise ValueError(f"keep must be between 1 and d = {d}, got {keep}")
         return cls(tuple(group for group in ((keep, 16), (d - keep, 0)) if group[0]))
 
-    @property
-    def d(self) -> int:
-        """Head dimension."""
-        return self.spans[-1][1]
-
     def vector_bytes(self, itemsize: int = 2) -> int:
-        """Bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
+        """Count the bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
         return sum(
             (stop - start) * itemsize if bits == 16 else 1 + code_bytes(stop - start, bits)
             for start, stop, bits in self.stored
         )
 
     def pack(self, x: Tensor) -> "Packed":
-        """Groups of few bits as one uint8 plane with a scale byte each, groups of 16 bits as one plane in the dtype."""
+        """Store groups of few bits in one uint8 plane with a scale byte each, groups of 16 bits in a plane of the dtype."""
         matrix = self.mix(x.dtype, x.device)
         mixed = x if matrix is None else x @ matrix
         codes, scales, whole = [], [], []
@@ -109,7 +111,7 @@ class Graded:
         return Packed(planes, torch.cat(scales, dim=-1) if scales else None, None, self, x.dtype)
 
     def unpack(self, packed: "Packed") -> Tensor:
-        """The vectors in mixed coordinates."""
+        """Return the vectors in mixed coordinates."""
         batch, heads, tokens, d = packed.shape
         out = torch.zeros(batch, heads, tokens, d, dtype=packed.dtype, device=packed.planes[0].device)
         byte = scale = value = 0
@@ -127,7 +129,7 @@ class Graded:
         return out
 
     def mix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """The matrix that mixes the coordinates inside each group with fewer than 16 bits."""
+        """Return the matrix that mixes the coordinates inside each group with fewer than 16 bits."""
         if not self.mixed:
             return None
         return mix_of(self.groups, dtype, device)

@@ -1,4 +1,4 @@
-"""What a layout is: how one vector is stored; and the two of a layer."""
+"""`Layout`, the protocol of ways to store a vector, and `LayerPlan`, the two layouts of a layer."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -15,9 +15,9 @@ MAX_DIM = 256  # a position fits in a byte
 
 
 class Layout(Protocol):
-    """How one vector is stored; `TopK` and `Graded` are layouts. Instances are immutable and hashable.
+    """A way to store one vector; `TopK` and `Graded` are layouts. Instances are immutable and hashable.
 
-    Another way to store vectors is a class with these members, and works wherever a layout is asked for:
+    Another way to store vectors is a class with these members; it works wherever a layout is expected:
 
     Example:
         >>> from swan import Packed, pack, unpack
@@ -49,19 +49,19 @@ class Layout(Protocol):
         ...
 
     def vector_bytes(self, itemsize: int = 2) -> int:
-        """Bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
+        """Count the bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
         ...
 
     def pack(self, x: Tensor) -> "Packed":
-        """Store vectors ``[batch, heads, tokens, d]``: each on its own, whatever comes with it."""
+        """Store vectors ``[batch, heads, tokens, d]``, each of them independently of the others."""
         ...
 
     def unpack(self, packed: "Packed") -> Tensor:
-        """What is stored, in the coordinates of `mix`."""
+        """Return the stored vectors, in the coordinates of `mix`."""
         ...
 
     def mix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Orthonormal matrix ``[d, d]`` of the coordinates in which vectors are stored; None for their own."""
+        """Return the orthonormal matrix ``[d, d]`` that mixes vectors before they are stored; None where nothing is mixed."""
         ...
 
 
@@ -100,8 +100,15 @@ class LayerPlan:
     @property
     def retention(self) -> float:
         """Bytes stored per history token over the bf16 bytes of the same key and value."""
-        stored = self.keys.vector_bytes() + self.values.vector_bytes()
-        return stored / (2 * (self.keys.d + self.values.d))
+        return sum(self.nbytes(1)) / sum(self.dense_nbytes(1))
+
+    def nbytes(self, tokens: int, itemsize: int = 2) -> tuple[int, int]:
+        """Count the bytes of the keys and of the values of so many history tokens, of one row and KV head."""
+        return tokens * self.keys.vector_bytes(itemsize), tokens * self.values.vector_bytes(itemsize)
+
+    def dense_nbytes(self, tokens: int, itemsize: int = 2) -> tuple[int, int]:
+        """Count the bytes that the same keys and values take dense."""
+        return tokens * self.keys.d * itemsize, tokens * self.values.d * itemsize
 
 
 def check_dim(d: int) -> None:

@@ -14,9 +14,9 @@ __all__ = ["MIXES", "mix_of"]
 
 
 class Mixes:
-    """Mixing matrices by name. As attributes of an object they are inputs of compiled code, not built in it.
+    """Mixing matrices as attributes of an object: compiled code takes those as inputs and does not build them itself.
 
-    Tensors returned by a `constant_result` function would not do: two in a graph have the same name in torch 2.13.
+    A `constant_result` function cannot return the matrices: two such tensors in a graph get the same name in torch 2.13.
     """
 
 
@@ -24,9 +24,9 @@ MIXES = Mixes()
 
 
 def mix_of(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrix ``[d, d]`` of groups (size, bits); built at the first call, also while torch.compile traces."""
+    """Return the mixing matrix ``[d, d]`` of groups (size, bits); it is built at the first call, also while torch.compile traces."""
     if torch.compiler.is_compiling():
-        groups = tuple([(len(range(size)), len(range(bits))) for size, bits in groups])  # no longer symbols
+        groups = tuple([(len(range(size)), len(range(bits))) for size, bits in groups])  # plain ints: the compiler may trace them as symbols
         return getattr(MIXES, _compiled_name(groups, dtype, device))
     return getattr(MIXES, _name(groups, dtype, device))
 
@@ -41,7 +41,7 @@ def _compiled_name(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, devi
 @functools.cache
 @torch.inference_mode(False)  # the matrix may be used under autograd later
 def _name(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> str:
-    """The attribute of `MIXES` with a matrix."""
+    """Build a matrix and return the name of the attribute of `MIXES` that holds it."""
     name = re.sub(r"\W+", "_", f"mix {groups} {dtype} {device}")
     setattr(MIXES, name, build_mix(groups, dtype, device))
     return name
@@ -56,7 +56,7 @@ def build_mix(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: t
 
 
 def hadamard(size: int, device: torch.device) -> Tensor:
-    """An orthonormal matrix of entries of like magnitude: Hadamard, times a cosine transform for an odd factor."""
+    """Build an orthonormal matrix of entries of like magnitude: Hadamard, times a cosine transform for an odd factor."""
     odd = size // (size & -size)
     n = torch.arange(odd, dtype=torch.float64, device=device)
     matrix = torch.cos(math.pi / odd * (n[:, None] + 0.5) * n) * math.sqrt(2 / odd)

@@ -1,4 +1,4 @@
-"""`Packed`: vectors as a layout stores them, and the way there and back.
+"""`Packed`: vectors as a layout stores them, and `unpack`, which returns them dense.
 
 Every stored tensor has the axes ``[batch, heads, tokens, bytes or values]``, so one index selects tokens in all.
 """
@@ -59,7 +59,7 @@ class Packed:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return self.planes[0].device
 
     @property
@@ -68,13 +68,13 @@ class Packed:
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Packed":
-        """A `Packed` with `fn` applied to each stored tensor."""
+        """Apply `fn` to each stored tensor; return a new `Packed` of the results."""
         scales = None if self.scales is None else fn(self.scales)
         positions = None if self.positions is None else fn(self.positions)
         return Packed(tuple([fn(plane) for plane in self.planes]), scales, positions, self.format, self.dtype)
 
     def tokens(self, start: int, stop: int) -> "Packed":
-        """A view of tokens `start` to `stop`."""
+        """Return a view of tokens `start` to `stop`."""
         planes = tuple([t[:, :, start:stop] for t in self.planes])
         scales = None if self.scales is None else self.scales[:, :, start:stop]
         positions = None if self.positions is None else self.positions[:, :, start:stop]
@@ -90,7 +90,7 @@ pytree.register_pytree_node(
 
 
 def unpack(packed: Packed) -> Tensor:
-    r"""The vectors that a `Packed` stores, pruned coordinates as zeros: $\hat x$ of `TopK` and `Graded`.
+    r"""Return the vectors that a `Packed` stores, pruned coordinates as zeros: $\hat x$ of `TopK` and `Graded`.
 
     Args:
         packed: what `pack` returned, or some of its tokens.
@@ -111,7 +111,7 @@ def unpack(packed: Packed) -> Tensor:
 
 
 def mixing(packed: Packed) -> Tensor | None:
-    """The orthonormal matrix ``[d, d]`` of the coordinates in which a tensor is stored, or None.
+    """Return the orthonormal matrix ``[d, d]`` that mixed vectors before they were stored, or None.
 
     ``unpack(p) == unpack_mixed(p) @ mixing(p).mT``: attention applies it to queries and outputs, not to tokens.
     """
@@ -119,7 +119,7 @@ def mixing(packed: Packed) -> Tensor | None:
 
 
 def unpack_mixed(packed: Packed) -> Tensor:
-    """`unpack` in the coordinates of `mixing`."""
+    """Unpack into the coordinates of `mixing`."""
     return packed.format.unpack(packed)
 
 

@@ -24,10 +24,10 @@ __all__ = ["TopK"]
 
 @dataclass(frozen=True)
 class TopK:
-    r"""Each vector keeps its own ``keep`` largest coordinates: "winnowing".
+    r"""The layout in which each vector keeps its own ``keep`` largest coordinates: "winnowing".
 
-    $\hat x_i = x_i$ if $|x_i|$ is among the ``keep`` largest of the vector, else 0; with 8 or 4 bits what is kept is
-    rounded.
+    $\hat x_i = x_i$ if $|x_i|$ is among the ``keep`` largest of the vector, else 0; with 8 or 4 bits kept values
+    are rounded.
 
     Bytes per vector: ``keep * bits / 8 + positions + scale``, where positions take ``ceil(d / 8)``
     bytes as a bitmap or ``keep`` bytes as an index list (none when ``keep == d``), and the scale
@@ -59,9 +59,9 @@ class TopK:
     bits: Literal[4, 8, 16] = 8
     positions: Literal["bitmap", "index"] = "bitmap"
 
-    # What these imply, set once for each instance; as ClassVar it is no field of the dataclass.
-    position_bytes: ClassVar[int]  # of a vector
-    numbers: ClassVar[list[int]]  # as kernels take it, where positions are a bitmap: 1, d, keep, bits
+    # Derived from the fields once for each instance. A ClassVar is no field of a dataclass: equality ignores these.
+    position_bytes: ClassVar[int]  # of one vector
+    numbers: ClassVar[list[int]]  # the layout as kernels take it, where positions are a bitmap: 1, d, keep, bits
 
     def __post_init__(self) -> None:
         check_dim(self.d)
@@ -76,7 +76,7 @@ class TopK:
         vars(self).update(position_bytes=position_bytes, numbers=[1, self.d, self.keep, self.bits])
 
     def vector_bytes(self, itemsize: int = 2) -> int:
-        """Bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
+        """Count the bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
         match self.bits:
             case 16:
                 values = self.keep * itemsize
@@ -87,7 +87,7 @@ class TopK:
         return values + self.position_bytes
 
     def pack(self, x: Tensor) -> "Packed":
-        """The largest coordinates of each vector."""
+        """Store the largest coordinates of each vector."""
         values, positions = x, None
         if self.keep < self.d:
             index = x.abs().topk(self.keep, dim=-1).indices.sort(dim=-1).values
@@ -103,7 +103,7 @@ class TopK:
         return Packed((planes,), scales, positions, self, x.dtype)
 
     def unpack(self, packed: "Packed") -> Tensor:
-        """The vectors, pruned coordinates as zeros."""
+        """Return the vectors, pruned coordinates as zeros."""
         values = packed.planes[0]
         if packed.scales is not None and self.bits == 4:
             values = dequantize_group(unpack_code(values, self.keep, 4), packed.scales, 4).to(packed.dtype)
@@ -118,11 +118,11 @@ class TopK:
         return torch.nn.functional.pad(values, (0, 1)).gather(-1, rank)
 
     def mix(self, dtype: torch.dtype, device: torch.device) -> None:
-        """None: vectors are stored in their own coordinates."""
+        """Return None: nothing is mixed."""
 
 
 def pack_positions(index: Tensor, layout: TopK) -> Tensor:
-    """Ascending coordinate indices as an index list or a bitmap (bit ``i % 8`` of byte ``i // 8``)."""
+    """Store ascending coordinate indices as an index list or a bitmap (bit ``i % 8`` of byte ``i // 8``)."""
     if layout.positions == "index":
         return index.to(torch.uint8)
     width = 8 * layout.position_bytes
@@ -133,7 +133,7 @@ def pack_positions(index: Tensor, layout: TopK) -> Tensor:
 
 
 def bitmap_ranks(bitmap: Tensor, layout: TopK) -> Tensor:
-    """For each coordinate its place among the kept values, or ``keep`` where it was pruned."""
+    """Return for each coordinate its place among the kept values, or ``keep`` where it was pruned."""
     byte = torch.arange(256, device=bitmap.device)
     bits = (byte[:, None] >> torch.arange(8, device=bitmap.device)) & 1
     rank_in_byte = torch.where(bits.bool(), bits.cumsum(-1) - 1, layout.keep)  # [256, 8]

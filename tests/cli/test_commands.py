@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from swan import Calibration, calibrate
 from swan.cli.app import app
 from swan.evaluation import calibrations
-from swan.evaluation.sources import calibration_text, token_windows
+from swan.evaluation.texts import calibration_text, token_windows
 from swan.kernels import cpu
 from tests.tiny import save_with_words
 
@@ -34,7 +34,7 @@ def run_json(*arguments):
 def tiny(tmp_path_factory):
     """Folder of a tiny model, and the options that give it its calibration."""
     folder = tmp_path_factory.mktemp("tiny")
-    model, tokenizer = save_with_words(folder, head_dim=32)  # a rival quantizes groups of 32 coordinates
+    model, tokenizer = save_with_words(folder, head_dim=32)  # KIVI needs a multiple of 32
     windows = token_windows(calibration_text(), tokenizer, windows=1, length=200)
     file = folder / "calibration.safetensors"
     calibrate(model, [windows], progress=False).save(file)
@@ -125,8 +125,8 @@ def test_demo(tiny, tmp_path, monkeypatch):
         "retention 0.25",
         "scoring 1 window",
     ):
-        _, found, after = shown.partition(step)
-        assert found and " s\n" in after  # each says how long it took
+        _, title, after = shown.partition(step)
+        assert title and " s\n" in after  # each says how long it took
     assert "of the bytes of a dense float32 cache" in shown.replace("\n", " ")
     assert (tmp_path / "swan-demo.png").is_file()
 

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from swan import LayerPlan, Plan, pack, unpack
+from swan import Graded, KVCache, LayerPlan, Plan, pack, unpack
 from swan.evaluation.baselines import (
     KIVI_GROUP,
     Float8,
     Kivi,
-    KiviCache,
+    KiviHistory,
     LloydMax,
     TransformersQuantized,
     normal_grid,
@@ -19,7 +19,7 @@ from swan.evaluation.baselines import (
 from swan.evaluation.perplexity import Setting, evaluate
 from swan.functional import reference
 from tests.strategies import normal, one_thread  # noqa: F401
-from tests.tiny import calibration_of, tiny, tokens
+from tests.tiny import attached, calibration_of, tiny, tokens
 
 
 @pytest.mark.parametrize(("bits", "error"), [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497)])
@@ -62,7 +62,9 @@ def affine(x, dim, bits):
 def test_kivi_codes_keys_by_channel_and_values_by_token(bits, chunks):
     """Against attention over history that is coded directly; tokens that wait for their group are dense."""
     d, buffer, sinks = 64, 16, 2
-    cache = KiviCache(bits, d=d, dv=d, buffer=buffer, sinks=sinks, prefill="windowed")
+    plain = Graded(((d, 16),))
+    cache = KVCache(LayerPlan(plain, plain), buffer=buffer, sinks=sinks, prefill="windowed")
+    cache.history = KiviHistory(bits, cache)
     k, v = normal(0, 1, 2, 140, d), normal(1, 1, 2, 140, d)
     start = 0
     for size in chunks:
@@ -70,8 +72,7 @@ def test_kivi_codes_keys_by_channel_and_values_by_token(bits, chunks):
         start += size
     # one token more sees all of it
     q, new_k, new_v = normal(2, 1, 4, 1, d), normal(3, 1, 2, 1, d), normal(4, 1, 2, 1, d)
-    cache.update(new_k, new_v)
-    out = cache.attend(q)
+    out = cache(q, new_k, new_v)
     k, v = torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2)
     whole = (141 - buffer - sinks) // KIVI_GROUP * KIVI_GROUP
     for first in range(sinks, sinks + whole, KIVI_GROUP):
@@ -80,7 +81,7 @@ def test_kivi_codes_keys_by_channel_and_values_by_token(bits, chunks):
         v[:, :, group] = affine(v[:, :, group].reshape(1, 2, KIVI_GROUP, 2, 32), -1, bits).reshape(1, 2, KIVI_GROUP, d)
     expected, _ = reference.dense_attention(q.double(), k.double(), v.double())
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-    coded = sum(t.numel() * t.element_size() for group in cache.coded for t in group)
+    coded = sum(t.numel() * t.element_size() for group in cache.history.coded for t in group)
     assert coded == 2 * 2 * whole * d * 2 * Kivi(bits).retention
 
 
@@ -107,6 +108,16 @@ def test_rivals_are_scored_on_a_model():
     assert min(kl, key=kl.get)[0] == "fp8"
     assert max(kl, key=kl.get)[0] == "window"
     assert dense["kl"] == 0
+
+
+def test_kivi_wants_groups_of_32_coordinates_in_values():
+    model = attached(head_dim=48)
+    message = r"KIVI needs values .* multiple of 32, got 48 in layer 0: leave it out for this model, as rivals\(\) does"
+    with pytest.raises(ValueError, match=message):
+        Kivi(4).cache(model)
+    assert "kivi" not in {rival.form for rival in rivals([(48, 48)] * 2)}
+    assert "kivi" not in {rival.form for rival in rivals([(32, 32), (32, 48)])}
+    assert "kivi" in {rival.form for rival in rivals([(48, 32)] * 2)}  # keys share scales between tokens
 
 
 def test_caches_of_transformers_run_as_they_are():

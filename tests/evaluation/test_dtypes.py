@@ -1,11 +1,11 @@
-"""Which dtype a device multiplies natively, and which one a model runs in."""
+"""Dtypes that a device multiplies natively, and the one that a model runs in."""
 
 import pytest
 import torch
 
 from swan.evaluation import dtypes
 from swan.evaluation.dtypes import native_dtypes, native_or_float32
-from swan.evaluation.sources import automatic_dtype, load_model
+from swan.evaluation.models import automatic_dtype, load_model
 from tests.tiny import save_with_words, tiny
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -1,4 +1,4 @@
-"""What is compared, and how rows are joined and marked."""
+"""Methods that are compared, and how their rows are joined and marked."""
 
 import pytest
 import torch
@@ -39,9 +39,9 @@ def test_the_frontier_is_what_nothing_beats(rows):
 
 def test_rivals_are_compared_in_as_many_bytes(rows):
     shown = average_seeds(rows)
-    found = compared(shown)
-    assert len(found) == len([row for row in shown if not row["form"].startswith("swan") and row["form"] != "dense"])
-    for row in found:
+    pairs = compared(shown)
+    assert len(pairs) == len([row for row in shown if not row["form"].startswith("swan") and row["form"] != "dense"])
+    for row in pairs:
         if row["rival_retention"] >= 0.25:
             assert row["retention"] <= row["rival_retention"]
             assert row["ratio"] == row["kl"] / row["rival_kl"]

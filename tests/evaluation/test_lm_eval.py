@@ -9,8 +9,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from swan import Plan, SwanCache, attach, calibrate, from_pretrained, save_pretrained
-from swan.evaluation import lm_eval, sources
+from swan.evaluation import lm_eval
 from swan.evaluation.lm_eval import SwanLM
+from swan.evaluation.models import model_folder
 from tests.tiny import generated, logits_of, save_with_words
 
 CONTEXT = ("In the beginning there was a cache, and the cache was without form, and void; " * 4).strip()
@@ -19,7 +20,7 @@ SETTINGS = {"buffer": 8, "sinks": 2}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model with a real tokenizer and a calibration beside it."""
+    """Write a tiny model with a real tokenizer and a calibration beside it."""
     path = tmp_path_factory.mktemp("model")
     model, tokenizer = save_with_words(path)
     ids = tokenizer(CONTEXT, return_tensors="pt").input_ids
@@ -39,7 +40,7 @@ def test_it_is_registered():
 @pytest.mark.parametrize("retention", [0.33, "dense"])
 def test_it_scores_what_decoding_gives(folder, retention):
     lm = SwanLM(str(folder), retention=retention, batch_size=1, device="cpu", **SETTINGS)
-    (found, _), (other, _) = lm.loglikelihood(
+    (score, _), (other, _) = lm.loglikelihood(
         [request("loglikelihood", CONTEXT, text) for text in (" It had no keys.", " It was empty")]
     )
     model = from_pretrained(folder)
@@ -48,8 +49,8 @@ def test_it_scores_what_decoding_gives(folder, retention):
     cache = None if retention == "dense" else SwanCache(model, retention=retention, prefill="windowed", **SETTINGS)
     logits = logits_of(model, cache, None if cache is None else 1, input_ids=ids[:, :-1])
     scores = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[0, start - 1 :, 0]
-    assert found == pytest.approx(scores.sum().item(), abs=2e-2 if cache is not None else 1e-3)
-    assert other != found
+    assert score == pytest.approx(scores.sum().item(), abs=2e-2 if cache is not None else 1e-3)
+    assert other != score
 
 
 def test_pruning_shows_in_the_scores(folder):
@@ -77,11 +78,11 @@ def test_it_generates_on_the_cache(folder):
 @pytest.mark.parametrize("retention", [0.33, "dense"])
 def test_batches_score_what_single_texts_do(folder, retention):
     texts = [request("loglikelihood", CONTEXT[:n], " It had no keys.") for n in (50, 290, 120)]
-    found = [
+    scores = [
         SwanLM(str(folder), retention=retention, batch_size=size, device="cpu", **SETTINGS).loglikelihood(texts)
         for size in (1, 3)
     ]
-    for (one, _), (batch, _) in zip(*found, strict=True):
+    for (one, _), (batch, _) in zip(*scores, strict=True):
         assert batch == pytest.approx(one, abs=2e-2)
 
 
@@ -130,4 +131,4 @@ def test_the_command_names_folders_of_embedded_models(monkeypatch):
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.append(sys.argv[1:]))
     monkeypatch.setattr(sys, "argv", ["x", "run", "--model_args", "retention=0.3,pretrained=smollm2-135m"])
     lm_eval.main()
-    assert seen == [["run", "--model_args", f"retention=0.3,pretrained={sources.model_folder('smollm2-135m')}"]]
+    assert seen == [["run", "--model_args", f"retention=0.3,pretrained={model_folder('smollm2-135m')}"]]

@@ -8,8 +8,9 @@ import torch
 from transformers import DynamicCache
 
 from swan import Plan, SwanCache, attach, calibrate
+from swan.evaluation.models import load_model
 from swan.evaluation.retrieval import KEYS, NeedleCase, evaluate_needles, needle_cases, summarize_needles
-from swan.evaluation.sources import calibration_text, evaluation_text, load_model, token_windows
+from swan.evaluation.texts import calibration_text, evaluation_text, token_windows
 from swan.integrations.transformers import cache_keyword
 from tests.tiny import attached, everything, generated, tiny, tokens
 
@@ -100,7 +101,7 @@ def case_of(seed, answer, length=90):
 
 
 def answered(model, cache=None, seed=0):
-    """A case with the answer that a model gives."""
+    """Make a case with the answer that a model gives."""
     case = case_of(seed, ())
     ids = torch.tensor([case.context + case.question])
     answer = generated(model, cache, input_ids=ids, max_new_tokens=4)[0, ids.shape[1] :].tolist()

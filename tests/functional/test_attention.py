@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swan import TopK, dense_attention, merge_attention, pack, packed_attention, swan_attention, unpack
-from swan.functional import attention, dispatch, reference
+from swan.functional import attention, reference
 from tests.compilers import needs_cxx
 from tests.strategies import (
     DTYPES,
@@ -22,10 +22,12 @@ from tests.strategies import (
     dtypes,
     heads,
     ids,
+    largest_score,
     layouts,
     lse_bound,
     qkv,
     seeds,
+    unit,
 )
 
 IMPLS = ["reference", "sdpa", "compiled"]
@@ -33,13 +35,20 @@ every_impl = pytest.mark.parametrize("impl", IMPLS)
 every_packed_impl = pytest.mark.parametrize("impl", [*IMPLS, "auto"])  # auto: the kernel of the CPU where it serves
 counts = st.integers(1, 9)
 masks = st.sampled_from(["none", "random", "per head", "blind rows", "causal", "causal and random"])
+scales = st.sampled_from([None, 0.3])
 
 
-def as_read(q, k, v, impl):
-    """What an implementation multiplies: the kernel does not round to the dtype of the cache in between."""
-    if impl == "auto" and dispatch.packed_impl("auto", q, k, v) == "cpp":
-        k, v = (dataclasses.replace(packed, dtype=torch.float64) for packed in (k, v))
-    return unpack(k), unpack(v)
+def as_read(packed, impl):
+    """What an implementation multiplies: of "auto", which may be the kernel, what is stored and not rounded."""
+    return unpack(dataclasses.replace(packed, dtype=torch.float64) if impl == "auto" else packed).double()
+
+
+def read_bounds(impl, q, k, v, scale):
+    """By how much an output and a log-sum-exp may be off from `as_read`: "auto" may round to the dtype or not."""
+    if impl != "auto" or 0 in v.shape:
+        return 0.0, 0.0
+    score = unit(q.dtype) * largest_score(q, k, scale)
+    return (2 * score + unit(q.dtype)) * float(v.abs().max()), score
 
 
 def mask_of(kind: str, seed: int, batch: int, count: int, queries: int, tokens: int):
@@ -59,7 +68,7 @@ def mask_of(kind: str, seed: int, batch: int, count: int, queries: int, tokens: 
 
 
 @every_impl
-@given(seeds, dtypes, heads, masks, counts, counts, st.sampled_from([8, 17, 64]), st.sampled_from([None, 0.3]))
+@given(seeds, dtypes, heads, masks, counts, counts, st.sampled_from([8, 17, 64]), scales)
 def test_dense_is_its_reference(impl, seed, dtype, head_counts, kind, queries, tokens, d, scale):
     q, k, v = qkv(seed, 2, head_counts, queries, tokens, d, d, dtype)
     mask, causal = mask_of(kind, seed, 2, head_counts[0], queries, tokens)
@@ -91,6 +100,19 @@ def test_rows_that_see_nothing(impl):
     assert (lse[:, :, :2] == -math.inf).all()
     assert lse[:, :, 2:].isfinite().all()
     assert torch.equal(dense_attention(q, k, v, causal=True, impl=impl)[:, :, :2], out[:, :, :2])
+
+
+def test_rows_that_see_nothing_are_zero_whatever_a_kernel_of_torch_gives(monkeypatch):
+    """Some fill them with the mean of the values, some with NaN."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def filling(*tensors, attn_mask, **settings):
+        return torch.where(attn_mask.any(-1, keepdim=True), sdpa(*tensors, attn_mask=attn_mask, **settings), math.nan)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", filling)
+    q, k, v = qkv(0, 1, (4, 2), 5, 3, 16, 16, torch.float32)
+    expected, _ = reference.dense_attention(*double(q, k, v), causal=True)
+    assert_within(dense_attention(q, k, v, causal=True, impl="sdpa"), expected, attention_bound(q, k, v))
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "flex", "auto"])
@@ -136,19 +158,23 @@ def test_flex_is_its_reference():
 
 
 @every_packed_impl
-@given(seeds, dtypes, heads, masks.filter(lambda kind: "causal" not in kind), counts, st.integers(0, 40), st.data())
-def test_packed_is_dense_on_the_unpacked(impl, seed, dtype, head_counts, kind, queries, tokens, data):
+@given(
+    seeds, dtypes, heads, masks.filter(lambda kind: "causal" not in kind), counts, st.integers(0, 40), scales, st.data()
+)
+def test_packed_is_dense_on_the_unpacked(impl, seed, dtype, head_counts, kind, queries, tokens, scale, data):
     q, k, v = qkv(seed, 2, head_counts, queries, tokens, 16, 16, dtype)
     k, v = pack(k, data.draw(layouts(16))), pack(v, data.draw(layouts(16)))
     mask, _ = mask_of(kind, seed, 2, head_counts[0], queries, tokens)
-    expected, expected_lse = reference.dense_attention(*double(q, *as_read(q, k, v, impl)), mask=mask)
+    keys, values = as_read(k, impl), as_read(v, impl)
+    expected, expected_lse = reference.dense_attention(q.double(), keys, values, mask=mask, scale=scale)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "TILE", 7)
-        out, lse = packed_attention(q, k, v, mask=mask, impl=impl, return_lse=True)
-        assert torch.equal(out, packed_attention(q, k, v, mask=mask, impl=impl))
+        out, lse = packed_attention(q, k, v, mask=mask, scale=scale, impl=impl, return_lse=True)
+        assert torch.equal(out, packed_attention(q, k, v, mask=mask, scale=scale, impl=impl))
     assert out.dtype == dtype
-    assert_within(out, expected, attention_bound(q, unpack(k), unpack(v)))
-    assert_lse_within(lse, expected_lse, lse_bound(q, unpack(k), impl=impl))
+    more, more_lse = read_bounds(impl, q, keys, values, scale)
+    assert_within(out, expected, attention_bound(q, unpack(k), unpack(v), scale) + more)
+    assert_lse_within(lse, expected_lse, lse_bound(q, unpack(k), scale, impl) + more_lse)
 
 
 @every_packed_impl
@@ -189,26 +215,33 @@ def test_merging_nothing_with_nothing():
 
 
 @every_packed_impl
-@given(seeds, dtypes, heads, masks.filter(lambda kind: "causal" not in kind), counts, st.integers(0, 20), st.data())
-def test_swan_is_attention_over_all(impl, seed, dtype, head_counts, kind, queries, tokens, data):
+@given(
+    seeds, dtypes, heads, masks.filter(lambda kind: "causal" not in kind), counts, st.integers(0, 20), scales, st.data()
+)
+def test_swan_is_attention_over_all(impl, seed, dtype, head_counts, kind, queries, tokens, scale, data):
     recent = data.draw(counts)
     q, k, v = qkv(seed, 2, head_counts, queries, tokens + recent, 16, 16, dtype)
     history = pack(k[:, :, :tokens], data.draw(layouts(16))), pack(v[:, :, :tokens], data.draw(layouts(16)))
     keys, values = (
-        torch.cat([read, x[:, :, tokens:]], dim=2) for read, x in zip(as_read(q, *history, impl), (k, v), strict=True)
+        torch.cat([as_read(packed, impl), x[:, :, tokens:].double()], dim=2)
+        for packed, x in zip(history, (k, v), strict=True)
     )
     mask, _ = mask_of(kind, seed, 2, head_counts[0], queries, tokens + recent)
     seen = (None, None) if mask is None else (mask[..., :tokens], mask[..., tokens:])
-    expected, _ = reference.dense_attention(*double(q, keys, values), mask=mask)
+    expected, _ = reference.dense_attention(q.double(), keys, values, mask=mask, scale=scale)
     arguments = q, *history, k[:, :, tokens:], v[:, :, tokens:]
-    out = swan_attention(*arguments, history_mask=seen[0], buffer_mask=seen[1], impl=impl)
+    out = swan_attention(*arguments, history_mask=seen[0], buffer_mask=seen[1], scale=scale, impl=impl)
     assert out.dtype == dtype
-    assert_within(out, expected, attention_bound(q, keys.to(dtype), values.to(dtype)))
+    more, _ = read_bounds(impl, q, keys, values, scale)
+    assert_within(out, expected, attention_bound(q, keys.to(dtype), values.to(dtype), scale) + more)
 
 
 def test_swan_without_history_is_dense():
     q, k, v = qkv(0, 2, (4, 2), 3, 9, 16, 16, torch.float32)
-    assert torch.equal(swan_attention(q, None, None, k, v), dense_attention(q, k, v))
+    mask, _ = mask_of("per head", 0, 2, 4, 3, 9)
+    expected, _ = reference.dense_attention(*double(q, k, v), mask=mask, scale=0.3)
+    found = swan_attention(q, None, None, k, v, buffer_mask=mask, scale=0.3)
+    assert_within(found, expected, attention_bound(q, k, v, 0.3))
 
 
 @every_packed_impl

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from swan import Graded, KVCache, LayerPlan, TopK, dense_attention, pack, packed_attention, swan_attention
-from swan.functional import dispatch
+from swan.functional import dispatch, reference
 from swan.kernels import cpu
 from tests.compilers import needs_cxx
+from tests.strategies import assert_within, attention_bound
 
 LAYOUT = Graded(((16, 4),))
 Q, K = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 9, 16)
@@ -17,7 +18,6 @@ PLAN = LayerPlan(LAYOUT, LAYOUT)
 def filled() -> KVCache:
     cache = KVCache(PLAN, buffer=4)
     cache.update(K, K)
-    cache.attend(torch.randn(1, 4, 9, 16))
     return cache
 
 
@@ -30,9 +30,10 @@ def filled() -> KVCache:
         lambda impl: swan_attention(Q, None, None, K, K, impl=impl),
         lambda impl: pack(K, LAYOUT, impl=impl),
         lambda impl: filled().update(K, K, impl=impl),
+        lambda impl: filled()(torch.randn(1, 4, 9, 16), K, K, impl=impl),
         lambda impl: KVCache(None).update(K, K, impl=impl),
     ],
-    ids=["dense", "packed", "swan", "swan without history", "pack", "update", "update of a window"],
+    ids=["dense", "packed", "swan", "swan without history", "pack", "update", "call", "update of a window"],
 )
 def test_an_unknown_one_is_refused_with_the_list(call):
     with pytest.raises(ValueError, match=r"impl of \w+ must be one of auto, .*compiled.*, got 'nonsense'"):
@@ -81,16 +82,14 @@ def test_auto_follows_its_table():
 
 
 def test_a_cache_that_has_no_history_yet_attends_densely():
-    caches = [KVCache(PLAN, buffer=32) for _ in range(2)]
-    for cache in caches:
-        cache.update(K, K)
     q = torch.randn(1, 4, 9, 16)
-    assert torch.equal(caches[0].attend(q, impl="cpp"), caches[1].attend(q))
+    expected, _ = reference.dense_attention(q.double(), K.double(), K.double(), causal=True)
+    for impl in ("cpp", "auto"):
+        assert_within(KVCache(PLAN, buffer=32)(q, K, K, impl=impl), expected, attention_bound(q, K, K))
 
 
 def test_what_packs_is_chosen_when_something_is_packed(monkeypatch):
     """The kernel may have to be compiled first, which a prompt shorter than the buffer does not wait for."""
     monkeypatch.setattr(cpu, "built", lambda: pytest.fail("nothing is packed yet"))
     cache = KVCache(PLAN, buffer=32)
-    cache.update(K, K)
-    cache.attend(torch.randn(1, 4, 9, 16))
+    cache(torch.randn(1, 4, 9, 16), K, K)

@@ -71,6 +71,15 @@ def test_random_rotation_is_orthogonal(d, dtype):
     assert not torch.equal(basis, random_rotation(3, d, seed=2, dtype=dtype)) or d == 1
 
 
+@pytest.mark.parametrize("d", [1, 16, 63])
+def test_random_rotation_is_uniform(d):
+    """By Mezzadri's theorem it is, as the Q of a Gaussian matrix whose R has a positive diagonal; this Q is unique."""
+    gaussian = torch.randn(3, d, d, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    r = random_rotation(3, d, seed=5, dtype=torch.float64).mT @ gaussian
+    assert_within(r.tril(-1), torch.zeros_like(r), 8 * d * unit(torch.float64) * float(gaussian.norm()))
+    assert (r.diagonal(dim1=-2, dim2=-1) > 0).all()
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=ids)
 @pytest.mark.parametrize(("count", "kv_count", "d"), [(3, 3, 17), (6, 2, 16), (5, 1, 63)], ids=["mha", "gqa", "mqa"])

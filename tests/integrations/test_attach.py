@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from swan import Plan, SwanAttention, SwanCache, attach, calibrate, detach
+from swan import Plan, SwanCache, attach, detach
 from swan.integrations.architectures import ARCHITECTURES as KNOWN
 from swan.integrations.transformers import cache_keyword, is_attached
 from tests.matrix import REFUSED, model_type
@@ -291,39 +291,6 @@ def test_models_that_share_a_config_object():
     attach(second, calibration)
     detach(second)
     assert first.config._attn_implementation == "sdpa"
-
-
-# Models of one's own ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def own():
-    torch.manual_seed(1)
-    return nn.Sequential(*(SwanAttention(32, heads=4, kv_heads=2) for _ in range(2)))
-
-
-def test_own_model_gets_the_bases_and_gives_them_back(own):
-    x = torch.randn(1, 9, 32)
-    before = {name: t.clone() for name, t in own.state_dict().items()}
-    expected = own(x)
-    calibration = calibrate(own, [torch.randn(2, 30, 32)])
-    attach(own, calibration)
-    for layer, bases in zip(own, calibration.layers, strict=True):
-        assert torch.equal(layer.key_basis, bases.key_basis)
-        assert torch.equal(layer.value_basis, bases.value_basis)
-    assert torch.equal(own(x), expected)  # without a cache nothing is rotated
-    detach(own)
-    assert all(torch.equal(t, before[name]) for name, t in own.state_dict().items())
-
-
-def test_own_model_cannot_be_folded(own):
-    with pytest.raises(ValueError, match="fold=True is for transformers models"):
-        attach(own, calibrate(own, [torch.randn(1, 5, 32)]), fold=True)
-
-
-def test_own_model_refuses_the_calibration_of_another(own):
-    with pytest.raises(ValueError, match="another model"):
-        attach(own, calibrate(nn.Sequential(SwanAttention(32, heads=4)), [torch.randn(1, 5, 32)]))
 
 
 # The name of the argument --------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from swan import Graded, LayerPlan, Plan, SwanCache, TopK, attach, calibrate
+from swan.calibration.files import read_tensors, write_tensors
 from swan.integrations.transformers import cache_keyword
 from swan.modules import KVCache
 from tests.tiny import attached, everything, generated, left_padded, logits_of, tiny, tokens
@@ -88,7 +89,7 @@ def test_the_file_has_no_room_ahead(model, tmp_path):
     found = SwanCache.load(tmp_path / "cache.safetensors", model)
     kv = found.winnowed[0]
     assert isinstance(kv, KVCache)
-    assert kv.k_history.shape[2] == kv.history_length
+    assert kv.state.k_history.shape[2] == kv.history_length
 
 
 def test_folded_values_are_the_same(tmp_path):
@@ -130,12 +131,30 @@ def test_a_layer_that_holds_something_else_leaves_the_file_as_it_was(model, tmp_
     assert path.read_bytes() == before
 
 
-def test_the_prefill_of_files_of_0_1_0_is_read_under_its_present_name(tmp_path):
-    model = attached()
-    cache = SwanCache(model, retention=0.5, buffer=8)
-    logits_of(model, cache, input_ids=tokens(1, 20))
-    cache._settings["prefill"] = "dense"  # as it was called then
+def as_0_1_0_wrote_it(path):
+    """Counters as JSON values, among them the column where the last sink may come; "chunk" was called "dense"."""
+    about, tensors = read_tensors(path, "swan-cache-1", "cache", "")
+    about["settings"]["prefill"] = "dense"
+    for index, values in enumerate(about["layers"]):
+        values |= {name: int(tensors.pop(f"{index}.{name}")) for name in ("length", "first", "dropped", "padded")}
+        values["sinks_end"] = values.pop("padded") + 4
+    write_tensors(path, tensors, about)
+
+
+@pytest.mark.parametrize("inputs", [TEXT, PADDED], ids=["one length", "left-padded"])
+def test_a_file_of_0_1_0_is_read(model, inputs, tmp_path):
+    cache = filled(model, {"retention": 0.33, "sinks": 4}, inputs)
     cache.save(tmp_path / "old.safetensors")
+    as_0_1_0_wrote_it(tmp_path / "old.safetensors")
     loaded = SwanCache.load(tmp_path / "old.safetensors", model)
     assert {kv.prefill for kv in loaded.winnowed.values()} == {"chunk"}
-    assert loaded.get_seq_length() == 20
+    for old, new in zip(cache.winnowed.values(), loaded.winnowed.values(), strict=True):
+        assert (new.length, new.history_length, new.state.padded) == (60, old.history_length, old.state.padded)
+    extra = (
+        {"attention_mask": torch.nn.functional.pad(PADDED["attention_mask"], (0, 7), value=1)}
+        if inputs is PADDED
+        else {}
+    )
+    with torch.no_grad():
+        a, b = (model(**NEXT, **{cache_keyword(model): c}, **extra).logits for c in (cache, loaded))
+    assert torch.equal(a, b)

@@ -3,10 +3,11 @@
 import re
 
 import pytest
+import torch
 
-from swan import supported
+from swan import KVCache, supported
 from swan.integrations.architectures import ARCHITECTURES as KNOWN
-from tests.matrix import CACHES, REFUSED, TOO, USES, cell, cells, expected, model_type
+from tests.matrix import CACHES, REFUSED, TOO, USES, cell, cells, expected, model_type, refusal
 from tests.strategies import one_thread  # noqa: F401
 from tests.tiny import ARCHITECTURES
 
@@ -21,6 +22,19 @@ QUICK |= {(architecture, "greedy", "dynamic") for architecture in ARCHITECTURES}
 )
 def test_cell(architecture, name, kind):
     assert re.match(expected(architecture, name), cell(architecture, name, kind))
+
+
+CAN_FAIL = [("llama", name) for name in USES if refusal("llama", name) is None]
+CAN_FAIL += [(architecture, "greedy") for architecture in ARCHITECTURES if architecture not in (*REFUSED, "llama")]
+
+
+@pytest.mark.parametrize(("architecture", "name"), CAN_FAIL)
+def test_a_cell_notices_a_wrong_attention(architecture, name, monkeypatch):
+    """One that stays exact where a cache answers nothing but sevens could not fail."""
+    forward = KVCache.forward
+    monkeypatch.setattr(KVCache, "forward", lambda *given, **more: torch.full_like(forward(*given, **more), 7.0))
+    with pytest.raises(AssertionError, match="other tokens"):
+        cell(architecture, name)
 
 
 def test_what_transformers_refuses_itself():

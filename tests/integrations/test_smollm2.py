@@ -7,8 +7,9 @@ import torch
 
 from swan import Graded, LayerPlan, Plan, SwanCache, attach, calibrate, detach
 from swan.calibration.effects import KEYS, graded
+from swan.evaluation.models import load_model
 from swan.evaluation.perplexity import Setting, evaluate
-from swan.evaluation.sources import calibration_text, evaluation_text, load_model, token_windows
+from swan.evaluation.texts import calibration_text, evaluation_text, token_windows
 from swan.integrations.transformers import cache_keyword
 from tests.tiny import float32_bound, generated, greatest_difference, live_storages, logits_of
 

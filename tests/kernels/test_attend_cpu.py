@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swan import Graded, TopK, pack, packed_attention, swan_attention
+from swan import Graded, TopK, pack, packed_attention, swan_attention, unpack
 from swan.functional import reference
 from swan.kernels import Recent, attend_cpu
 from swan.storage.packed import mixing, unpack_mixed
@@ -136,17 +136,26 @@ def test_history_and_recent_tokens_together(seed, dtype, head_counts, queries, t
     assert_lse_within(lse, expected_lse, lse_limit)
 
 
-def together(q, k, v, k_recent, v_recent):
-    """What `swan_attention` returns, and what it returns where the parts are merged by tensor code."""
-    found = swan_attention(q, k, v, k_recent, v_recent)
-    return found, swan_attention(q, k, v, k_recent, v_recent, impl="compiled")
+def together(q, k, v, k_recent, v_recent, masks=(None, None)):
+    """What `swan_attention` has to return, in float64: both parts by the reference, merged by their definition."""
+    stored = (unpack(dataclasses.replace(packed, dtype=torch.float64)).double() for packed in (k, v))
+    parts = [
+        reference.dense_attention(q.double(), *stored, mask=masks[0]),
+        reference.dense_attention(q.double(), k_recent.double(), v_recent.double(), mask=masks[1]),
+    ]
+    return reference.merge_attention(parts)[0]
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("layout", [Graded(((64, 4),)), Graded.leading(64, 16), TopK(64, 20)], ids=str)
 def test_an_empty_history_beside_recent_tokens(layout):
     q, recent = torch.randn(2, 4, 1, 64), torch.randn(2, 2, 5, 64)
     empty = pack(torch.randn(2, 2, 0, 64), layout)
-    torch.testing.assert_close(*together(q, empty, empty, recent, recent))
+    found = swan_attention(q, empty, empty, recent, recent, impl="cpp")
+    assert_close(found, together(q, empty, empty, recent, recent))
 
 
 def test_recent_tokens_and_masks_of_any_strides():
@@ -155,11 +164,8 @@ def test_recent_tokens_and_masks_of_any_strides():
     history = pack(k[:, :, :80], layout), pack(v[:, :, :80], layout)
     recent = [t[:, :, 80:].transpose(2, 3).contiguous().transpose(2, 3) for t in (k, v)]
     masks = [(torch.rand(n, 2, 1, 1) > 0.3).permute(2, 3, 1, 0) for n in (80, 10)]
-    found, expected = (
-        swan_attention(q, *history, *recent, history_mask=masks[0], buffer_mask=masks[1], impl=impl)
-        for impl in ("auto", "compiled")
-    )
-    torch.testing.assert_close(found, expected)
+    found = swan_attention(q, *history, *recent, history_mask=masks[0], buffer_mask=masks[1], impl="cpp")
+    assert_close(found, together(q, *history, *recent, masks))
 
 
 def test_what_does_not_fit_one_call_is_merged(monkeypatch):
@@ -169,8 +175,9 @@ def test_what_does_not_fit_one_call_is_merged(monkeypatch):
     calls = []
     attend = attend_cpu.attend
     monkeypatch.setattr(attend_cpu, "attend", lambda *a: calls.append(len(a)) or attend(*a))
-    torch.testing.assert_close(*together(q, *history, k[:, :, 80:], v[:, :, 80:]))
-    torch.testing.assert_close(*together(q, *history, k[:, :1, 80:], v[:, :1, 80:]))  # of fewer KV heads
+    for heads in (2, 1):  # as many KV heads as the history has, and fewer
+        recent = k[:, :heads, 80:], v[:, :heads, 80:]
+        assert_close(swan_attention(q, *history, *recent), together(q, *history, *recent))
     k_recent, v_recent = (t[:, :, 80:].clone().requires_grad_() for t in (k, v))
     swan_attention(q, *history, k_recent, v_recent).sum().backward()
     assert calls == [6, 5, 5]

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swan import DenseBuffer
-from swan.modules.buffer import NOWHERE
+from swan.modules.buffer import NOWHERE, StaticBuffer
+from swan.modules.state import CacheState
 from tests.strategies import splits
 
 sizes, sinks_counts = st.integers(1, 9), st.integers(0, 4)
@@ -24,9 +25,13 @@ def held(buffer: DenseBuffer, row: int) -> list[int]:
     shown = [c for c in columns if c < NOWHERE]
     for slot, column in enumerate(columns):
         if column < NOWHERE:
-            assert buffer.keys[row, 0, slot].tolist() == [column] * 3
-            assert buffer.values[row, 0, slot].tolist() == [-column] * 2
+            assert buffer.state.k_recent[row, 0, slot].tolist() == [column] * 3
+            assert buffer.state.v_recent[row, 0, slot].tolist() == [-column] * 2
     return sorted(shown)
+
+
+def buffer_of(size: int, sinks: int, static: bool) -> DenseBuffer:
+    return (StaticBuffer if static else DenseBuffer)(size, sinks)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
@@ -34,7 +39,7 @@ def held(buffer: DenseBuffer, row: int) -> list[int]:
 def test_holds_the_newest_and_the_first(static, size, sinks, chunks, data):
     padding = data.draw(st.none() | st.lists(st.integers(0, 6), min_size=2, max_size=2))
     starts = padding or [0, 0]
-    buffer, length, gone = DenseBuffer(size, sinks, static=static), 0, sinks
+    buffer, length, gone = buffer_of(size, sinks, static), 0, sinks
     for chunk in chunks:
         evicted = buffer.push(*numbered(length, length + chunk), None if padding is None else torch.tensor(padding))
         length += chunk
@@ -52,14 +57,14 @@ def test_holds_the_newest_and_the_first(static, size, sinks, chunks, data):
         for row, start in enumerate(starts):
             beginning = [c for c in range(start, start + sinks) if c < first]
             assert held(buffer, row) == sorted({*beginning, *range(first, length)})
-    assert (int(buffer.length), int(buffer.first)) == (length, first)
+    assert (int(buffer.state.length), int(buffer.state.first)) == (length, first)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @given(sizes, sinks_counts, st.integers(1, 20), st.data())
 def test_crop_forgets_and_goes_on(static, size, sinks, length, data):
     kept, more = data.draw(st.integers(0, length)), data.draw(st.integers(1, 20))
-    buffer = DenseBuffer(size, sinks, static=static)
+    buffer = buffer_of(size, sinks, static)
     buffer.push(*numbered(0, length))
     first = max(0, length - size)
     buffer.crop(kept)
@@ -77,14 +82,13 @@ def test_reset_frees():
     buffer = DenseBuffer(4, 2)
     buffer.push(*numbered(0, 9), torch.tensor([1, 3]))
     buffer.reset()
-    assert buffer.keys is buffer.values is buffer.padding is None
-    assert buffer.length == buffer.first == 0
+    assert buffer.state == CacheState()
     buffer.push(*numbered(0, 3))
     assert held(buffer, 0) == [0, 1, 2]
 
 
 def test_repr():
-    assert repr(DenseBuffer(8, sinks=2, static=True)) == "DenseBuffer(size=8, sinks=2, static=True)"
+    assert repr(StaticBuffer(8, sinks=2)) == "StaticBuffer(size=8, sinks=2)"
 
 
 @pytest.mark.parametrize(("size", "sinks"), [(0, 4), (4, -1)])

@@ -120,8 +120,8 @@ def test_padding_per_row(prefill, case, plan_layer, static, told, data):
         q, k, v = (t[:, :, start : start + size] for t in case[:3])
         start += size
         given_now = {"once": padding if start == size else None, "each time": padding}
-        cache.update(k, v, padding=given_now.get(told, padding.clamp(max=start)))  # "as seen": all padding so far
-        outs.append(cache.attend(q))
+        known = given_now.get(told, padding.clamp(max=start))  # "as seen": all padding so far
+        outs.append(cache(q, k, v, padding=known))
     assert_within(torch.cat(outs, dim=2), expected, bound(case, plan_layer))
 
 
@@ -136,7 +136,7 @@ def test_window_only_is_a_band_and_sinks(case, static, row_padding):
     found = decode(cache, *case[:4], padding=None if row_padding is None else padding)
     assert_within(found, expected, bound(case, None))
     assert cache.history_length == 0
-    assert cache.k_history is None
+    assert cache.state.k_history is None
 
 
 # Masks --------------------------------------------------------------------------------------------
@@ -165,8 +165,7 @@ def test_a_scale_is_used():
     expected = windowed_oracle(*case[:3], EXACT, buffer=3, sinks=1, scale=0.9)
     cache, outs = cache_of(case, EXACT), []
     for q, k, v in zip(*(t.split(case.chunks, dim=2) for t in case[:3]), strict=True):
-        cache.update(k, v)
-        outs.append(cache.attend(q, scale=0.9))
+        outs.append(cache(q, k, v, scale=0.9))
     assert_within(torch.cat(outs, dim=2), expected, attention_bound(*case[:3], scale=0.9))
 
 
@@ -177,8 +176,7 @@ def test_every_impl(impl):
     expected = windowed_oracle(*case[:3], plan_layer, buffer=5, sinks=2)
     cache, outs = cache_of(case, plan_layer), []
     for q, k, v in zip(*(t.split(case.chunks, dim=2) for t in case[:3]), strict=True):
-        cache.update(k, v)
-        outs.append(cache.attend(q, impl=impl))
+        outs.append(cache(q, k, v, impl=impl))
     assert_within(torch.cat(outs, dim=2), expected, bound(case, plan_layer))
 
 
@@ -197,5 +195,5 @@ def test_attending_twice_is_free(case, keys, values):
     """A single query may come again, as with several scorers."""
     cache = cache_of(case, LayerPlan(keys, values))
     cache.update(*case[1:3])
-    cache.update(case.k[:, :, :1], case.v[:, :, :1])
-    assert torch.equal(cache.attend(case.q[:, :, :1]), cache.attend(case.q[:, :, :1]))
+    visible = cache.update(case.k[:, :, :1], case.v[:, :, :1])
+    assert torch.equal(cache.attend(case.q[:, :, :1], visible), cache.attend(case.q[:, :, :1], visible))

@@ -67,7 +67,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.length == 0 and any(padding):
             self.padding = (padding * 2)[: len(self.rows)]
             given = torch.tensor(self.padding)
-        self.cache.update(k, v, padding=given)
+        visible = self.cache.update(k, v, padding=given)
         before, first = self.length, self.first
         self.length += tokens
         self.first = max(self.first, self.length - self.buffer)
@@ -85,7 +85,7 @@ class CacheMachine(RuleBasedStateMachine):
             ]
             for row in range(len(self.rows))
         ]
-        found = self.cache.attend(q)
+        found = self.cache.attend(q, visible)
         all_tokens = [token for row in self.rows for head in row for token in head]
         keys, values = ([getattr(token, name) for token in all_tokens] for name in ("key", "value"))
         bound = attention_bound(q, torch.tensor(keys)[None, None], torch.tensor(values)[None, None])
@@ -165,9 +165,9 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.length == self.length
         stored = max(self.first - self.sinks - self.dropped, 0) if self.plan_layer is not None else 0
         assert self.cache.history_length == stored
-        if self.cache.k_history is not None:
-            assert self.cache.k_history.format == self.plan_layer.keys
-            assert self.cache.k_history.shape[2] >= stored
+        if self.cache.state.k_history is not None:
+            assert self.cache.state.k_history.format == self.plan_layer.keys
+            assert self.cache.state.k_history.shape[2] >= stored
         assert self.cache.dropped == self.dropped
 
 

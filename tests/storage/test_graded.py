@@ -1,12 +1,17 @@
 """Groups with few bits: their grid, their bytes, and attention in mixed coordinates."""
 
+import dataclasses
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swan import Graded, TopK, graded_prune, pack, packed_attention, topk_prune, unpack
+from swan import Graded, Packed, TopK, graded_prune, pack, packed_attention, topk_prune, unpack
 from swan.functional import reference
+from swan.functional.dispatch import Impl
 from swan.storage.codes import PARTS, scale_of
 from swan.storage.mixing import hadamard
 from swan.storage.packed import mixing, unpack_mixed
@@ -20,11 +25,38 @@ GROUPS = [
     ((1, 1), (15, 16)),
 ]
 IDS = ["5+3", "ragged", "odd", "pruned tail", "one bit"]
+every_impl = pytest.mark.parametrize("impl", ["auto", "compiled"])  # auto: the kernel, where it is built
 
 
 def spectrum(*shape: int) -> torch.Tensor:
     """Vectors whose coordinates lose importance, as in a sorted basis."""
     return torch.randn(*shape) * torch.linspace(3, 0.2, shape[-1])
+
+
+def read_by_hand(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors in mixed coordinates and half a step of each, from the bytes, bit by bit, as `Graded` says it stores."""
+    layout = packed.format
+    assert isinstance(layout, Graded)
+    planes = [plane.flatten(0, 2).tolist() for plane in (*packed.planes, packed.scales) if plane is not None]
+    vectors = []
+    for vector in zip(*planes, strict=True):
+        codes, whole, scales = list(vector[0]), list(vector[len(packed.planes) - 1]), list(vector[-1])
+        numbers: list[tuple[float, float]] = []
+        for size, bits in layout.groups:
+            if bits in (0, 16):
+                numbers += [(whole.pop(0) if bits else 0.0, 0.0) for _ in range(size)]
+                continue
+            fields = [0] * size
+            for part in {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (4, 4)}[bits]:
+                width = math.ceil(size * part / 8)
+                plane, codes = codes[:width], codes[width:]
+                for i in range(size):
+                    fields[i] = fields[i] << part | plane[i % width] >> part * (i // width) & 2**part - 1
+            scale = 2.0 ** (scales.pop(0) / 8 - 16)
+            numbers += [((n - (2**bits - 1) / 2) * 2.0 ** (1 - bits) * scale, 2.0**-bits * scale) for n in fields]
+        vectors.append(numbers)
+    values, halves = torch.tensor(vectors, dtype=torch.float64).view(*packed.shape, 2).unbind(-1)
+    return values, halves
 
 
 @st.composite
@@ -51,12 +83,45 @@ def test_error_is_half_a_step(groups: tuple[tuple[int, int], ...], seed: int) ->
     assert packed.nbytes == x[..., 0].numel() * layout.vector_bytes(itemsize=4)
 
 
+@every_impl
+@pytest.mark.parametrize("groups", [*GROUPS, tuple((7, bits) for bits in PARTS)], ids=[*IDS, "every bits"])
+def test_bytes_are_what_is_said(groups: tuple[tuple[int, int], ...], impl: Impl) -> None:
+    """Read without any of its code: the nearest steps of the smallest scale, and `unpack` reads the same."""
+    x = spectrum(1, 2, 7, sum(size for size, _ in groups))
+    packed, mixed = pack(x, Graded(groups), impl=impl), x.double() @ reference.mix(groups)
+    values, halves = read_by_hand(packed)
+    rounding = 4 * x.shape[-1] * EPS * x.abs().amax()  # of the mix, and of quotients near a step's edge
+    start = 0
+    for size, bits in groups:
+        here = slice(start, start + size)
+        start += size
+        expected, bound = (0 * mixed if bits == 0 else mixed)[..., here], halves[..., here] + rounding
+        assert ((values[..., here] - expected).abs() <= bound).all()
+        if bits in PARTS:
+            scale, peak = halves[..., here].amax(-1) * 2**bits, mixed[..., here].abs().amax(-1)
+            assert (peak <= scale + rounding).all()
+            assert (scale <= (peak + rounding) * 2 ** (1 / 8)).all()
+    found = unpack(dataclasses.replace(packed, dtype=torch.float64))
+    assert (found - values @ reference.mix(groups).mT).abs().max() <= rounding
+
+
+@every_impl
+def test_a_peak_on_the_grid_of_scales(impl: Impl) -> None:
+    """A scale is then no larger than its coordinate, which falls on the end of the last step."""
+    layout = Graded(tuple((1, bits) for bits in PARTS))
+    x = torch.tensor([1.0, -1.0, 2.0, -0.25]).view(1, 1, 4, 1).expand(1, 1, 4, layout.d)
+    values, halves = read_by_hand(pack(x, layout, impl=impl))
+    assert torch.equal((values - x).abs(), halves)
+    assert (values.abs() < x.abs()).all()
+
+
+@every_impl
 @pytest.mark.parametrize("groups", GROUPS, ids=IDS)
-def test_equals_reference(groups: tuple[tuple[int, int], ...]) -> None:
+def test_equals_reference(groups: tuple[tuple[int, int], ...], impl: Impl) -> None:
     x = spectrum(1, 2, 7, sum(size for size, _ in groups))
     expected = reference.graded_prune(x.double(), groups)
-    found = unpack(pack(x, Graded(groups)))
-    assert torch.equal(found, graded_prune(x, groups))
+    found = unpack(pack(x, Graded(groups), impl=impl if Graded(groups).mixed else "auto"))
+    assert (found - graded_prune(x, groups)).abs().max() <= 8 * x.shape[-1] * EPS * x.abs().max()
     # A coordinate within rounding of a step's edge may take the neighbouring step; none does at this seed.
     assert (found - expected).abs().max() <= 8 * x.shape[-1] * EPS * x.abs().max()
 
@@ -64,6 +129,7 @@ def test_equals_reference(groups: tuple[tuple[int, int], ...]) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 12, 24, 63, 64, 80])
 def test_mix_is_orthonormal_and_even(size: int) -> None:
     matrix = hadamard(size, torch.device("cpu"))
+    torch.testing.assert_close(matrix, reference.hadamard(size))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
     torch.testing.assert_close(matrix.square().sum(0), torch.ones(size, dtype=torch.float64))
     if size & (size - 1) == 0:
@@ -95,13 +161,18 @@ def test_extreme_vectors_stay_finite(dtype: torch.dtype, value: float) -> None:
     assert (found - x).double().norm() <= 2 * (max(peak, 2.0**-16) * 4 + peak * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("groups", GROUPS, ids=IDS)
-def test_attention_reads_mixed_coordinates(groups: tuple[tuple[int, int], ...]) -> None:
-    layout = Graded(groups)
-    k, v = (pack(spectrum(2, 2, 37, layout.d), layout) for _ in range(2))
-    q = torch.randn(2, 4, 3, layout.d)
-    expected, _ = reference.dense_attention(q.double(), unpack(k).double(), unpack(v).double())
-    torch.testing.assert_close(packed_attention(q, k, v).double(), expected, atol=64 * layout.d * EPS, rtol=0)
+@every_impl
+@pytest.mark.parametrize(("groups", "others"), list(itertools.pairwise([*GROUPS, GROUPS[0]])), ids=IDS)
+def test_attention_reads_mixed_coordinates(
+    groups: tuple[tuple[int, int], ...], others: tuple[tuple[int, int], ...], impl: Impl
+) -> None:
+    """Of keys and of values, each in their own."""
+    k, v = (pack(spectrum(2, 2, 37, Graded(each).d), Graded(each)) for each in (groups, others))
+    q = torch.randn(2, 4, 3, k.shape[3])
+    keys, values = (read_by_hand(x)[0] @ reference.mix(x.format.groups).mT for x in (k, v))
+    expected, _ = reference.dense_attention(q.double(), keys, values)
+    found = packed_attention(q, k, v, impl=impl).double()
+    torch.testing.assert_close(found, expected, atol=64 * k.shape[3] * EPS, rtol=0)
 
 
 @pytest.mark.parametrize("keep", [17, 9, 4])

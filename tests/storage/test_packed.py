@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from swan import Graded, LayerPlan, Packed, TopK, graded_prune, pack, topk_prune, unpack
 from swan.functional import reference
+from swan.storage.codes import as_bfloat16
 from tests.strategies import (
     DTYPES,
     U32,
@@ -162,6 +163,13 @@ def test_subnormal_vectors_stay_small(dtype):
     assert found[..., 2] == 0
 
 
+def test_scales_are_rounded_as_torch_rounds():
+    """To bfloat16, halves to the even one, in integers that no compiler takes out."""
+    halves = torch.arange(0x3F80, 0x4080, dtype=torch.int32).mul(2**16).add(2**15).view(torch.float32)
+    for x in (normal(0, 10_000).abs() * 2.0**-40, halves, torch.tensor([0.0, torch.finfo(torch.float32).tiny])):
+        assert torch.equal(as_bfloat16(x), x.bfloat16().float())
+
+
 # Bytes --------------------------------------------------------------------------------------------
 
 
@@ -191,6 +199,11 @@ def test_vector_bytes_are_real(seed, d, dtype, data):
 def test_vector_bytes(layout, expected):
     assert layout.vector_bytes() == expected
     assert LayerPlan(layout, layout).retention == 2 * expected / (4 * layout.d)
+
+
+def test_retention_of_other_values_than_keys():
+    keys, values = TopK(64, 32), Graded(((8, 16), (8, 3), (24, 0)))  # 42 and 16 + 3 + 1 bytes
+    assert LayerPlan(keys, values).retention == (42 + 20) / (2 * (64 + 40))
 
 
 @pytest.mark.parametrize("positions", ["bitmap", "index"])

@@ -61,15 +61,15 @@ def bench_capacity(
     rows: list[dict[str, Any]] = []
     cases = [*itertools.product(lengths, [("dense", 1.0), *forms])]
     for length, form in track(cases, "timing", show=setup.progress):
-        own = {"dense": "sdpa", "fp8": "compiled"}.get(form[0], impl or kernel_on(setup.device))
-        row = setup.row("capacity", own, form, length, batch=None, tokens_per_second=None)
+        used = {"dense": "sdpa", "fp8": "compiled"}.get(form[0], impl or kernel_on(setup.device))
+        row = setup.row("capacity", used, form, length, batch=None, tokens_per_second=None)
         with reason_in(row):
             each = _sequence_bytes(setup, form, length)
             if each > memory:
                 raise ValueError(f"one sequence takes {each} bytes, there are {memory}")
             here = dataclasses.replace(setup, batch=memory // each)
             row["batch"] = here.batch
-            row |= measure(here, random_step(here, length, here.plan_layer(*form)), own, bandwidth)
+            row |= measure(here, random_step(here, length, here.plan_layer(*form)), used, bandwidth)
             row["tokens_per_second"] = here.batch / row["median_ms"] * 1e3
         rows.append(row)
     _add_speedups(rows)
@@ -81,8 +81,8 @@ def _sequence_bytes(setup: Setup, form: Form, length: int) -> int:
     dense = 2 * setup.head_dim * itemsize
     if layer is None:
         return setup.kv_heads * length * dense
-    packed = layer.keys.vector_bytes(itemsize) + layer.values.vector_bytes(itemsize)
-    return setup.kv_heads * ((length - setup.buffer) * packed + setup.buffer * dense)
+    history, recent = layer.nbytes(length - setup.buffer, itemsize), layer.dense_nbytes(setup.buffer, itemsize)
+    return setup.kv_heads * sum((*history, *recent))
 
 
 def _add_speedups(rows: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the setup, its random inputs, and the rows."""
+"""The setup of all benchmarks, its random inputs, and the rows."""
 
 import contextlib
 import statistics
@@ -12,7 +12,7 @@ from torch import Tensor
 from swan.calibration import Plan
 from swan.evaluation.baselines import Float8
 from swan.evaluation.dtypes import dtype_name
-from swan.evaluation.machine import TooLong, at_most, last_level_cache, time_calls
+from swan.evaluation.machine import TooLong, at_most, default_device, last_level_cache, time_calls
 from swan.storage import Graded, LayerPlan, TopK
 
 __all__ = ["FORMS", "SHAPES", "Form", "Setup", "add_speedups", "check_forms", "forms_on", "reason_in"]
@@ -66,21 +66,21 @@ class Setup:
     head_dim: int = 128
     buffer: int = 128
     dtype: torch.dtype = torch.bfloat16
-    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device: torch.device = field(default_factory=default_device)
     repeats: int = 50
     seconds: float = 3.0
     compile_seconds: float = 120.0
     progress: bool = True
 
     def random(self, queries: int, tokens: int) -> list[Tensor]:
-        """Queries, keys and values, the same at each call."""
+        """Draw queries, keys and values, the same at each call."""
         generator = torch.Generator(self.device).manual_seed(0)
         sizes = ((self.heads, queries), (self.kv_heads, tokens), (self.kv_heads, tokens))
         options: dict[str, Any] = {"generator": generator, "device": self.device, "dtype": self.dtype}
         return [torch.randn(self.batch, heads, n, self.head_dim, **options) for heads, n in sizes]
 
     def plan_layer(self, form: str, retention: float) -> LayerPlan | None:
-        """Layouts of a form; None for a dense cache."""
+        """Return the layouts of a form; None for a dense cache."""
         d = self.head_dim
         match form:
             case "dense":
@@ -96,26 +96,26 @@ class Setup:
         return Plan.for_retention(retention, dims=[(d, d)]).layers[0]
 
     def copies(self, nbytes: int) -> int:
-        """Copies of so many bytes that do not fit the last-level cache together."""
+        """Count the copies of so many bytes that do not fit the last-level cache together."""
         return 1 + min(2 * last_level_cache(self.device) // nbytes, MOST_COPIES - 1)
 
     def first(self, run: Callable[[], T]) -> T:
-        """The first call, which compiles."""
+        """Make the first call, which compiles, within its time."""
         with at_most(self.compile_seconds, "the first call, which compiles,"):
             return run()
 
     def timed(self, run: Callable[[T], Any], inputs: Sequence[T]) -> dict[str, Any]:
-        """The columns ``median_ms`` and ``spread`` of calls with the inputs in turn."""
+        """Measure the columns ``median_ms`` and ``spread`` of calls with the inputs in turn."""
         return summary(time_calls(run, inputs, self.device, self.repeats, self.seconds))
 
     def row(self, what: str, impl: str, form: Form, length: int | None, **more: Any) -> dict[str, Any]:
-        """A row in which nothing is measured yet."""
+        """Make a row in which nothing is measured yet."""
         about = {"what": what, "impl": impl, "form": form[0], "retention": form[1], "length": length}
         return dict.fromkeys(COLUMNS) | about | {"batch": self.batch, "dtype": dtype_name(self.dtype)} | more
 
 
 def forms_on(device: torch.device) -> tuple[Form, ...]:
-    """The forms of a benchmark if none are asked for."""
+    """Return the forms of a benchmark if nobody chooses any."""
     return (*FORMS, FP8) if device.type == "cuda" else FORMS
 
 
@@ -132,18 +132,18 @@ def check_lengths(lengths: Sequence[int], setup: Setup) -> None:
 
 
 def summary(times: Sequence[float]) -> dict[str, Any]:
-    """Median in ms and spread of times in seconds: 90th less 10th percentile, over the median."""
+    """Compute median in ms and spread of times in seconds: 90th less 10th percentile, over the median."""
     median, tenths = statistics.median(times), statistics.quantiles(times, n=10, method="inclusive")
     return {"median_ms": 1e3 * median, "spread": (tenths[-1] - tenths[0]) / median}
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Error in the 2-norm over that of what was expected.
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """Compute the error in the 2-norm over the 2-norm of what was expected.
 
     Raises:
         ArithmeticError: it is so large that the result is wrong.
     """
-    error = ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+    error = ((out.double() - expected.double()).norm() / expected.double().norm()).item()
     if not error < WRONG:
         raise ArithmeticError(f"wrong result: relative error {error:.2g}")
     return error

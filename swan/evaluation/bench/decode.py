@@ -123,7 +123,7 @@ def bench_decode(
 
 
 def plot_decode(rows: Sequence[dict[str, Any]], title: str) -> "Figure":
-    """Time of a step against the tokens in the cache, and speed-up against retention at the longest.
+    """Draw the time of a step against the tokens in the cache, and speed-up against retention at the longest.
 
     Of each cache the fastest impl and dtype is shown.
 
@@ -151,14 +151,14 @@ def plot_decode(rows: Sequence[dict[str, Any]], title: str) -> "Figure":
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     times, speedups = figure.subplots(1, 2)
     for form, retention in dict.fromkeys(key[:2] for key in sorted(fastest)):
-        own = sorted((key[2], row["median_ms"]) for key, row in fastest.items() if key[:2] == (form, retention))
+        points = sorted((key[2], row["median_ms"]) for key, row in fastest.items() if key[:2] == (form, retention))
         style: Any = {"label": "dense", "color": ink} if form == "dense" else {"label": f"{form}, {retention:.2f}"}
-        times.plot(*zip(*own, strict=True), marker="o", markersize=4, **style)
+        times.plot(*zip(*points, strict=True), marker="o", markersize=4, **style)
     times.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms for a step of a layer", title=title)
     longest = max(length for *_, length in fastest)
     for form in dict.fromkeys(key[0] for key in sorted(fastest) if key[0] != "dense"):
-        own = sorted((key[1], row["speedup"]) for key, row in fastest.items() if key[::2] == (form, longest))
-        speedups.plot(*zip(*own, strict=True), marker="o", markersize=4, label=form)
+        points = sorted((key[1], row["speedup"]) for key, row in fastest.items() if key[::2] == (form, longest))
+        speedups.plot(*zip(*points, strict=True), marker="o", markersize=4, label=form)
     speedups.axhline(1, color=ink, linewidth=0.8)
     speedups.set(xlabel="retention", ylabel="speed-up over the fastest dense", title=f"{longest} tokens")
     speedups.set_ylim(bottom=0)
@@ -166,7 +166,7 @@ def plot_decode(rows: Sequence[dict[str, Any]], title: str) -> "Figure":
 
 
 def kernel_on(device: torch.device) -> str:
-    """The kernel of a device over packed planes."""
+    """Name the kernel of a device over packed planes."""
     return "triton" if device.type == "cuda" else "cpp"
 
 
@@ -175,7 +175,7 @@ def _impls_for(length: int, device: torch.device) -> list[str]:
 
 
 def _fits(impl: str, form: str) -> bool:
-    """Whether a row makes sense: dense code for dense caches, and no kernel of ours for the rival."""
+    """Tell if a row makes sense: dense code for dense caches, and no kernel of ours for the rival."""
     return (impl in DENSE) == (form == "dense") and not (form == "fp8" and impl in KERNELS)
 
 
@@ -190,7 +190,7 @@ class DecodeStep:
 
 
 def random_step(setup: Setup, length: int, layer: LayerPlan | None) -> DecodeStep:
-    """One decode step over a cache with random contents."""
+    """Make a decode step over a cache with random contents."""
     q, k, v = setup.random(1, length)
     stored: tuple[Any, ...] = (k, v)
     if layer is not None:
@@ -204,7 +204,7 @@ def random_step(setup: Setup, length: int, layer: LayerPlan | None) -> DecodeSte
 
 
 def float64_attention(q: Tensor, stored: tuple[Any, ...]) -> Tensor:
-    """The oracle over exactly what is stored, one KV head at a time."""
+    """Attend in float64 to exactly what is stored, one KV head at a time: the oracle."""
     out = torch.empty_like(q, dtype=torch.float64)
     kv_heads = stored[0].shape[1]
     for row, head in itertools.product(range(q.shape[0]), range(kv_heads)):
@@ -223,16 +223,16 @@ def _wide(part: Packed | Tensor, row: int, head: int) -> Tensor:
 
 
 def measure(setup: Setup, step: DecodeStep, impl: str, bandwidth: float) -> dict[str, Any]:
-    """The measured columns of a row; raises where the result is wrong."""
+    """Measure the columns of a row; raise where the result is wrong."""
     if impl in ("flex", "compiled"):
         torch.compiler.reset()  # this shape gets a static compilation of its own
     attention = _attention(impl, setup.device)
     out = setup.first(lambda: attention(step.q, *step.copies[0]))
     error = relative_error(out[:CHECKED_ROWS], step.expected)
-    found = setup.timed(lambda stored: attention(step.q, *stored), step.copies)
-    return found | {
+    times = setup.timed(lambda stored: attention(step.q, *stored), step.copies)
+    return times | {
         "bytes": step.nbytes,
-        "bandwidth_fraction": step.nbytes / found["median_ms"] * 1e3 / bandwidth,
+        "bandwidth_fraction": step.nbytes / times["median_ms"] * 1e3 / bandwidth,
         "error": error,
         "peak_bytes": peak_bytes(lambda: attention(step.q, *step.copies[0]), setup.device),
     }

@@ -123,7 +123,7 @@ class _Rival:
 
 
 def _rivals(retentions: Sequence[float], impls: Sequence[str], quantized: bool, buffer: int) -> list[_Rival]:
-    """The dense cache in eager mode comes first, whatever is asked for."""
+    """List the caches to time; the dense one in eager mode always comes first."""
     import transformers
     from transformers.utils.import_utils import is_optimum_quanto_available
 
@@ -158,7 +158,7 @@ class _Generation:
     compile_seconds: float
 
     def run(self, rival: _Rival, forced: Tensor | None) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """The measured columns, the chosen tokens ``[batch, steps + 1]`` and the last logits ``[batch, vocabulary]``.
+        """Return the measured columns, the tokens ``[batch, steps + 1]`` and the last logits ``[batch, vocabulary]``.
 
         Args:
             rival: its cache is built here, and freed.
@@ -195,14 +195,14 @@ class _Generation:
             step(0)
         for i in range(1, WARM_UP):
             step(i)
-        held, counted = _memory(model.device), cache_nbytes(cache)
+        memory, counted = _memory(model.device), cache_nbytes(cache)
         with torch._dynamo.config.patch(error_on_recompile=True):
             times = [step(i) for i in range(WARM_UP, steps)]
         count, nbytes = len(self.prompt) * self.tokens, cache_nbytes(cache)
         measured = summary(times) | {"bytes": nbytes, "prefill_seconds": prefill_seconds}
         measured |= {"tokens_per_second": count / sum(times), "growth_counted": (nbytes - counted) / count}
-        if held is not None:
-            measured["growth"] = ((_memory(model.device) or held) - held) / count
+        if memory is not None:
+            measured["growth"] = ((_memory(model.device) or memory) - memory) / count
         return measured, torch.stack(chosen, dim=1), logits
 
 
@@ -215,7 +215,7 @@ def _error(logits: Tensor, expected: Tensor, exact: bool) -> float:
 
 
 def cache_nbytes(cache: "Cache") -> int:
-    """Bytes of every storage that the layers of a cache hold.
+    """Count the bytes of every storage that the layers of a cache hold.
 
     Example:
         ```python
@@ -226,12 +226,12 @@ def cache_nbytes(cache: "Cache") -> int:
     if nbytes is not None:
         return nbytes
     values = itertools.chain.from_iterable(vars(layer).values() for layer in cache.layers)
-    held = itertools.chain.from_iterable(_plain(t) for t in values if isinstance(t, Tensor))
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+    tensors = itertools.chain.from_iterable(_plain(t) for t in values if isinstance(t, Tensor))
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _plain(t: Tensor) -> list[Tensor]:
-    """The tensors that a tensor is made of."""
+    """List the tensors that a tensor is made of."""
     if not is_traceable_wrapper_subclass(t):
         return [t]
     names, _ = t.__tensor_flatten__()
@@ -239,7 +239,7 @@ def _plain(t: Tensor) -> list[Tensor]:
 
 
 def _memory(device: torch.device) -> int | None:
-    """Bytes that this process holds, or has allocated on a CUDA device."""
+    """Count the bytes that this process holds, or has allocated on a CUDA device."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if not STATM.is_file():

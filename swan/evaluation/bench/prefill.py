@@ -66,9 +66,9 @@ def _measured(setup: Setup, layer: LayerPlan | None, length: int) -> dict[str, A
     out, nbytes = run(q, k, v)
     error = relative_error(out[:, :, -1:], float64_attention(q[:, :, -1:], (k, v)))
     del out
-    found = setup.timed(lambda inputs: run(*inputs), [(q, k, v)])
+    times = setup.timed(lambda inputs: run(*inputs), [(q, k, v)])
     peak = peak_bytes(lambda: run(q, k, v), setup.device)
-    return found | {"bytes": nbytes, "error": error, "peak_bytes": peak}
+    return times | {"bytes": nbytes, "error": error, "peak_bytes": peak}
 
 
 Run = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, int]]  # output, and bytes of the cache

@@ -1,4 +1,4 @@
-"""Where the time of one decode step of a layer goes, and from which length on it is less than a dense step's."""
+"""Time of the parts of one decode step of a layer, and the length from which on it is less than a dense step's."""
 
 import copy
 import functools
@@ -22,6 +22,7 @@ from swan.evaluation.bench.decode import DENSE, random_step
 from swan.functional.dispatch import Impl
 from swan.functional.rotation import inverse_rotate, random_rotation, rotate
 from swan.modules import KVCache
+from swan.modules.visible import Visible
 from swan.storage import LayerPlan
 
 __all__ = ["Layer", "bench_step", "break_even"]
@@ -94,7 +95,7 @@ def bench_step(
             layer = setup.plan_layer(*form)
             measured, parts = _dense(setup, length) if layer is None else _STEPS[impl](setup, layer, length)
             row |= measured
-        rows += [setup.row(what, impl, form, length, share=None, formula=None) | found for what, found in parts.items()]
+        rows += [setup.row(what, impl, form, length, share=None, formula=None) | part for what, part in parts.items()]
         rows.append(row)
         _add_shares(rows[-1 - len(parts) :])
     add_speedups(rows)
@@ -102,7 +103,7 @@ def bench_step(
 
 
 def break_even(d: int, keep: int, buffer: int) -> float:
-    r"""Tokens from which on a step takes fewer operations than dense: $L > d^2 / (d - k) + b$.
+    r"""Compute the tokens from which on a step takes fewer operations than dense: $L > d^2 / (d - k) + b$.
 
     Args:
         d: head dimension.
@@ -136,50 +137,50 @@ class Layer:
         self.key_basis, self.value_basis = bases
 
     def rotate(self, token: Token) -> Token:
-        """Queries, keys and values in the bases."""
+        """Rotate queries, keys and values into the bases."""
         q, k, v = token
         return rotate(q, self.key_basis), rotate(k, self.key_basis), rotate(v, self.value_basis)
 
-    def take_in(self, cache: KVCache, token: Token) -> Tensor:
-        """Store the rotated keys and values; returns the rotated queries."""
+    def take_in(self, cache: KVCache, token: Token) -> tuple[Tensor, Visible]:
+        """Store the rotated keys and values; return the rotated queries, and what they see."""
         q, k, v = self.rotate(token)
-        cache.update(k, v, impl=self.impl)
-        return q
+        return q, cache.update(k, v, impl=self.impl)
 
     def step(self, cache: KVCache, token: Token) -> Tensor:
-        """All of it, from queries, keys and values to the output."""
-        return inverse_rotate(cache.attend(self.take_in(cache, token), impl=self.impl), self.value_basis)
+        """Make the whole step, from queries, keys and values to the output."""
+        return inverse_rotate(cache.attend(*self.take_in(cache, token), impl=self.impl), self.value_basis)
 
 
-Found = tuple[dict[str, Any], dict[str, dict[str, Any]]]  # columns of the step, and of each part
+Measured = tuple[dict[str, Any], dict[str, dict[str, Any]]]  # columns of the step, and of each part
 
 
-def _dense(setup: Setup, length: int) -> Found:
+def _dense(setup: Setup, length: int) -> Measured:
     step = random_step(setup, length, None)
-    found = setup.timed(lambda stored: DENSE["sdpa"](step.q, *stored), step.copies)
-    return found | {"bytes": step.nbytes}, {}
+    times = setup.timed(lambda stored: DENSE["sdpa"](step.q, *stored), step.copies)
+    return times | {"bytes": step.nbytes}, {}
 
 
-def _eager(setup: Setup, layer: LayerPlan, length: int) -> Found:
+def _eager(setup: Setup, layer: LayerPlan, length: int) -> Measured:
     functions, token = Layer(setup), _token(setup)
     caches = _filled(setup, layer, length)
     error = _checked(functions, caches[0], token, functions.step)
     q, k, v = functions.rotate(token)
+    visible = {id(cache): cache.update(k, v) for cache in caches}
 
     def rotations(token: Token) -> None:
         inverse_rotate(functions.rotate(token)[0], functions.value_basis)
 
     parts = {
         "rotate": setup.timed(rotations, [token]),
-        "update": setup.timed(lambda cache: cache.update(k, v), caches),
-        "attend": setup.timed(lambda cache: cache.attend(q), caches),
+        "update": setup.timed(lambda cache: visible.update({id(cache): cache.update(k, v)}), caches),
+        "attend": setup.timed(lambda cache: cache.attend(q, visible[id(cache)]), caches),
     }
     step = setup.timed(lambda cache: functions.step(cache, token), caches)
     parts["rest"] = _difference(step, *parts.values())
     return step | {"bytes": caches[0].nbytes, "error": error}, parts
 
 
-def _compiled(setup: Setup, layer: LayerPlan, length: int, impl: Impl = "auto") -> Found:
+def _compiled(setup: Setup, layer: LayerPlan, length: int, impl: Impl = "auto") -> Measured:
     functions, token = Layer(setup, impl), _token(setup)
     caches = _filled(setup, layer, length, static=True)
     torch.compiler.reset()
@@ -205,7 +206,7 @@ def _token(setup: Setup) -> Token:
 
 
 def _filled(setup: Setup, layer: LayerPlan, length: int, static: bool = False) -> list[KVCache]:
-    """Caches of so many tokens, in as many copies as it takes to leave the last-level cache."""
+    """Make caches of so many tokens, in as many copies as it takes to leave the last-level cache."""
     _, k, v = setup.random(1, length)
     copies = setup.copies(round(layer.retention * (k.nbytes + v.nbytes)))
     room = -(-(setup.repeats + 8) // copies)  # for each call of one row
@@ -216,11 +217,11 @@ def _filled(setup: Setup, layer: LayerPlan, length: int, static: bool = False) -
 
 
 def _checked(functions: Layer, cache: KVCache, token: Token, step: Any) -> float:
-    """Error of a step over the reference on a copy of the cache."""
+    """Compute the error of a step over the reference on a copy of the cache."""
     twin = copy.deepcopy(cache)
     out = step(cache, token)
-    q = functions.take_in(twin, token)
-    return relative_error(out, inverse_rotate(twin.attend(q, impl="reference"), functions.value_basis))
+    q, visible = functions.take_in(twin, token)
+    return relative_error(out, inverse_rotate(twin.attend(q, visible, impl="reference"), functions.value_basis))
 
 
 def _difference(whole: dict[str, Any], *parts: dict[str, Any]) -> dict[str, Any]:
@@ -235,7 +236,7 @@ def _add_shares(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _break_even_row(setup: Setup, rows: Sequence[dict[str, Any]], form: Form, impl: str) -> dict[str, Any]:
-    """Where the lines through the steps of swan and of dense, both over the length, cross."""
+    """Find the length at which the lines through the steps of swan and of dense cross."""
     d = setup.head_dim
     keep = min(max(round(form[1] * d), 1), d - 1)
     row = setup.row("break-even", impl, form, None, share=None, formula=break_even(d, keep, setup.buffer))

@@ -4,16 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from swan.calibration import Calibration, Plan
 from swan.calibration.capture import unwrapped
 from swan.calibration.files import replacing
-from swan.integrations.transformers import attach, attachment_of
-
-try:
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-except ImportError as error:
-    raise ImportError("swan works with transformers >= 5.10: pip install 'swan-attention[hf]'") from error
+from swan.integrations.transformers.attach import attach, attachment_of
 
 __all__ = ["attach_saved", "from_pretrained", "has_calibration", "save_pretrained"]
 

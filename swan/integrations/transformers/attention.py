@@ -1,0 +1,96 @@
+"""The attention function that transformers calls: on the winnowed cache where there is one."""
+
+from typing import Any, NoReturn, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from swan.calibration.capture import CHANGE_SCORES, given
+from swan.functional.rotation import inverse_rotate, rotate
+from swan.modules import KVCache
+
+__all__ = ["NAME", "Pending", "Strayed", "computed_dtype", "swan_attention_forward"]
+
+NAME = "swan"  # of the attention function in transformers
+UNSUPPORTED = (*CHANGE_SCORES, "sliding_window", "cu_seq_lens_q", "cache", "output_attentions")
+
+
+class Strayed(AttributeError):
+    """Something else than swan's attention function used keys and values of a `SwanCache`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"a SwanCache reached an attention function that is not swan's (it asked for {name!r}); call "
+            "swan.attach(model, calibration), and leave the attention implementation at 'swan' while the cache is used"
+        )
+
+
+class Pending:
+    """Keys or values of new tokens on their way from `Cache.update` to swan's attention function."""
+
+    def __init__(self, states: Tensor, cache: KVCache) -> None:
+        self.states, self.cache = states, cache
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise Strayed(name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise Strayed(func.__name__)
+
+
+def swan_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention on the winnowed cache where there is one, else transformers' own SDPA attention."""
+    if not isinstance(key, Pending):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if unsupported := given(kwargs, UNSUPPORTED):
+        raise ValueError(f"swan's attention does not support {', '.join(unsupported)}")
+    cache, key_basis, value_basis = key.cache, module.swan_key_basis, module.swan_value_basis
+    assert isinstance(key_basis, Tensor)
+    dtype = computed_dtype(query)
+    query, keys, values, key_basis = (t.to(dtype) for t in (query, key.states, value.states, key_basis))
+    value_basis = None if value_basis is None else cast(Tensor, value_basis).to(dtype)
+    out = cache(
+        rotate(query, key_basis),
+        rotate(keys, key_basis),
+        values if value_basis is None else rotate(values, value_basis),
+        mask=attention_mask,
+        padding=_padding(cache, attention_mask, query.shape[2]),
+        scale=scaling,
+    )
+    if value_basis is not None:
+        out = inverse_rotate(out, value_basis)
+    return rearrange(out, "b h t d -> b t h d").contiguous(), None
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """Tell in which dtype attention is computed: under autocast norms and RoPE may have left another."""
+    place = x.device.type
+    casting = torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place)
+    return torch.get_autocast_dtype(place) if casting else x.dtype
+
+
+def _padding(cache: KVCache, mask: Tensor | None, queries: int) -> Tensor | None:
+    """Left padding of each row as the mask shows it, until each row has begun; None where there is none."""
+    length, known, static = cache.state.length, cache.state.padding, cache.static
+    if mask is None or (not static and (length > 0 if known is None else bool((known < length).all()))):
+        return None
+    new = mask[:, 0, -1].index_select(-1, torch.arange(queries, device=mask.device) + length)
+    before = torch.where(new.any(-1), new.int().argmax(-1), queries)  # new tokens before the first of a row
+    padding = before if known is None else torch.where(known < length, known, length + before)
+    return padding if known is not None or bool(padding.any()) else None

@@ -1,0 +1,330 @@
+"""`SwanCache`: a winnowed cache in transformers' protocol."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
+
+from swan.calibration import Plan
+from swan.calibration.capture import attention_layers, unwrapped
+from swan.integrations.sizes import byte_count
+from swan.integrations.transformers import report, saving
+from swan.integrations.transformers.attach import attachment_of, head_shape
+from swan.integrations.transformers.attention import computed_dtype
+from swan.integrations.transformers.budget import Budget, OnFull
+from swan.integrations.transformers.layers import StaticSwanLayer, SwanLayer, check_excluded, check_layers, layer_bytes
+from swan.integrations.transformers.levels import Dial, check_static, source_of
+from swan.modules import KVCache
+from swan.modules.cache import Prefill
+from swan.modules.checks import check_room
+
+__all__ = ["SwanCache"]
+
+
+class SwanCache(Cache):
+    """A winnowed cache for `generate` and forward of an attached transformers model.
+
+    Layers with full attention are winnowed; sliding, linear-attention and convolution layers, and those in `exclude`,
+    keep transformers' own caches.
+
+    With a `budget`, `nbytes` never exceeds it. The cache begins at retention 1; a forward whose tokens would not
+    fit first moves the whole history to the highest of `Plan.levels` at which they do, before anything is stored.
+    A level fits if
+
+        nbytes after the forward + the largest part of a layer <= budget
+
+    where a part is the keys or the values of a layer's history or buffer (both, of a sliding layer): it exists twice
+    for the moment in which it grows or is packed anew, so that the bytes held between two layers are within the
+    budget too. What the model computes with (activations, and tiles of 1024 tokens) is not counted.
+
+    With ``static=True`` the memory for `max_length` tokens is taken with the first ones, and counters are tensors:
+    ``torch.compile(model, fullgraph=True)`` decodes without graph breaks, and without a recompilation from the first
+    step to the last. The dial of a static cache has the `levels` that were given to it: each compiles once, and moving
+    between them afterwards does not. Compiled code does not check whether the cache is full.
+
+    Args:
+        model: the model, after `swan.attach`.
+        plan: what each layer stores, or a number: the `retention`; or give `retention`, or `budget`, or `levels`; none
+            of them for the plan that a model from `swan.from_pretrained` came with.
+        retention: bytes per history token over the bf16 bytes of the same key and value: the plan is
+            `Plan.for_retention` with the calibration that the model was attached with.
+        budget: the most bytes that the cache may hold: a number, or text like ``"64MiB"``, ``"1.5GB"``, ``"500kB"``.
+        on_full: what happens to tokens that do not fit in the budget at the least level: ``"raise"`` a ValueError and
+            leave the cache as it was, or ``"evict"`` the oldest tokens of the history, 64 at a time, with one warning.
+            Sinks stay, and so do positions: `get_seq_length` goes on counting the tokens seen.
+        buffer: recent tokens kept dense (a plan has its own).
+        sinks: first tokens kept dense (likewise).
+        prefill: ``"chunk"``: tokens given at once see each other dense; ``"windowed"``: the same as token
+            by token, whatever the chunks.
+        static: fixed memory, for compiled decoding. `reset` keeps it, and the number of rows.
+        max_length: tokens that a static cache can hold.
+        levels: retentions between which the dial of a static cache moves; it begins at the highest.
+        exclude: indices of layers that stay dense; `retention` does not count them, `nbytes` and `compression` do.
+
+    Raises:
+        TypeError: `plan` is neither a plan nor a number.
+        ValueError: the model is not attached, not exactly one of `plan`, `retention`, `budget` and `levels` is given,
+            the budget is not a positive number of bytes, or given to a static cache or a model with layers that keep
+            a state, `on_full` is not one of the two or has no budget, a static cache has no `max_length` or a dynamic
+            one `levels`, or no layer of full attention is left. Later, in a forward or when rows are repeated: the
+            budget or the static cache is full.
+
+    Example:
+        ```python
+        swan.attach(model, swan.calibrate(model, batches))
+        cache = swan.SwanCache(model, retention=0.33)
+        model.generate(**inputs, cache=cache)
+        cache.retention = 0.25  # the dial: re-packs what is stored
+
+        cache = swan.SwanCache(model, budget="64MiB", on_full="evict")  # the dial moves by itself
+
+        cache = swan.SwanCache(model, levels=[0.5, 0.33], static=True, max_length=4096)
+        logits = model(**prompt, cache=cache).logits
+        step = torch.compile(model, fullgraph=True)
+        step(logits[:, -1:].argmax(-1), cache=cache)  # and so on: compiled once
+        cache.retention = 0.33  # compiles once more, and then never again
+        ```
+
+    Source: arXiv:2511.18936.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan | float | None = None,
+        *,
+        retention: float | None = None,
+        budget: int | str | None = None,
+        on_full: OnFull = "raise",
+        buffer: int = 128,
+        sinks: int = 4,
+        prefill: Prefill = "chunk",
+        static: bool = False,
+        max_length: int | None = None,
+        levels: Sequence[float] | None = None,
+        exclude: Sequence[int] = (),
+    ) -> None:
+        model = cast(PreTrainedModel, unwrapped(model))
+        attachment = attachment_of(model)
+        source = source_of(plan, retention, budget, levels, attachment.plan)
+        if on_full not in ("raise", "evict") or (on_full == "evict" and budget is None):
+            raise ValueError(
+                f"on_full must be 'raise', or 'evict' with a budget; got {on_full!r} and budget={budget!r}"
+            )
+        check_static(static, max_length, budget, levels)
+        self.prefill, self.static, self.max_length = prefill, static, max_length
+        self.exclude = tuple(sorted(set(exclude)))
+        self.set_budget(None if budget is None else byte_count(budget), on_full)
+        attention = attention_layers(model)
+        self.shapes = {index: head_shape(attention[index]) for index in sorted(attention)}
+        excluded = [row for row, index in enumerate(self.shapes) if index in self.exclude]
+        self.dial = Dial(attachment.calibration, excluded, buffer, sinks)
+        self.dial.start(source)
+        self.plan = self.dial.plans[0]
+        self._config = model.config
+        super().__init__(layers=self._new_layers())
+
+    @property
+    def winnowed(self) -> dict[int, KVCache]:
+        """The winnowed caches by layer."""
+        return {i: layer.kv for i, layer in enumerate(self.layers) if isinstance(layer, SwanLayer)}
+
+    @property
+    def retention(self) -> float:
+        """The dial. Setting it re-packs the history layer by layer and stores new tokens at the new level.
+
+        Lowering frees memory at once; raising keeps what old tokens had. Nothing is recalibrated. With a budget the
+        dial goes on to fall as the history grows, and raising it to what does not fit is a ValueError; so is, in a
+        static cache, what is none of its levels.
+        """
+        return self.plan.retention
+
+    @retention.setter
+    def retention(self, retention: float) -> None:
+        plan = self.dial.level(retention) if self.static else self.dial.plan(retention)
+        if any(kv.plan_layer is None for kv in self.winnowed.values()):
+            raise ValueError("this cache keeps no history in some layers, so its retention is fixed")
+        if self.byte_budget is not None:
+            self.byte_budget.check_raise(self, plan)
+        self.move_to(plan)
+
+    def move_to(self, plan: Plan) -> None:
+        """Store the history, and new tokens, as a plan says; `retention` is the way to do that by a number."""
+        winnowed = self.winnowed
+        for index, entry in zip(self.shapes, plan.layers, strict=True):
+            if index in winnowed:
+                assert entry is not None
+                winnowed[index].repack(entry)
+        self.plan = plan
+
+    @property
+    def budget(self) -> int | None:
+        """The most bytes that the cache may hold, or None."""
+        return None if self.byte_budget is None else self.byte_budget.nbytes
+
+    def set_budget(self, nbytes: int | None, on_full: OnFull = "raise", warned: bool = False) -> None:
+        """Set or lift the budget."""
+        self.on_full = on_full
+        self.byte_budget = None if nbytes is None else Budget(nbytes, on_full, warned)
+
+    @property
+    def dropped(self) -> int:
+        """Tokens after the sinks that a full budget has dropped from the history (``on_full="evict"``)."""
+        return max((kv.dropped for kv in self.winnowed.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every storage held: history with its slack, buffers, sinks, sliding layers."""
+        return sum(layer_bytes(layer)[0] for layer in self.layers)
+
+    @property
+    def compression(self) -> float:
+        """`nbytes` over the bytes of a dense cache of the same tokens in the same dtype; 1 when empty."""
+        stored, dense = (sum(column) for column in zip(*map(layer_bytes, self.layers), strict=True))
+        return stored / dense if dense else 1.0
+
+    def report(self) -> list[dict[str, Any]]:
+        """For each winnowed layer its layouts, retention, bytes, compression and captured energy.
+
+        With a budget also the budget (of the whole cache) and the tokens dropped. Captured energy is the share of
+        squared length that the layouts keep of the keys and values now in the buffer: no token of the history is
+        dense, so those are what can be measured.
+        """
+        return report.report(self)
+
+    def __repr__(self) -> str:
+        kind = "" if self.budget is None else f"budget={self.budget}, on_full={self.on_full!r}, "
+        kind += f"exclude={list(self.exclude)}, " if self.exclude else ""
+        if self.static:
+            levels = [round(retention, 3) for retention in self.dial.retentions]
+            kind += f"static, max_length={self.max_length}, levels={levels}, "
+        return (
+            f"SwanCache({kind}retention={self.retention:.3g}, buffer={self.plan.buffer}, sinks={self.plan.sinks}, "
+            f"tokens={int(self.get_seq_length())}, nbytes={self.nbytes}, compression={self.compression:.3g})"
+        )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take in new tokens of a layer; with a budget, the first layer makes room for those of all layers."""
+        rows, _, tokens, _ = key_states.shape
+        first = next(iter(self.shapes))  # of hybrids not the first layer
+        if self.static and layer_idx == first and not torch.compiler.is_compiling():
+            assert self.max_length is not None
+            check_room(tokens, next(iter(self.winnowed.values())).length, self.max_length)
+        if self.byte_budget is None:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        stored, dtype = self.stored, computed_dtype(key_states)
+        fits = stored is None or (stored.shape[0], stored.dtype) == (rows, dtype)  # else the layers refuse it
+        if layer_idx == first and fits:
+            self.byte_budget.dense_itemsize = key_states.element_size()
+            self.byte_budget.make_room(self, tokens, rows, dtype.itemsize)
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        if tokens > 1 and layer.is_sliding:
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # not a window into all tokens
+        return states
+
+    def reset(self) -> None:
+        """Forget all tokens and free the memory; with a budget, begin at the highest level again.
+
+        A static cache keeps its memory and its level: the next tokens are of as many rows, and nothing recompiles.
+        """
+        super().reset()
+        if self.static:
+            return
+        fresh = DynamicCache(config=self._config).layers  # their own reset keeps the old memory, as zeros
+        self.layers = [old if isinstance(old, SwanLayer) else new for old, new in zip(self.layers, fresh, strict=True)]
+        if self.byte_budget is not None:
+            self.move_to(self.dial.plans[0])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row; a budget makes room first."""
+        self._check_rows("repeat")
+        self._make_room_for_rows(repeats * (0 if self.stored is None else self.stored.shape[0]))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows; a budget makes room first where they are more."""
+        self._check_rows("select")
+        rows = torch.arange(0 if self.stored is None else self.stored.shape[0])
+        self._make_room_for_rows(rows[indices.cpu()].numel())
+        super().batch_select_indices(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows, in this order; a budget makes room first where they are more."""
+        self._make_room_for_rows(beam_idx.numel())
+        super().reorder_cache(cast(Any, beam_idx))
+
+    def offload(self, layer_idx: int | None = None, only_non_sliding: bool = True) -> None:
+        """Move the winnowed layers, or one of them, to the CPU: each comes back by itself when it is used next."""
+        for index, layer in enumerate(self.layers):
+            if layer_idx in (None, index) and isinstance(layer, SwanLayer):
+                layer.offload()
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to one safetensors file: to go on from a long prompt another day, in another process.
+
+        Args:
+            path: a file that is there is replaced whole or not at all.
+
+        Raises:
+            TypeError: a layout, or what a layer keeps, has no form in the file.
+
+        Example:
+            ```python
+            cache = swan.SwanCache(model, retention=0.33)
+            model(**document, cache=cache)
+            cache.save("document.safetensors")
+
+            cache = swan.SwanCache.load("document.safetensors", model)  # of an attached model, as often as you like
+            ```
+        """
+        saving.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> "SwanCache":
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            model: an attached model, with the bases that the cache was filled with; folded or not.
+
+        Raises:
+            ValueError: the file is no cache, or the model is not attached or has other bases.
+        """
+        return saving.load(cls, path, cast(PreTrainedModel, unwrapped(model)))
+
+    @property
+    def stored(self) -> Tensor | None:
+        """Some of the tensors, for their batch size and dtype; None when empty."""
+        return next((kv.state.k_recent for kv in self.winnowed.values()), None)
+
+    def _new_layers(self) -> list[Any]:
+        layers: list[Any] = DynamicCache(config=self._config).layers
+        check_layers(layers, list(self.shapes))
+        check_excluded(self.exclude, layers)
+        if self.byte_budget is not None and len(layers) > len(self.shapes):
+            raise ValueError("a budget needs layers of attention only; this model has others, so give retention")
+        winnowed = [type(layer) is DynamicLayer and i not in self.exclude for i, layer in enumerate(layers)]
+        if self.max_length is not None:
+            layers = StaticCache(config=self._config, max_cache_len=self.max_length).layers
+        settings: dict[str, Any] = {"prefill": self.prefill, "static": self.static, "max_length": self.max_length}
+        for index, entry in zip(self.shapes, self.plan.layers, strict=True):
+            if winnowed[index]:
+                kv = KVCache(entry, buffer=self.plan.buffer, sinks=self.plan.sinks, **settings)
+                layers[index] = StaticSwanLayer(kv) if self.static else SwanLayer(kv)
+        return layers
+
+    def _check_rows(self, verb: str) -> None:
+        for layer in self.layers:
+            if not hasattr(layer, "batch_select_indices"):
+                raise ValueError(f"{type(layer).__name__} of transformers cannot {verb} rows")
+
+    def _make_room_for_rows(self, rows: int) -> None:
+        if self.byte_budget is not None:
+            self.byte_budget.make_room_for_rows(self, rows)

@@ -1,0 +1,131 @@
+"""Which plans the dial of a `SwanCache` moves between, and which of a cache's four sources they come from."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from swan.calibration import Calibration, Plan
+from swan.calibration.effects import Effects
+from swan.modules.checks import check_max_length
+
+__all__ = ["Dial", "Source", "check_static", "source_of"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a cache is made from: exactly one of these is set, or `budgeted`."""
+
+    plan: Plan | None = None
+    retentions: tuple[float, ...] = ()  # highest first
+    budgeted: bool = False
+
+
+def source_of(
+    plan: Plan | float | None,
+    retention: float | None,
+    budget: object,
+    levels: Sequence[float] | None,
+    default: Plan | None,
+) -> Source:
+    """Resolve what a cache is made from: a plan, a retention (under either name), a budget, levels, or the default.
+
+    Raises:
+        TypeError: `plan` is neither a plan nor a number, which stands for the retention.
+        ValueError: not exactly one of the four is given; none will do where there is a default.
+    """
+    if isinstance(plan, int | float):
+        if retention is not None:
+            raise ValueError(f"the retention was given twice: {plan} and {retention}")
+        plan, retention = None, plan
+    if not isinstance(plan, Plan | None):
+        raise TypeError(f"SwanCache(model, ...) takes a retention or a Plan, got {type(plan).__name__}")
+    given = 4 - [plan, retention, budget, levels].count(None)
+    if given == 0 and default is not None:
+        return Source(plan=default)
+    if given != 1:
+        raise ValueError("give exactly one of plan, retention, budget and levels")
+    retentions = sorted(set(levels or []), reverse=True) if retention is None else [retention]
+    return Source(plan, tuple(retentions), budget is not None)
+
+
+def check_static(static: bool, max_length: int | None, budget: object, levels: Sequence[float] | None) -> None:
+    """Raise a ValueError if a cache that is static or not cannot have these."""
+    check_max_length(static, max_length)
+    if static and budget is not None:
+        raise ValueError(
+            "a budget lowers the dial as the history grows, a static cache takes its memory at once; give levels=[...] "
+            "and move the dial, or leave static out"
+        )
+    if levels is not None and not (static and levels):
+        raise ValueError(
+            f"levels are one or more retentions of a static cache, got {levels} and static={static}; the dial of a "
+            "dynamic cache takes every retention"
+        )
+
+
+@dataclass
+class Dial:
+    """The plans between which a cache moves.
+
+    Args:
+        calibration: of the model.
+        excluded: the rows of a plan that are not winnowed: they store nothing, and do not compete for bytes.
+        buffer: recent tokens kept dense.
+        sinks: first tokens kept dense.
+    """
+
+    calibration: Calibration
+    excluded: list[int]
+    buffer: int
+    sinks: int
+
+    def __post_init__(self) -> None:
+        self.plans: list[Plan] = []  # the levels, highest first
+        self.retentions: list[float] = []  # by which the levels of a static cache are called
+        effects, rows = self.calibration.effects, torch.tensor(self.excluded, dtype=torch.long)
+        self._competing = self.calibration
+        if effects is not None and self.excluded:
+            masked = (t.index_fill(0, rows, math.nan) for t in (effects.keys, effects.values))
+            self._competing = dataclasses.replace(self.calibration, effects=Effects(*masked))
+
+    def start(self, source: Source) -> None:
+        """Set the levels that a source has."""
+        if source.plan is not None:
+            plans = [source.plan]
+            self.buffer, self.sinks = source.plan.buffer, source.plan.sinks
+        elif source.budgeted:
+            plans = Plan.levels(self._competing, buffer=self.buffer, sinks=self.sinks)
+        else:
+            plans = [self.plan(retention) for retention in source.retentions]
+        if len(plans[0].layers) != len(self.calibration.layers):
+            raise ValueError(f"the plan has {len(plans[0].layers)} layers, the model {len(self.calibration.layers)}")
+        self.plans = [self._of_winnowed(plan) for plan in plans]
+        self.retentions = list(source.retentions) or [self.plans[0].retention]
+
+    def plan(self, retention: float) -> Plan:
+        """Make the plan of any retention."""
+        plan = Plan.for_retention(retention, self._competing, buffer=self.buffer, sinks=self.sinks)
+        return self._of_winnowed(plan)
+
+    def level(self, retention: float) -> Plan:
+        """Find the plan of a static cache for a retention, as it was given or as the plan has it.
+
+        Raises:
+            ValueError: it is none of the levels.
+        """
+        for name, plan in zip(self.retentions, self.plans, strict=True):
+            if math.isclose(retention, name) or math.isclose(retention, plan.retention):
+                return plan
+        raise ValueError(
+            f"the dial of this static cache has the levels {', '.join(f'{r:.3g}' for r in self.retentions)}, got "
+            f"{retention:.3g}; a new cache can have others (levels=[...])"
+        )
+
+    def _of_winnowed(self, plan: Plan) -> Plan:
+        """A plan whose retention does not count excluded layers."""
+        return dataclasses.replace(
+            plan, layers=[None if row in self.excluded else layer for row, layer in enumerate(plan.layers)]
+        )

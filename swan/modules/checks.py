@@ -1,0 +1,110 @@
+"""Checks of the arguments of a cache, before anything in it changes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swan.modules.state import CacheState
+from swan.modules.visible import Visible
+from swan.storage import LayerPlan
+
+__all__ = [
+    "check_latest",
+    "check_mask",
+    "check_max_length",
+    "check_new",
+    "check_queries",
+    "check_room",
+    "check_settings",
+]
+
+
+def check_settings(plan_layer: Any, prefill: str, static: bool, max_length: int | None) -> None:
+    """Raise a ValueError or TypeError if these are no settings of a cache."""
+    if prefill not in ("chunk", "windowed"):
+        raise ValueError(f"prefill must be 'chunk' or 'windowed', got {prefill!r}")
+    if not isinstance(plan_layer, LayerPlan | None):
+        advice = "plan.caches()" if hasattr(plan_layer, "layers") else "LayerPlan(keys, values)"
+        raise TypeError(
+            f"KVCache takes the LayerPlan of one layer, or None, got {type(plan_layer).__name__}; use {advice}"
+        )
+    check_max_length(static, max_length)
+
+
+def check_max_length(static: bool, max_length: int | None) -> None:
+    """Raise a ValueError if a cache that is static or not cannot have this `max_length`."""
+    if static and (max_length is None or max_length < 1):
+        raise ValueError(f"a static cache needs max_length, the tokens it can hold; got {max_length}")
+    if max_length is not None and not static:
+        raise ValueError("max_length is for static caches; a dynamic one grows as it needs")
+
+
+def check_room(tokens: int, length: int, max_length: int) -> None:
+    """Raise a ValueError if a static cache cannot hold so many more tokens."""
+    if length + tokens > max_length:
+        raise ValueError(
+            f"the static cache holds {length} of {max_length} tokens, {tokens} more do not fit; "
+            "build it with a larger max_length"
+        )
+
+
+def check_new(k: Tensor, v: Tensor, padding: Tensor | None, plan_layer: LayerPlan | None, state: CacheState) -> None:
+    """Raise a ValueError or TypeError if new keys and values do not fit the layouts, or the tokens in the cache."""
+    if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[2] == 0:
+        raise ValueError(
+            "expected keys [batch, kv_heads, tokens, d] and values [batch, kv_heads, tokens, dv] with at least one "
+            f"token, got {list(k.shape)} and {list(v.shape)}"
+        )
+    if k.dtype != v.dtype or not k.is_floating_point():
+        raise TypeError(f"keys and values must have one floating-point dtype, got {k.dtype} and {v.dtype}")
+    for name, new, layout, stored in (
+        ("keys", k, plan_layer and plan_layer.keys, state.k_recent),
+        ("values", v, plan_layer and plan_layer.values, state.v_recent),
+    ):
+        if layout is not None and new.shape[3] != layout.d:
+            raise ValueError(f"the plan stores {name} of {layout.d} coordinates, got {new.shape[3]}")
+        if stored is None:
+            continue
+        if stored.dtype != new.dtype:
+            raise TypeError(f"the cache holds {stored.dtype} {name}, got {new.dtype}; reset() it to change")
+        if stored.device != new.device:
+            raise ValueError(f"the cache is on {stored.device}, got {name} on {new.device}")
+        if stored.shape[:2] != new.shape[:2]:
+            raise ValueError(
+                f"the cache holds {name} of batch and heads {list(stored.shape[:2])}, got {list(new.shape[:2])}; "
+                "reset() it for another batch"
+            )
+    if padding is not None and tuple(padding.shape) != (k.shape[0],):
+        raise ValueError(f"padding counts each row's left padding, [{k.shape[0]}], got {list(padding.shape)}")
+
+
+def check_queries(q: Tensor, tokens: int) -> None:
+    """Raise a ValueError if queries are not those of so many new tokens."""
+    if q.ndim != 4 or q.shape[2] != tokens:
+        raise ValueError(f"{tokens} tokens were taken in, so queries [batch, heads, {tokens}, d]; got {list(q.shape)}")
+
+
+def check_latest(visible: Visible, state: CacheState) -> None:
+    """Raise a ValueError if the cache has changed since an update; counters on a device are not waited for."""
+    length, first_query = state.length, visible.first_query
+    if isinstance(length, int) and isinstance(first_query, int) and first_query + visible.queries != length:
+        raise ValueError(
+            f"attend follows its update: that ended at {first_query + visible.queries} tokens, the cache holds "
+            f"{length}; attend before the cache changes again"
+        )
+
+
+def check_mask(mask: Tensor | None, q: Tensor, length: int) -> None:
+    """Raise a ValueError or TypeError if a mask does not cover a sequence of so many tokens."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"the mask must be boolean (True = visible), got {mask.dtype}")
+    batch, heads, queries, _ = q.shape
+    fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+    if not fits or mask.shape[2] != queries or mask.shape[3] < length:
+        raise ValueError(
+            f"expected a mask [{batch} or 1, {heads} or 1, {queries}, {length} or more columns] over the "
+            f"whole sequence, got {list(mask.shape)}"
+        )

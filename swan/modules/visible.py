@@ -1,0 +1,173 @@
+"""`Visible`: the tokens that queries see, dense and packed, and masks of those that each query sees."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swan.functional.attention import dense_attention, swan_attention
+from swan.functional.dispatch import Impl, is_kernel
+from swan.modules.buffer import DenseBuffer, ring_columns
+from swan.storage import Packed
+
+__all__ = ["Visible", "attend", "recent_and_new", "recent_tokens", "window_starts"]
+
+
+@dataclass(frozen=True)
+class Visible:
+    """The tokens that the queries of new tokens see. `KVCache.update` returns it; it is good until the next update.
+
+    Where a token's *column* is its place in the whole sequence, the query at column ``i`` sees dense the columns
+    from its window's start to ``i``, and the sinks, from its row's padding on; packed those between.
+
+    Attributes:
+        k_recent: dense keys ``[batch, kv_heads, tokens, d]``: the buffer, the sinks, and new tokens of a chunk.
+        v_recent: dense values, likewise.
+        columns: columns of the dense tokens ``[batch or 1, tokens]``; None where all later queries see each of them.
+        k_history: packed keys up to the last column that some query sees packed (all room of a static cache), or None.
+        v_history: packed values, likewise.
+        start: the column of the first packed token.
+        queries: how many tokens are new.
+        first_query: their first column.
+        window: first column of each query's window ``[queries]``, or one for all.
+        sinks: first tokens of each row that all its queries see dense.
+        padding: left padding of each row ``[batch]``, or None.
+    """
+
+    k_recent: Tensor
+    v_recent: Tensor
+    columns: Tensor | None
+    k_history: Packed | None
+    v_history: Packed | None
+    start: int
+    queries: int
+    first_query: int | Tensor
+    window: int | Tensor
+    sinks: int
+    padding: Tensor | None
+
+    @property
+    def is_new_only(self) -> bool:
+        """True where the queries see nothing but their own chunk."""
+        return self.columns is None and self.queries > 1
+
+    def history_mask(self, mask: Tensor | None = None) -> Tensor | None:
+        """Mask the packed tokens, True where a query sees one: ``[batch or 1, heads or 1, queries, tokens]``; None: all.
+
+        Args:
+            mask: boolean over the whole sequence, ``[batch or 1, heads or 1, queries, columns]``; False hides a token.
+        """
+        if self.k_history is None:
+            return None
+        if mask is None and isinstance(self.window, int) and self.padding is None:
+            return None
+        columns = torch.arange(self.k_history.shape[2], device=self.k_recent.device) + self.start
+        window = self.window if isinstance(self.window, int) else self.window.view(1, 1, -1, 1)
+        visible = columns[None, None, None] < window
+        if self.padding is not None:
+            visible = visible & (columns >= self.padding[:, None] + self.sinks)[:, None, None]
+        if mask is None:
+            return visible.expand(-1, -1, self.queries, -1)
+        return at_columns(mask, columns[None]) & visible
+
+    def recent_mask(self, mask: Tensor | None = None) -> Tensor | None:
+        """Mask the dense tokens, as `history_mask` masks the packed ones."""
+        columns = self.columns
+        if columns is None and mask is None and not self.is_new_only:
+            return None
+        if columns is None:
+            columns = self._plain_columns()
+        queries = (torch.arange(self.queries, device=columns.device) + self.first_query)[None, :, None]
+        window = self.window if isinstance(self.window, int) else self.window.view(1, -1, 1)
+        padding = 0 if self.padding is None else self.padding[:, None, None]
+        key = columns[:, None]
+        visible = (key <= queries) & (key >= padding) & ((key >= window) | (key < padding + self.sinks))
+        visible = visible[:, None]
+        return visible if mask is None else visible & at_columns(mask, columns)
+
+    def _plain_columns(self) -> Tensor:
+        """Return the columns of dense tokens where `columns` is None: a sequence from its beginning, or sinks and a full ring."""
+        tokens, device = self.k_recent.shape[2], self.k_recent.device
+        if self.queries > 1 or self.window == 0:
+            return torch.arange(tokens, device=device)[None]
+        ring = ring_columns(self.first_query, tokens - self.sinks, device)
+        return torch.cat([torch.arange(self.sinks, device=device), ring])[None]
+
+
+def attend(q: Tensor, visible: Visible, mask: Tensor | None, scale: float | None, impl: Impl) -> Tensor:
+    """Attend to the tokens that queries see, as `KVCache.attend` says."""
+    only_causal = visible.is_new_only and mask is None
+    if is_kernel(impl) and (only_causal or visible.k_history is None):
+        impl = "auto"
+    if only_causal:
+        return dense_attention(q, visible.k_recent, visible.v_recent, causal=True, scale=scale, impl=impl)
+    return swan_attention(
+        q,
+        visible.k_history,
+        visible.v_history,
+        visible.k_recent,
+        visible.v_recent,
+        history_mask=visible.history_mask(mask),
+        buffer_mask=visible.recent_mask(mask),
+        scale=scale,
+        impl=impl,
+    )
+
+
+def recent_tokens(buffer: DenseBuffer) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the dense keys and values that one query sees once its token is pushed, and columns if some are hidden."""
+    state = buffer.state
+    assert state.k_recent is not None and state.v_recent is not None
+    if isinstance(state.length, Tensor) or isinstance(state.first, Tensor) or state.padding is not None:
+        return state.k_recent, state.v_recent, buffer.columns()
+    filled = state.length - state.first
+    if state.first == 0:
+        slots = slice(buffer.sinks, buffer.sinks + filled)
+        return state.k_recent[:, :, slots], state.v_recent[:, :, slots], None
+    full = filled == buffer.size and state.first >= buffer.sinks
+    return state.k_recent, state.v_recent, None if full else buffer.columns()
+
+
+def recent_and_new(buffer: DenseBuffer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the dense keys and values that a chunk sees before it is pushed, the recent and the new, and columns."""
+    state = buffer.state
+    new = (torch.arange(k.shape[2], device=k.device) + state.length)[None]
+    if state.k_recent is None or state.v_recent is None:
+        return k, v, new
+    old = buffer.columns()
+    columns = torch.cat([old, new.expand(old.shape[0], -1)], dim=1)
+    return torch.cat([state.k_recent, k], dim=2), torch.cat([state.v_recent, v], dim=2), columns
+
+
+def window_starts(
+    length: int | Tensor, first: int | Tensor, size: int, queries: int, device: torch.device, *, windowed: bool
+) -> int | Tensor:
+    """Return the first column that a query sees dense because it is in the window of the buffer.
+
+    Args:
+        length: tokens before the new ones.
+        first: the oldest column in the ring before the new tokens: evicted tokens do not come back.
+        size: size of the ring.
+        queries: new tokens.
+        device: device of the tokens.
+        windowed: each query has its own window; else all have that of the first.
+
+    Returns:
+        One column for all queries, or ``[queries]``.
+    """
+    start = length - size + 1
+    if windowed and queries > 1:
+        start = start + torch.arange(queries, device=device)
+    if not isinstance(start, Tensor):
+        return max(start, int(first))
+    return start.clamp(min=first) if isinstance(first, int) else torch.maximum(start, first)
+
+
+def at_columns(mask: Tensor, columns: Tensor) -> Tensor:
+    """Select the entries of a mask over the whole sequence at some columns ``[batch or 1, tokens]``."""
+    index = columns.clamp(max=mask.shape[-1] - 1)
+    if index.shape[0] == 1:
+        return mask.index_select(-1, index[0])
+    batch = max(mask.shape[0], index.shape[0])
+    mask = mask.expand(batch, -1, -1, -1)
+    return mask.gather(-1, index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))

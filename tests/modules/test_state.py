@@ -1,0 +1,119 @@
+"""All that a cache holds is in its state: other devices and dtypes, state dicts and copies follow from it."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from swan import Graded, KVCache, LayerPlan, TopK, unpack
+from swan.modules.state import CacheState
+from tests.strategies import assert_within, attention_bound, qkv, windowed_oracle
+
+D = 16
+PLANS = {
+    "graded": LayerPlan(Graded(((4, 16), (4, 8), (8, 3))), Graded(((8, 4), (8, 0)))),
+    "topk": LayerPlan(TopK(D, 6), TopK(D, 5, bits=16, positions="index")),
+    "window": None,
+}
+each_plan = pytest.mark.parametrize("plan_layer", PLANS.values(), ids=PLANS)
+static_or_not = pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+
+
+def cache_of(plan_layer, static) -> KVCache:
+    room = {"static": True, "max_length": 60} if static else {}
+    return KVCache(plan_layer, buffer=8, sinks=2, prefill="windowed", **room)
+
+
+def filled(plan_layer, static, padded=False) -> KVCache:
+    cache = cache_of(plan_layer, static)
+    cache.update(*qkv(0, 2, (4, 2), 30, 30, D, D, torch.float32)[1:], padding=torch.tensor([3, 0]) if padded else None)
+    return cache
+
+
+def more(cache: KVCache) -> torch.Tensor:
+    return cache(*qkv(1, 2, (4, 2), 5, 5, D, D, torch.float32))
+
+
+@each_plan
+@static_or_not
+def test_every_tensor_is_in_a_field(plan_layer, static):
+    cache = filled(plan_layer, static, padded=True)
+    fields = [getattr(cache.state, field.name) for field in dataclasses.fields(CacheState)]
+    tensors = [t for value in fields for t in getattr(value, "tensors", (value,)) if isinstance(t, torch.Tensor)]
+    assert {id(t) for t in tensors} == {id(t) for t in cache.tensors}
+    assert cache.buffer.state is cache.history.state is cache.state
+
+
+@each_plan
+@static_or_not
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+def test_a_state_dict_is_the_cache(plan_layer, static, padded):
+    cache = filled(plan_layer, static, padded)
+    state = {name: t.clone() for name, t in torch.nn.ModuleList([cache]).state_dict().items()}
+    other = torch.nn.ModuleList([cache_of(plan_layer, static)])
+    other.load_state_dict(state)
+    assert (other[0].length, other[0].history_length) == (30, cache.history_length)
+    assert torch.equal(more(other[0]), more(cache))
+    other.load_state_dict({})  # that of an empty cache
+    assert (other[0].length, cache_of(plan_layer, static).state_dict()) == (0, {})
+
+
+def test_a_loaded_cache_shares_nothing_with_its_state_dict():
+    cache, other = filled(PLANS["graded"], False), cache_of(PLANS["graded"], False)
+    state = cache.state_dict()
+    other.load_state_dict(state)
+    before = more(copy.deepcopy(cache))
+    more(other)
+    assert torch.equal(more(cache), before)
+
+
+@each_plan
+@static_or_not
+def test_a_copy_is_a_cache_of_its_own(plan_layer, static):
+    cache = filled(plan_layer, static)
+    copies = [copy.deepcopy(cache) for _ in range(2)]
+    more(copies[0])
+    assert (cache.length, copies[0].length, copies[1].length) == (30, 35, 30)
+    assert copies[0].buffer.state is copies[0].state
+    assert torch.equal(more(copies[1]), more(cache))
+
+
+@static_or_not
+@pytest.mark.parametrize("layout", [Graded(((4, 16), (12, 4))), TopK(D, 6), TopK(D, 6, bits=16)], ids=str)
+def test_another_dtype(layout, static):
+    """Codes and their scales stay, values of 16 bits follow; new tokens come in the new dtype."""
+    cache = filled(LayerPlan(layout, layout), static)
+    before = unpack(cache.state.k_history.tokens(0, cache.history_length))
+    codes = [t for t in cache.tensors if t.dtype == torch.uint8]
+    cache.half()
+    assert cache.state.k_recent.dtype == cache.state.v_history.dtype == torch.float16
+    assert all(
+        torch.equal(a, b) for a, b in zip(codes, [t for t in cache.tensors if t.dtype == torch.uint8], strict=True)
+    )
+    now = unpack(cache.state.k_history.tokens(0, cache.history_length))
+    assert_within(now.double(), before.double(), 2**-9 * before.abs().max().double())
+    q, k, v = qkv(1, 2, (4, 2), 5, 5, D, D, torch.float16)
+    assert cache(q, k, v).dtype == torch.float16
+    with pytest.raises(TypeError, match=r"holds torch\.float16 keys, got torch\.float32"):
+        more(cache)
+
+
+@each_plan
+@static_or_not
+def test_another_device(plan_layer, static):
+    cache = filled(plan_layer, static)
+    cache.to("meta")
+    assert {t.device.type for t in cache.tensors} == {"meta"}
+
+
+def test_a_dtype_and_back_is_the_cache():
+    """Of numbers that both dtypes have."""
+    q, k, v = (t.bfloat16().float() for t in qkv(0, 2, (4, 2), 30, 30, D, D, torch.float32))
+    plan_layer = LayerPlan(Graded(((D, 16),)), TopK(D, D, bits=16))
+    cache = cache_of(plan_layer, False)
+    cache(*(t[:, :, :25] for t in (q, k, v)))
+    cache.bfloat16().float()
+    found = cache(*(t[:, :, 25:] for t in (q, k, v)))
+    expected = windowed_oracle(q, k, v, plan_layer, buffer=8, sinks=2)[:, :, 25:]
+    assert_within(found, expected, attention_bound(q, k, v))

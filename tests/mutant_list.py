@@ -1,0 +1,567 @@
+"""The mistakes of tests/mutants.py: small edits of one place each, and the test files that should notice."""
+
+from typing import NamedTuple
+
+__all__ = ["MUTANTS", "Mutant"]
+
+
+class Mutant(NamedTuple):
+    """A mistake.
+
+    Attributes:
+        name: what is wrong with it, in a few words joined by dashes.
+        file: the file that is edited.
+        old: text that the file has exactly once.
+        new: what replaces it.
+        tests: files (or tests in them) under tests/, the likeliest first.
+        equivalent: where no test can notice it, why; else empty.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    equivalent: str = ""
+
+
+ATTENTION, DISPATCH = "swan/functional/attention.py", "swan/functional/dispatch.py"
+PRUNING, ROTATION = "swan/functional/pruning.py", "swan/functional/rotation.py"
+CODES, GRADED, LAYOUT = "swan/storage/codes.py", "swan/storage/graded.py", "swan/storage/layout.py"
+MIXING, PACKED, TOPK = "swan/storage/mixing.py", "swan/storage/packed.py", "swan/storage/topk.py"
+BUFFER, CACHE, CHECKS = "swan/modules/buffer.py", "swan/modules/cache.py", "swan/modules/checks.py"
+FORECAST, HISTORY = "swan/modules/forecast.py", "swan/modules/history.py"
+STATE, VISIBLE = "swan/modules/state.py", "swan/modules/visible.py"
+ATTACH, BUDGET = "swan/integrations/transformers/attach.py", "swan/integrations/transformers/budget.py"
+HF_ATTENTION, HF_CACHE = "swan/integrations/transformers/attention.py", "swan/integrations/transformers/cache.py"
+KEYWORD, LAYERS = "swan/integrations/transformers/keyword.py", "swan/integrations/transformers/layers.py"
+LEVELS, SAVING = "swan/integrations/transformers/levels.py", "swan/integrations/transformers/saving.py"
+
+OF_ATTENTION = ("functional/test_attention.py",)
+OF_ROTATION = ("functional/test_rotation.py",)
+OF_STORAGE = ("storage/test_graded.py", "storage/test_packed.py")
+OF_CACHE = ("modules/test_cache.py", "modules/test_crop_and_rows.py")
+OF_CROP = ("modules/test_crop_and_rows.py", "modules/test_buffer.py")
+OF_REPACK, OF_REFUSALS = ("modules/test_repack.py",), ("modules/test_cache_refusals.py",)
+OF_EVICT, OF_BYTES, OF_STATE = ("modules/test_evict.py",), ("modules/test_cache_bytes.py",), ("modules/test_state.py",)
+OF_PADDED_PROMPTS = ("integrations/test_generation.py::test_chunks_do_not_matter",)
+OF_BUDGET = ("integrations/test_budget.py", "integrations/test_full_budget.py")
+OF_HF_CACHE, OF_FILE = ("integrations/test_cache.py",), ("integrations/test_cache_file.py",)
+OF_DETACH = ("integrations/test_attach.py",)
+OF_ONE_CALL = ("kernels/test_attend_cpu.py::test_what_does_not_fit_one_call_is_merged",)
+OF_ONE_TILE = ("test_never_dense.py::test_steps_stay_within_a_tile[compiled-dynamic-decode-few bits]",)
+
+MUTANTS = [
+    # attention ------------------------------------------------------------------------------------
+    Mutant(
+        "causal-mask-one-off",
+        ATTENTION,
+        "ones.tril(tokens - queries)",
+        "ones.tril(tokens - queries - 1)",
+        OF_ATTENTION,
+    ),
+    Mutant(
+        "scale-of-the-wrong-dimension",
+        ATTENTION,
+        "float(q.shape[-1]) ** -0.5 if scale",
+        "float(q.shape[-2]) ** -0.5 if scale",
+        OF_ATTENTION,
+    ),
+    Mutant(
+        "scale-lost-in-tiles",
+        ATTENTION,
+        "mask=tile_mask, scale=scale, impl=impl",
+        "mask=tile_mask, impl=impl",
+        OF_ATTENTION,
+    ),
+    Mutant(
+        "scale-lost-in-the-kernel",
+        ATTENTION,
+        "history_mask, _factor(q, scale)",
+        "history_mask, _factor(q, None)",
+        OF_ATTENTION,
+    ),
+    Mutant(
+        "mask-of-the-first-tile-for-all",
+        ATTENTION,
+        "mask[..., start:stop]",
+        "mask[..., : stop - start]",
+        OF_ATTENTION,
+    ),
+    Mutant("tile-of-everything", ATTENTION, "TILE = 1024 ", "TILE = 10**9 ", OF_ONE_TILE),
+    Mutant(
+        "merge-of-nothing-with-nothing",
+        ATTENTION,
+        "torch.where(lse == -math.inf, 0, (lses - lse).exp())",
+        "(lses - lse).exp()",
+        OF_ATTENTION,
+    ),
+    Mutant("merge-by-the-largest", ATTENTION, "torch.logsumexp(lses, dim=0)", "lses.amax(dim=0)", OF_ATTENTION),
+    Mutant(
+        "query-heads-of-another-kv-head",
+        ATTENTION,
+        '"b (h g) q d -> b h (g q) d"',
+        '"b (g h) q d -> b h (g q) d"',
+        OF_ATTENTION,
+    ),
+    Mutant(
+        "masks-of-another-head",
+        ATTENTION,
+        '"b (h g) q k -> b h (g q) k"',
+        '"b (g h) q k -> b h (g q) k"',
+        OF_ATTENTION,
+    ),
+    Mutant(
+        "blind-rows-are-not-zero",
+        ATTENTION,
+        "out if mask is None else torch.where(mask.any(-1, keepdim=True), out, 0)",
+        "out",
+        OF_ATTENTION,
+    ),
+    Mutant(
+        "blind-rows-count-in-merges",
+        ATTENTION,
+        "lse = torch.where(mask.any(-1), lse, -math.inf)",
+        "lse = torch.where(mask.any(-1), lse, 0)",
+        OF_ATTENTION,
+    ),
+    Mutant("value-mix-not-transposed", ATTENTION, "value_mix.mT.to", "value_mix.to", OF_STORAGE),
+    Mutant(
+        "mixes-of-keys-and-values-swapped",
+        ATTENTION,
+        "key_mix, value_mix = mixing(k), mixing(v)",
+        "value_mix, key_mix = mixing(k), mixing(v)",
+        OF_STORAGE,
+    ),
+    Mutant(
+        "scores-in-half-precision",
+        ATTENTION,
+        "_group_rows(q, kv_heads).float(), k.float(),",
+        "_group_rows(q, kv_heads), k,",
+        OF_ATTENTION,
+    ),
+    Mutant(
+        "recent-tokens-without-their-mask",
+        ATTENTION,
+        "Recent(k_buffer, v_buffer, buffer_mask)",
+        "Recent(k_buffer, v_buffer, None)",
+        OF_ATTENTION,
+    ),
+    # dispatch: what is wrong is slow, not false ---------------------------------------------------------
+    Mutant(
+        "auto-attends-by-tensor-code",
+        DISPATCH,
+        'return "cpp" if cpu.built() else impl',
+        "return impl",
+        ("functional/test_dispatch.py",),
+    ),
+    Mutant(
+        "auto-packs-by-tensor-code",
+        DISPATCH,
+        'return "cpp" if pack_cpu.stores(layout) and _cpp_packs(x) and cpu.built() else "compiled"',
+        'return "compiled"',
+        ("functional/test_dispatch.py",),
+    ),
+    Mutant(
+        "kernel-for-many-queries",
+        DISPATCH,
+        "not fits or rows > attend_cpu.MOST_ROWS",
+        "not fits",
+        ("functional/test_dispatch.py",),
+    ),
+    Mutant(
+        "two-calls-where-one-serves",
+        DISPATCH,
+        "return keys_fit and values_fit and k_tokens == v_tokens",
+        "return False",
+        OF_ONE_CALL,
+    ),
+    # rotation and pruning ---------------------------------------------------------------------------
+    Mutant(
+        "rotation-is-its-inverse",
+        ROTATION,
+        '"b h g t d, h d e -> b h g t e"',
+        '"b h g t d, h e d -> b h g t e"',
+        OF_ROTATION,
+    ),
+    Mutant("fold-of-the-inverse", ROTATION, '"o h g d, h d e -> o h g e"', '"o h g d, h e d -> o h g e"', OF_ROTATION),
+    Mutant("rotations-not-uniform", ROTATION, "(q * signs[:, None, :])", "q", OF_ROTATION),
+    Mutant("any-basis-is-orthogonal", ROTATION, "tolerance = 8 *", "tolerance = 10**5 *", OF_ROTATION),
+    Mutant("signed-largest", PRUNING, "x.abs().topk", "x.topk", ("functional/test_pruning.py",)),
+    # storage ----------------------------------------------------------------------------------------
+    Mutant(
+        "codes-not-clamped",
+        CODES,
+        "(steps.floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1)",
+        "(steps.floor() + 2 ** (bits - 1))",
+        OF_STORAGE,
+    ),
+    Mutant("codes-of-the-wrong-steps", CODES, "steps.floor()", "steps.round()", OF_STORAGE),
+    Mutant("scales-below-the-peak", CODES, "* OCTAVE).ceil()", "* OCTAVE).round()", OF_STORAGE),
+    Mutant("low-bits-first", CODES, "3: (2, 1)", "3: (1, 2)", OF_STORAGE),
+    Mutant(
+        "coordinates-side-by-side",
+        CODES,
+        '"... (slot byte) -> ... slot byte"',
+        '"... (byte slot) -> ... slot byte"',
+        OF_STORAGE,
+    ),
+    Mutant("integers-rounded-down", CODES, "multiples.round()", "multiples.floor()", OF_STORAGE),
+    Mutant(
+        "scales-overflow",
+        CODES,
+        "(peak / 127).clamp(max=torch.finfo(values.dtype).max / 128)",
+        "(peak / 127)",
+        OF_STORAGE,
+    ),
+    Mutant("halves-rounded-up", CODES, "bits + 0x7FFF + ((bits >> 16) & 1)", "bits + 0x8000", OF_STORAGE),
+    Mutant(
+        "scale-of-the-first-group-for-all",
+        GRADED,
+        "byte, scale = byte + width, scale + 1",
+        "byte, scale = byte + width, scale",
+        OF_STORAGE,
+    ),
+    Mutant("groups-of-16-bits-at-the-first", GRADED, "value += size", "value += 0", OF_STORAGE),
+    Mutant(
+        "tokens-unmixed-when-packed",
+        GRADED,
+        "else x @ matrix\n        codes",
+        "else x @ matrix.mT\n        codes",
+        OF_STORAGE,
+    ),
+    Mutant("retention-without-scales", GRADED, "else 1 + code_bytes", "else code_bytes", OF_STORAGE),
+    Mutant(
+        "retention-of-keys-twice",
+        LAYOUT,
+        "tokens * self.values.d * itemsize",
+        "tokens * self.keys.d * itemsize",
+        OF_STORAGE,
+    ),
+    Mutant("another-hadamard", MIXING, "torch.kron(butterfly, matrix)", "torch.kron(matrix, butterfly)", OF_STORAGE),
+    Mutant(
+        "pieces-of-other-tokens",
+        PACKED,
+        "self.positions[:, :, start:stop]",
+        "self.positions[:, :, : stop - start]",
+        OF_STORAGE,
+    ),
+    Mutant("unpacked-with-the-mix", PACKED, "values @ matrix.mT", "values @ matrix", OF_STORAGE),
+    Mutant("positions-out-of-order", TOPK, ".indices.sort(dim=-1).values", ".indices", OF_STORAGE),
+    Mutant(
+        "bits-from-the-other-end",
+        TOPK,
+        "weights = 1 << torch.arange(8,",
+        "weights = 128 >> torch.arange(8,",
+        OF_STORAGE,
+    ),
+    Mutant("ranks-one-byte-on", TOPK, "count.cumsum(-1) - count", "count.cumsum(-1)", OF_STORAGE),
+    Mutant("integers-without-their-scale", TOPK, "self.keep + SCALE_DTYPE.itemsize", "self.keep", OF_STORAGE),
+    # modules: buffer and history ------------------------------------------------------------------
+    Mutant(
+        "ring-one-slot-off", BUFFER, "slots = (slots + length) % size", "slots = (slots + length + 1) % size", OF_CACHE
+    ),
+    Mutant(
+        "ring-of-a-long-chunk-off",
+        BUFFER,
+        "(slots + length + tokens) % size",
+        "(slots + length + tokens - 1) % size",
+        OF_CACHE,
+    ),
+    Mutant("sinks-of-late-rows-not-written", BUFFER, "< self.state.padded + self.sinks", "< self.sinks", OF_CACHE),
+    Mutant(
+        "sinks-are-the-padding",
+        BUFFER,
+        "sinks = offsets if state.padding is None else state.padding[:, None] + offsets",
+        "sinks = offsets",
+        OF_CACHE,
+    ),
+    Mutant(
+        "sinks-counted-in-the-ring-too",
+        BUFFER,
+        "torch.where(sinks < state.first, sinks, NOWHERE)",
+        "torch.where(sinks < state.length, sinks, NOWHERE)",
+        OF_CACHE,
+    ),
+    Mutant(
+        "the-oldest-in-the-ring-forgets-a-crop",
+        BUFFER,
+        "max(int(state.first), state.length - self.size)",
+        "max(0, state.length - self.size)",
+        OF_CROP,
+    ),
+    Mutant(
+        "crop-forgets-the-oldest-in-the-ring",
+        BUFFER,
+        "state.length, state.first = length, min(int(state.first), length)",
+        "state.length = length",
+        OF_CROP,
+    ),
+    Mutant("static-crop-forgets-the-oldest-in-the-ring", BUFFER, "state.first.clamp_(max=length)", "pass", OF_CROP),
+    Mutant("static-crop-keeps-the-padding", BUFFER, "state.padding.zero_()", "pass", OF_CROP),
+    Mutant(
+        "slots-that-held-nothing-are-packed",
+        BUFFER,
+        "(column >= state.first) & (column >= self.sinks)",
+        "column >= self.sinks",
+        OF_CROP,
+    ),
+    Mutant(
+        "no-token-over-token-0", HISTORY, "torch.where(places < 0, self.room, places)", "places.clamp(min=0)", OF_CACHE
+    ),
+    Mutant(
+        "dropped-tokens-are-written",
+        HISTORY,
+        "range(max(tokens - stop, 0), tokens, TILE)",
+        "range(0, tokens, TILE)",
+        OF_EVICT,
+    ),
+    Mutant(
+        "a-history-that-grows-begins-anew",
+        HISTORY,
+        "self._reserve(stop, max(stop - tokens, 0), k, v)",
+        "self._reserve(stop, 0, k, v)",
+        OF_CACHE,
+    ),
+    Mutant(
+        "evict-keeps-the-oldest",
+        HISTORY,
+        "slice(stored - remaining, stored)",
+        "slice(0, remaining)",
+        OF_EVICT,
+    ),
+    Mutant(
+        "history-begins-at-what-was-dropped",
+        HISTORY,
+        "return self.sinks + self.state.dropped",
+        "return self.sinks",
+        OF_EVICT,
+    ),
+    Mutant(
+        "values-repacked-as-keys",
+        HISTORY,
+        "_repacked(state.v_history, plan_layer.values, stored)",
+        "_repacked(state.v_history, plan_layer.keys, stored)",
+        OF_REPACK,
+    ),
+    Mutant(
+        "tiles-repacked-over-the-first",
+        HISTORY,
+        "target[:, :, start : start + source.shape[2]]",
+        "target[:, :, : source.shape[2]]",
+        OF_REPACK,
+    ),
+    Mutant("a-growing-history-has-no-room-ahead", HISTORY, "max(BLOCK, tokens // 32)", "tokens // 32", OF_BYTES),
+    # modules: what queries see --------------------------------------------------------------------
+    Mutant("seen-packed-and-dense", HISTORY, "stop = column - self.start", "stop = column - self.start + 1", OF_CACHE),
+    Mutant("a-chunk-sees-packed-what-is-dense", CACHE, "(queries - 1 if windowed else 0)", "(queries - 1)", OF_CACHE),
+    Mutant("padding-of-a-prompt-is-seen", CACHE, "padding is None and state.is_empty()", "state.is_empty()", OF_CACHE),
+    Mutant("window-one-short", VISIBLE, "(key >= window)", "(key > window)", OF_CACHE),
+    Mutant(
+        "history-one-too-long",
+        VISIBLE,
+        "columns[None, None, None] < window",
+        "columns[None, None, None] <= window",
+        OF_CACHE,
+    ),
+    Mutant(
+        "sinks-of-padded-rows-seen-twice",
+        VISIBLE,
+        "(columns >= self.padding[:, None] + self.sinks)",
+        "(columns >= self.padding[:, None])",
+        OF_CACHE,
+    ),
+    Mutant(
+        "history-mask-ignores-padding",
+        VISIBLE,
+        "isinstance(self.window, int) and self.padding is None",
+        "isinstance(self.window, int)",
+        OF_CACHE,
+    ),
+    Mutant("dense-mask-ignores-padding", VISIBLE, "(key <= queries) & (key >= padding)", "(key <= queries)", OF_CACHE),
+    Mutant(
+        "ring-full-before-the-sinks-left",
+        VISIBLE,
+        "filled == buffer.size and state.first >= buffer.sinks",
+        "filled == buffer.size",
+        OF_CACHE,
+    ),
+    Mutant(
+        "columns-of-a-full-ring-off",
+        VISIBLE,
+        "ring_columns(self.first_query, tokens",
+        "ring_columns(self.first_query - 1, tokens",
+        OF_CACHE,
+    ),
+    Mutant("window-forgets-a-crop", VISIBLE, "return max(start, int(first))", "return start", OF_CROP),
+    Mutant("static-window-forgets-a-crop", VISIBLE, "else torch.maximum(start, first)", "else start", OF_CROP),
+    # modules: state, checks, forecast -------------------------------------------------------------
+    Mutant(
+        "state-dict-without-what-was-dropped",
+        STATE,
+        '("length", "first", "padded", "dropped")',
+        '("length", "first", "padded")',
+        OF_STATE,
+    ),
+    Mutant(
+        "state-dict-without-the-most-padding",
+        STATE,
+        '("length", "first", "padded", "dropped")',
+        '("length", "first", "dropped")',
+        OF_STATE,
+    ),
+    Mutant("state-dict-with-the-room-ahead", STATE, "packed = history.tokens(0, stored)", "packed = history", OF_STATE),
+    Mutant("a-loaded-state-is-shared", STATE, "t.clone() for name, t", "t for name, t", OF_STATE),
+    Mutant(
+        "half-converts-scales", STATE, "(None if t is None else moved(t)", "(None if t is None else fn(t)", OF_STATE
+    ),
+    Mutant(
+        "counters-before-are-those-after",
+        STATE,
+        "return length.clone(), first.clone()",
+        "return length, first",
+        OF_CACHE,
+    ),
+    Mutant(
+        "crop-keeps-what-was-dropped",
+        CACHE,
+        "max(int(self.state.first) - self.buffer.sinks, 0))",
+        "self.state.dropped)",
+        OF_EVICT,
+    ),
+    Mutant(
+        "stale-visible-accepted",
+        CHECKS,
+        "first_query + visible.queries != length",
+        "first_query + visible.queries > length",
+        OF_REFUSALS,
+    ),
+    Mutant(
+        "one-token-too-many-fits",
+        CHECKS,
+        "if length + tokens > max_length",
+        "if length + tokens > max_length + 1",
+        OF_REFUSALS,
+    ),
+    Mutant("a-mask-may-be-one-short", CHECKS, "mask.shape[3] < length", "mask.shape[3] < length - 1", OF_REFUSALS),
+    Mutant("a-full-history-is-thought-to-grow", FORECAST, "if stored > capacity", "if stored >= capacity", OF_BYTES),
+    Mutant(
+        "room-after-a-drop-is-of-all-tokens",
+        FORECAST,
+        "min(capacity, grown(history_after(cache, 0, drop)))",
+        "min(capacity, grown(stored))",
+        OF_BYTES,
+    ),
+    # transformers ---------------------------------------------------------------------------------
+    Mutant(
+        "a-row-begins-with-each-chunk",
+        HF_ATTENTION,
+        "torch.where(known < length, known, length + before)",
+        "length + before",
+        OF_PADDED_PROMPTS,
+    ),
+    Mutant(
+        "a-chunk-of-padding-is-no-padding",
+        HF_ATTENTION,
+        "torch.where(new.any(-1), new.int().argmax(-1), queries)",
+        "new.int().argmax(-1)",
+        OF_PADDED_PROMPTS,
+    ),
+    Mutant(
+        "padding-known-when-one-row-has-begun",
+        HF_ATTENTION,
+        "(known < length).all()",
+        "(known < length).any()",
+        OF_PADDED_PROMPTS,
+    ),
+    Mutant("what-moves-exists-once", BUDGET, "return sum(parts) + max(parts)", "return sum(parts)", OF_BUDGET),
+    Mutant(
+        "the-last-tokens-are-never-dropped",
+        BUDGET,
+        "range(BLOCK, history + BLOCK, BLOCK)",
+        "range(BLOCK, history, BLOCK)",
+        OF_BUDGET,
+    ),
+    Mutant("dropped-but-not-lowered", BUDGET, "        cache.move_to(least)", "        pass", OF_BUDGET),
+    Mutant(
+        "a-sliding-layer-shrinks",
+        BUDGET,
+        "return max(now, stored * rows * vector_bytes)",
+        "return stored * rows * vector_bytes",
+        OF_BUDGET,
+    ),
+    Mutant(
+        "a-sliding-layer-keeps-one-less",
+        BUDGET,
+        "min(stored, layer.sliding_window - 1)",
+        "min(stored, layer.sliding_window - 2)",
+        OF_BUDGET,
+    ),
+    Mutant(
+        "a-sliding-layer-keeps-one-more",
+        BUDGET,
+        "min(stored, layer.sliding_window - 1)",
+        "min(stored, layer.sliding_window)",
+        OF_BUDGET,
+    ),
+    Mutant(
+        "a-window-into-all-tokens",
+        HF_CACHE,
+        "layer.keys, layer.values = layer.keys.clone(), layer.values.clone()",
+        "pass",
+        OF_BUDGET,
+    ),
+    Mutant(
+        "excluded-layers-compete",
+        LEVELS,
+        "torch.tensor(self.excluded, dtype=torch.long)",
+        "torch.tensor([], dtype=torch.long)",
+        OF_HF_CACHE,
+    ),
+    Mutant("excluded-layers-count", LEVELS, "None if row in self.excluded else layer", "layer", OF_HF_CACHE),
+    Mutant("crop-by-nothing-forgets-all", LAYERS, "if tokens_to_remove <= 0", "if tokens_to_remove < 0", OF_HF_CACHE),
+    Mutant(
+        "saved-at-its-highest-level",
+        SAVING,
+        "(cache.plan, *cache.dial.plans)",
+        "(cache.dial.plans[0], *cache.dial.plans)",
+        OF_FILE,
+    ),
+    Mutant(
+        "a-loaded-budget-warns-again",
+        SAVING,
+        "[budget.nbytes, budget.on_full, budget.warned]",
+        "[budget.nbytes, budget.on_full]",
+        OF_FILE,
+    ),
+    Mutant(
+        "detach-leaves-the-value-basis",
+        ATTACH,
+        "del layer.swan_key_basis, layer.swan_value_basis",
+        "del layer.swan_key_basis",
+        OF_DETACH,
+    ),
+    Mutant("detach-leaves-generate", ATTACH, 'vars(model).pop("generate", None)', "pass", OF_DETACH),
+    Mutant("detach-leaves-its-hooks", ATTACH, "hook.remove()", "pass", OF_DETACH),
+    Mutant(
+        "a-refused-model-stays-attached",
+        ATTACH,
+        "        detach(model)\n        computes",
+        "        computes",
+        OF_DETACH,
+    ),
+    Mutant(
+        "no-cache-may-be-given-beside-one",
+        KEYWORD,
+        'kwargs.get("past_key_values") is not None',
+        '"past_key_values" in kwargs',
+        OF_DETACH,
+    ),
+    Mutant(
+        "only-the-model-with-its-head-takes-a-cache",
+        KEYWORD,
+        "dict.fromkeys((model, cast(nn.Module, model.base_model)))",
+        "[model]",
+        OF_DETACH,
+    ),
+]
