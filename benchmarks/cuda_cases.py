@@ -15,7 +15,7 @@ import swan
 from swan import Graded, KVCache, LayerPlan, Packed, SwanAttention, TopK, pack, unpack
 from swan import functional as F
 from swan.functional import reference
-from swan.kernels import attend_cpu
+from swan.kernels.cpu import attend as attend_cpu
 from swan.modules.buffer import StaticBuffer
 
 BATCH, HEADS, KV_HEADS, D, TOKENS, HISTORY = 2, 8, 2, 64, 293, 1500  # odd lengths; a history of two tiles

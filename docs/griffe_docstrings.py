@@ -1,4 +1,4 @@
-"""What mkdocstrings should know of our docstrings: an `Example:` is code, and an arXiv number is a link."""
+"""Rules of our docstrings for mkdocstrings: an `Example:` is code, and an arXiv number is a link."""
 
 import re
 from typing import Any

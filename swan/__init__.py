@@ -60,6 +60,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Public names only."""
+    """List the public names."""
     shown = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith("swan.")]
     return sorted({*shown, *_LAZY, "__version__"})

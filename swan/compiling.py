@@ -28,6 +28,6 @@ def keep_in_place(*tensors: Tensor) -> None:
 
 
 def keep_in_place_if_compiling(tensor: Tensor) -> None:
-    """Do as `keep_in_place` if the compiler is loaded: for `constant_result` functions, which eager code may call too."""
+    """Do as `keep_in_place` if the compiler is loaded; for `constant_result` functions, which eager code calls too."""
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         dynamo.mark_static_address(tensor, guard=False)

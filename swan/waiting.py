@@ -1,4 +1,4 @@
-"""Shorter spinning of the threads of swan's commands while they wait; imported before torch.
+"""Settings by which threads of swan's commands spin only for a moment while they wait; imported before torch.
 
 The OpenMP library of torch's wheels spins for about a millisecond by default. Beside one busy process on two cores that
 makes a forward pass 1.6 times and decoding 2.7 times as long; a shorter wait costs nothing where the cores are free. It

@@ -53,7 +53,7 @@ def expected(architecture: str, name: str) -> str:
 
 
 def refusal(architecture: str, name: str) -> str | None:
-    """What a cell says instead of doing it; None where it is exact, or refused by transformers' own caches."""
+    """Return the words of the error in a cell; None where it is exact, or refused by transformers' own caches."""
     if name == "output attentions" and architecture not in SILENT:
         return "does not support output_attentions"
     return REFUSED.get(architecture)
@@ -99,7 +99,7 @@ def _theirs(model: PreTrainedModel, kind: str) -> Cache:
 
 
 def _error_of(name: str, model: PreTrainedModel, kind: str) -> str | None:
-    """What transformers' own cache of a kind says to a use that it does not serve."""
+    """Return the error of transformers' own cache of a kind for a use that it does not serve."""
     try:
         _run(name, model, lambda: _theirs(model, kind))
     except Exception as error:
@@ -246,7 +246,7 @@ def autocast(model, new_cache):
     text = torch.cat([PADDED["input_ids"], tokens(3, 12, seed=2)], dim=1)
 
     def logits(cache=None, **given):
-        """Of each step, where `generate` is made to write this text."""
+        """Make `generate` write this text, and return the logits of each step."""
         forced = {"prefix_allowed_tokens_fn": lambda row, ids: [int(text[row, len(ids)])]}
         kept = {"output_logits": True, "return_dict_in_generate": True}
         return torch.stack(generated(model, cache, **PADDED, **forced, **kept, **given).logits, dim=1).float()
@@ -337,7 +337,7 @@ def select_rows(model, new_cache):
 
 @use
 def reset(model, new_cache):
-    """Of any number of rows; a static cache keeps them."""
+    """Reset a cache and go on with any number of rows; a static cache keeps its rows."""
     found = []
     for rows in (2, 3):
         cache = _filled(model, new_cache)

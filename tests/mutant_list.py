@@ -45,9 +45,11 @@ OF_CROP = ("modules/test_crop_and_rows.py", "modules/test_buffer.py")
 OF_REPACK, OF_REFUSALS = ("modules/test_repack.py",), ("modules/test_cache_refusals.py",)
 OF_EVICT, OF_BYTES, OF_STATE = ("modules/test_evict.py",), ("modules/test_cache_bytes.py",), ("modules/test_state.py",)
 OF_PADDED_PROMPTS = ("integrations/test_generation.py::test_chunks_do_not_matter",)
-OF_BUDGET = ("integrations/test_budget.py", "integrations/test_full_budget.py")
+OF_FULL_BUDGET = ("integrations/test_full_budget.py",)
+OF_SLIDING_BUDGET = ("integrations/test_budget.py::test_a_sliding_layer_counts_as_what_it_holds",)
+OF_CROPPED_BUDGET = ("integrations/test_budget.py::test_a_cropped_layer_still_holds_its_memory",)
 OF_HF_CACHE, OF_FILE = ("integrations/test_cache.py",), ("integrations/test_cache_file.py",)
-OF_DETACH = ("integrations/test_attach.py",)
+OF_ATTACH, OF_KEYWORD = ("integrations/test_attach.py",), ("integrations/test_keyword.py",)
 OF_ONE_CALL = ("kernels/test_attend_cpu.py::test_what_does_not_fit_one_call_is_merged",)
 OF_ONE_TILE = ("test_never_dense.py::test_steps_stay_within_a_tile[compiled-dynamic-decode-few bits]",)
 
@@ -202,8 +204,8 @@ MUTANTS = [
     Mutant(
         "coordinates-side-by-side",
         CODES,
-        '"... (slot byte) -> ... slot byte"',
-        '"... (byte slot) -> ... slot byte"',
+        '"... (byte slot) -> ... byte slot"',
+        '"... (slot byte) -> ... byte slot"',
         OF_STORAGE,
     ),
     Mutant("integers-rounded-down", CODES, "multiples.round()", "multiples.floor()", OF_STORAGE),
@@ -230,7 +232,7 @@ MUTANTS = [
         "else x @ matrix.mT\n        codes",
         OF_STORAGE,
     ),
-    Mutant("retention-without-scales", GRADED, "else 1 + code_bytes", "else code_bytes", OF_STORAGE),
+    Mutant("retention-without-scales", GRADED, "self.row_bytes + scales + whole", "self.row_bytes + whole", OF_STORAGE),
     Mutant(
         "retention-of-keys-twice",
         LAYOUT,
@@ -312,22 +314,22 @@ MUTANTS = [
     Mutant(
         "dropped-tokens-are-written",
         HISTORY,
-        "range(max(tokens - stop, 0), tokens, TILE)",
+        "range(skipped, tokens, TILE)",
         "range(0, tokens, TILE)",
         OF_EVICT,
     ),
     Mutant(
         "a-history-that-grows-begins-anew",
         HISTORY,
-        "self._reserve(stop, max(stop - tokens, 0), k, v)",
-        "self._reserve(stop, 0, k, v)",
+        "self._reserve(after, before, k, v)",
+        "self._reserve(after, 0, k, v)",
         OF_CACHE,
     ),
     Mutant(
         "evict-keeps-the-oldest",
         HISTORY,
-        "slice(stored - remaining, stored)",
-        "slice(0, remaining)",
+        "start = stored - remaining",
+        "start, stored = 0, remaining",
         OF_EVICT,
     ),
     Mutant(
@@ -354,7 +356,13 @@ MUTANTS = [
     Mutant("a-growing-history-has-no-room-ahead", HISTORY, "max(BLOCK, tokens // 32)", "tokens // 32", OF_BYTES),
     # modules: what queries see --------------------------------------------------------------------
     Mutant("seen-packed-and-dense", HISTORY, "stop = column - self.start", "stop = column - self.start + 1", OF_CACHE),
-    Mutant("a-chunk-sees-packed-what-is-dense", CACHE, "(queries - 1 if windowed else 0)", "(queries - 1)", OF_CACHE),
+    Mutant(
+        "a-chunk-sees-packed-what-is-dense",
+        VISIBLE,
+        "steps = queries - 1 if windowed else 0",
+        "steps = queries - 1",
+        OF_CACHE,
+    ),
     Mutant("padding-of-a-prompt-is-seen", CACHE, "padding is None and state.is_empty()", "state.is_empty()", OF_CACHE),
     Mutant("window-one-short", VISIBLE, "(key >= window)", "(key > window)", OF_CACHE),
     Mutant(
@@ -456,7 +464,7 @@ MUTANTS = [
     Mutant(
         "a-row-begins-with-each-chunk",
         HF_ATTENTION,
-        "torch.where(known < length, known, length + before)",
+        "torch.where(earlier < length, earlier, length + before)",
         "length + before",
         OF_PADDED_PROMPTS,
     ),
@@ -470,46 +478,48 @@ MUTANTS = [
     Mutant(
         "padding-known-when-one-row-has-begun",
         HF_ATTENTION,
-        "(known < length).all()",
-        "(known < length).any()",
+        "(earlier < length).all()",
+        "(earlier < length).any()",
         OF_PADDED_PROMPTS,
     ),
-    Mutant("what-moves-exists-once", BUDGET, "return sum(parts) + max(parts)", "return sum(parts)", OF_BUDGET),
+    Mutant(
+        "what-moves-exists-once", BUDGET, "return sum(pieces) + max(pieces)", "return sum(pieces)", OF_SLIDING_BUDGET
+    ),
     Mutant(
         "the-last-tokens-are-never-dropped",
         BUDGET,
         "range(BLOCK, history + BLOCK, BLOCK)",
         "range(BLOCK, history, BLOCK)",
-        OF_BUDGET,
+        OF_FULL_BUDGET,
     ),
-    Mutant("dropped-but-not-lowered", BUDGET, "        cache.move_to(least)", "        pass", OF_BUDGET),
+    Mutant("dropped-but-not-lowered", BUDGET, "        cache.move_to(least)", "        pass", OF_FULL_BUDGET),
     Mutant(
-        "a-sliding-layer-shrinks",
+        "cropped-memory-is-free",
         BUDGET,
         "return max(now, stored * rows * vector_bytes)",
         "return stored * rows * vector_bytes",
-        OF_BUDGET,
+        OF_CROPPED_BUDGET,
     ),
     Mutant(
         "a-sliding-layer-keeps-one-less",
         BUDGET,
         "min(stored, layer.sliding_window - 1)",
         "min(stored, layer.sliding_window - 2)",
-        OF_BUDGET,
+        OF_SLIDING_BUDGET,
     ),
     Mutant(
         "a-sliding-layer-keeps-one-more",
         BUDGET,
         "min(stored, layer.sliding_window - 1)",
         "min(stored, layer.sliding_window)",
-        OF_BUDGET,
+        OF_SLIDING_BUDGET,
     ),
     Mutant(
         "a-window-into-all-tokens",
         HF_CACHE,
         "layer.keys, layer.values = layer.keys.clone(), layer.values.clone()",
         "pass",
-        OF_BUDGET,
+        OF_SLIDING_BUDGET,
     ),
     Mutant(
         "excluded-layers-compete",
@@ -523,8 +533,8 @@ MUTANTS = [
     Mutant(
         "saved-at-its-highest-level",
         SAVING,
-        "(cache.plan, *cache.dial.plans)",
-        "(cache.dial.plans[0], *cache.dial.plans)",
+        "(cache.plan, *cache.dial.levels)",
+        "(cache.dial.levels[0], *cache.dial.levels)",
         OF_FILE,
     ),
     Mutant(
@@ -539,29 +549,29 @@ MUTANTS = [
         ATTACH,
         "del layer.swan_key_basis, layer.swan_value_basis",
         "del layer.swan_key_basis",
-        OF_DETACH,
+        OF_ATTACH,
     ),
-    Mutant("detach-leaves-generate", ATTACH, 'vars(model).pop("generate", None)', "pass", OF_DETACH),
-    Mutant("detach-leaves-its-hooks", ATTACH, "hook.remove()", "pass", OF_DETACH),
+    Mutant("detach-leaves-generate", ATTACH, 'vars(model).pop("generate", None)', "pass", OF_KEYWORD),
+    Mutant("detach-leaves-its-hooks", ATTACH, "hook.remove()", "pass", OF_KEYWORD),
     Mutant(
         "a-refused-model-stays-attached",
         ATTACH,
         "        detach(model)\n        computes",
         "        computes",
-        OF_DETACH,
+        OF_ATTACH,
     ),
     Mutant(
         "no-cache-may-be-given-beside-one",
         KEYWORD,
         'kwargs.get("past_key_values") is not None',
         '"past_key_values" in kwargs',
-        OF_DETACH,
+        OF_KEYWORD,
     ),
     Mutant(
         "only-the-model-with-its-head-takes-a-cache",
         KEYWORD,
         "dict.fromkeys((model, cast(nn.Module, model.base_model)))",
         "[model]",
-        OF_DETACH,
+        OF_KEYWORD,
     ),
 ]

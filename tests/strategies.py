@@ -170,7 +170,7 @@ def assert_lse_within(actual: Tensor, expected: Tensor, bound: float) -> None:
 
 
 def stored(x: Tensor, layout) -> Tensor:
-    """What a cache remembers of `x` (tests/storage/test_packed.py checks that it is right)."""
+    """Return `x` as a cache stores it (tests/storage/test_packed.py checks that it is right)."""
     return unpack(pack(x, layout))
 
 

@@ -1,4 +1,4 @@
-"""What `import swan` brings with it, and what the command line sets before torch is loaded."""
+"""Modules that `import swan` loads, and settings of the command line from before torch is loaded."""
 
 import os
 import subprocess

@@ -170,7 +170,7 @@ def everything(model: PreTrainedModel, **settings: object) -> SwanCache:
 
 
 def float32_bound(model: PreTrainedModel, **inputs: Tensor) -> float:
-    """What rotations may change in the logits of a float32 model: 4 times its own error against float64.
+    """Bound the change of a float32 model's logits by rotations: 4 times its own error against float64.
 
     They add four products per layer (q, k, v, output) to the seven that a layer has, each with a rounding
     error like theirs; the largest of many such errors is as large again in one run as in another.

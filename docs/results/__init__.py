@@ -1,4 +1,4 @@
-"""What was measured: `data` chooses rows, `cells` writes them, `quality`, `speed` and `runs` make tables and plots.
+"""Results of benchmarks: `data` chooses rows, `cells` writes them, `quality`, `speed` and `runs` make tables and plots.
 
 The sentences around them are on the pages.
 """

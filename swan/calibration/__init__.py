@@ -1,4 +1,4 @@
-"""Offline: moments of a model's activations, bases from them, plans, and the artifact that keeps them."""
+"""Offline calibration: moments of a model's activations, bases from them, plans, and the file that keeps them."""
 
 from swan.calibration.artifact import Calibration as Calibration
 from swan.calibration.artifact import LayerBases as LayerBases

@@ -23,7 +23,16 @@ from swan.calibration.capture import (
     tensor_parallel,
     unwrapped,
 )
-from swan.calibration.effects import BUFFER, WINDOWS, Effects, Sensed, beginning, effects_of, sense, tokens_of
+from swan.calibration.effects import (
+    BUFFER,
+    WINDOWS,
+    Effects,
+    LayerGradients,
+    beginning,
+    effects_of,
+    run_backward,
+    tokens_of,
+)
 from swan.calibration.files import read_tensors, write_tensors
 from swan.calibration.moments import Moments
 from swan.calibration.progress import track
@@ -31,7 +40,7 @@ from swan.functional.rotation import check_basis
 
 __all__ = ["Calibration", "LayerBases", "calibrate"]
 
-FORMAT = "swan-calibration-2"  # changes with the candidates of effects.py too
+FORMAT = "swan-calibration-3"  # changes with the candidates of effects.py too
 MOMENTS = ("q", "k", "v", "o")
 
 
@@ -54,7 +63,7 @@ class LayerBases:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found out about a model: one key and one value basis per layer and KV head.
+    """The result of `calibrate` for a model: one key and one value basis per layer and KV head.
 
     Args:
         layers: bases of each layer.
@@ -62,8 +71,8 @@ class Calibration:
         basis: name of the basis.
         seed: seed of a random basis.
         fingerprint: fields of the model's configuration, checked by `swan.attach`.
-        effects: what packing each layer does to the model's predictions, for `Plan.for_retention`; None where it
-            was not measured, and of another basis.
+        effects: the effect of packing each layer on the model's predictions, for `Plan.for_retention`; None where it
+            was not measured, and after `with_basis`.
 
     Example:
         >>> import swan
@@ -93,7 +102,7 @@ class Calibration:
         return [(layer.key_basis.shape[-1], layer.value_basis.shape[-1]) for layer in self.layers]
 
     def with_basis(self, basis: Basis, *, seed: int = 0) -> "Calibration":
-        """The same measurement with another basis: nothing is run again, and effects are not known there.
+        """Return the same measurement with another basis: nothing is run again, and effects are not known there.
 
         Args:
             basis: ``"joint"``, ``"pca"``, ``"random"`` or ``"identity"``.
@@ -110,7 +119,7 @@ class Calibration:
         return _from_moments(self.moments, basis, seed, self.fingerprint)
 
     def report(self) -> list[dict[str, float]]:
-        """Share of importance in the leading quarter and half of the coordinates, a row for each layer."""
+        """Report the share of importance in the leading quarter and half of the coordinates, a row for each layer."""
         rows = []
         for index, layer in enumerate(self.layers):
             row: dict[str, float] = {"layer": index}
@@ -130,15 +139,15 @@ class Calibration:
         """Raise ValueError where a configuration of transformers is not the one that was calibrated."""
         self._check(config_fingerprint(config))
 
-    def _check(self, found: dict[str, Any]) -> None:
-        expected, got = self.fingerprint, json.loads(json.dumps(found))
+    def _check(self, fingerprint: dict[str, Any]) -> None:
+        expected, got = self.fingerprint, json.loads(json.dumps(fingerprint))
         differing = [name for name in {**expected, **got} if expected.get(name) != got.get(name)]
         if differing:
             listed = ", ".join(f"{n}: {expected.get(n)} calibrated, {got.get(n)} here" for n in differing)
             raise ValueError(f"this calibration is of another model ({listed}); run swan.calibrate on this one")
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; a file that is there is replaced whole or not at all."""
+        """Write one safetensors file; an older file is replaced whole or not at all."""
         tensors = {}
         for i, (layer, moments) in enumerate(zip(self.layers, self.moments, strict=True)):
             for field in dataclasses.fields(layer):
@@ -147,25 +156,25 @@ class Calibration:
                 tensors[f"layers.{i}.moments.{name}"] = getattr(moments, name).cpu()
         if self.effects is not None:
             tensors |= {"effects.keys": self.effects.keys, "effects.values": self.effects.values}
-        about = {
+        metadata = {
             "format": FORMAT,
             "basis": self.basis,
             "seed": self.seed,
             "tokens": self.tokens,
             "fingerprint": self.fingerprint,
         }
-        write_tensors(path, tensors, about)
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             ValueError: the file is not a calibration, or its tensors are not finite or not orthogonal.
         """
-        about, tensors = read_tensors(path, FORMAT, "calibration", "run swan.calibrate again")
-        measured = [tensors.pop(f"effects.{side}", None) for side in ("keys", "values")]
-        effects = None if measured[0] is None or measured[1] is None else Effects(measured[0], measured[1])
+        metadata, tensors = read_tensors(path, FORMAT, "calibration", "run swan.calibrate again")
+        key_effects, value_effects = (tensors.pop(f"effects.{side}", None) for side in ("keys", "values"))
+        effects = None if key_effects is None or value_effects is None else Effects(key_effects, value_effects)
         count = 1 + max(int(name.split(".")[1]) for name in tensors)
         layers, moments = [], []
         for i in range(count):
@@ -173,9 +182,10 @@ class Calibration:
             check_basis(layer.key_basis)
             check_basis(layer.value_basis)
             layers.append(layer)
-            moments.append(Moments(*(tensors[f"layers.{i}.moments.{n}"] for n in MOMENTS), tokens=about["tokens"]))
+            moments.append(Moments(*(tensors[f"layers.{i}.moments.{n}"] for n in MOMENTS), tokens=metadata["tokens"]))
             moments[-1].check(f"layer {i} of {path}")
-        return cls(tuple(layers), tuple(moments), about["basis"], about["seed"], about["fingerprint"], effects)
+        basis, seed, fingerprint = (metadata[name] for name in ("basis", "seed", "fingerprint"))
+        return cls(tuple(layers), tuple(moments), basis, seed, fingerprint, effects)
 
     def __repr__(self) -> str:
         shown = f"basis={self.basis!r}, layers={len(self.layers)}, tokens={self.tokens}"
@@ -192,7 +202,7 @@ def calibrate(
     effects: bool | None = None,
     progress: bool = True,
 ) -> Calibration:
-    r"""Run a model over some text; find an orthogonal basis for each layer and KV head, and what packing a layer does.
+    r"""Run a model over some text; find an orthogonal basis for each layer and KV head, and effects of packing a layer.
 
     Sums second moments $M_x = \sum_t x_t x_t^\top$ of q, k (after RoPE) and v in float64. The columns of the basis
     ``"joint"`` are the eigenvectors, largest eigenvalue first, of $M_q / \mathrm{tr}\, M_q + M_k / \mathrm{tr}\, M_k$
@@ -204,7 +214,7 @@ def calibrate(
 
     Args:
         model: a model of your own built from `SwanAttention`, or a transformers decoder.
-        batches: what the model is called with: token ids ``[batch, tokens]``, or mappings of keyword
+        batches: inputs of the model: token ids ``[batch, tokens]``, or mappings of keyword
             arguments, such as a tokenizer gives (with an ``attention_mask`` where rows are padded).
         basis: ``"joint"`` (the paper's: queries and keys together, values and output projection together),
             ``"pca"`` (keys and values alone), ``"random"`` or ``"identity"``.
@@ -241,16 +251,17 @@ def calibrate(
         raise ValueError(
             "each process holds only some heads of this model; calibrate it in one process, save, and load here"
         )
-    about = fingerprint(model)
-    transformer = about["kind"] == "transformers"
-    body = cast(nn.Module, model.base_model) if transformer else model  # without its head, which is of no interest
+    identity = fingerprint(model)
+    is_transformers = identity["kind"] == "transformers"
+    body = cast(nn.Module, model.base_model) if is_transformers else model  # attention is observed, the head is not
     moments: dict[int, Moments] = {}
-    wanted, chosen, draw, count = effects or (effects is None and transformer), [], random.Random(seed), 0
+    measures_effects = effects or (effects is None and is_transformers)
+    sample, rng, count = [], random.Random(seed), 0  # the sample is run at the end, backward too
 
-    def observe(index: int, seen: Observed) -> None:
+    def observe(index: int, observed: Observed) -> None:
         if index not in moments:
-            moments[index] = Moments.begin(seen.k, seen.v, seen.module)
-        moments[index].add(seen.q, seen.k, seen.v, seen.real)
+            moments[index] = Moments.begin(observed.k, observed.v, observed.module)
+        moments[index].add(observed.q, observed.k, observed.v, observed.real)
 
     def run(batch: Any) -> None:
         with observing(model, observe):
@@ -259,13 +270,13 @@ def calibrate(
     with evaluating(model):
         for batch in track(batches, "calibrating", show=progress):
             count += 1
-            if wanted and count <= WINDOWS:
-                chosen.append(batch)  # to run at the end, backward too
+            if measures_effects and count <= WINDOWS:
+                sample.append(batch)
                 continue
-            if wanted and (place := draw.randrange(count)) < WINDOWS:  # each batch is as likely to be chosen
-                batch, chosen[place] = chosen[place], batch
+            if measures_effects and (place := rng.randrange(count)) < WINDOWS:  # all batches are equally likely
+                batch, sample[place] = sample[place], batch
             run(batch)
-        sensed, trouble = _backward(model, chosen, run, observe, seed, progress)
+        gradients, failure = _run_sample(model, sample, run, observe, seed, progress)
     if count == 0:
         raise ValueError("no batch came; give calibrate at least one")
     if not moments:
@@ -273,60 +284,60 @@ def calibrate(
     ordered = {index: moments[index] for index in sorted(moments)}
     for row, layer in enumerate(ordered.values()):
         layer.check(f"layer {row}")
-    calibration = _from_moments(tuple(ordered.values()), basis, seed, json.loads(json.dumps(about)))
-    if trouble is not None:
+    calibration = _from_moments(tuple(ordered.values()), basis, seed, json.loads(json.dumps(identity)))
+    if failure is not None:
         if effects:
-            raise trouble
-        if not isinstance(trouble, ValueError):
-            reason = f"plans will be the same for all layers, their effects were not measured: {trouble}"
+            raise failure
+        if not isinstance(failure, ValueError):
+            reason = f"plans will be the same for all layers, their effects were not measured: {failure}"
             warnings.warn(reason, stacklevel=2)
-    if not sensed:
+    if not gradients:
         return calibration
     bases = {index: (x.key_basis, x.value_basis) for index, x in zip(ordered, calibration.layers, strict=True)}
-    tokens = sum(tokens_of(beginning(batch)) for batch in chosen)
+    tokens = sum(tokens_of(beginning(batch)) for batch in sample)
     device = next(iter(model.parameters())).device
-    return dataclasses.replace(calibration, effects=effects_of(sensed, bases, tokens, device))
+    return dataclasses.replace(calibration, effects=effects_of(gradients, bases, tokens, device))
 
 
-def _backward(
+def _run_sample(
     model: nn.Module,
     batches: Sequence[Any],
     run: Callable[[Any], None],
     observe: Callable[[int, Observed], None],
     seed: int,
     progress: bool,
-) -> tuple[list[dict[int, Sensed]], Exception | None]:
+) -> tuple[list[dict[int, LayerGradients]], Exception | None]:
     """Run batches forward, all of them observed once, and the beginning of each backward.
 
     Returns:
-        What each layer felt in each batch, empty where that failed, and why it did.
+        For each batch the gradients of each layer, nothing where a backward pass failed, and the error of that.
     """
-    generator, sensed = torch.Generator().manual_seed(seed), []
-    trouble: Exception | None = None
+    generator, gradients = torch.Generator().manual_seed(seed), []
+    failure: Exception | None = None
     if batches and max(map(tokens_of, batches)) <= BUFFER:
-        trouble = ValueError(
+        failure = ValueError(
             f"effects are measured on tokens beyond the buffer: give texts of more than {BUFFER} tokens"
         )
     for batch in track(batches, "measuring effects", show=progress):
-        part = beginning(batch)
-        if trouble is None:
+        window = beginning(batch)
+        if failure is None:
             try:
-                layers, felt = sense(model, part, generator)
+                layers, layer_gradients = run_backward(model, window, generator)
             except RuntimeError as error:
-                trouble = error.with_traceback(None)  # which would keep the activations
+                failure = error.with_traceback(None)  # the traceback would keep the activations
             else:
-                sensed.append(felt)
-                if part is batch:
-                    for index, seen in layers.items():
-                        observe(index, seen)
+                gradients.append(layer_gradients)
+                if window is batch:
+                    for index, observed in layers.items():
+                        observe(index, observed)
                     continue
         run(batch)
-    return ([] if trouble else sensed), trouble
+    return ([] if failure else gradients), failure
 
 
 def _from_moments(moments: tuple[Moments, ...], basis: Basis, seed: int, fingerprint: dict[str, Any]) -> Calibration:
     layers = []
     for i, layer in enumerate(moments):
-        found = layer_bases(layer, basis, seed=seed + 2 * i)
-        layers.append(LayerBases(*(t.float().cpu() for t in found)))
+        tensors = layer_bases(layer, basis, seed=seed + 2 * i)
+        layers.append(LayerBases(*(t.float().cpu() for t in tensors)))
     return Calibration(tuple(layers), moments, basis, seed, fingerprint)

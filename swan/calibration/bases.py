@@ -15,15 +15,15 @@ Basis = Literal["joint", "pca", "random", "identity"]
 
 
 def layer_bases(moments: Moments, basis: Basis, *, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Key and value basis of one layer with their spectra.
+    r"""Compute the key basis and the value basis of one layer, and their spectra.
 
     With $\bar M = M / \mathrm{tr} M$, importance is measured by $\bar M_Q + \bar M_K$ for keys and by
     $\bar M_V + \bar M_O$ for values; `joint` takes the eigenvectors of these, `pca` those of $M_K$ and
     $M_V$ alone, `random` a Haar rotation, `identity` the given axes.
 
     Args:
-        moments: of the layer.
-        basis: which basis.
+        moments: moments of the layer.
+        basis: kind of basis.
         seed: seed of `random`.
 
     Returns:
@@ -42,13 +42,13 @@ def layer_bases(moments: Moments, basis: Basis, *, seed: int) -> tuple[Tensor, T
     return key_basis, value_basis, key_spectrum, value_spectrum
 
 
-def _sorted_basis(basis: Basis, joint: Tensor, own: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def _sorted_basis(basis: Basis, joint: Tensor, alone: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     kv_heads, d, _ = joint.shape
     match basis:
         case "joint":
             columns, measure = torch.linalg.eigh(joint).eigenvectors, joint
         case "pca":
-            columns, measure = torch.linalg.eigh(own).eigenvectors, own
+            columns, measure = torch.linalg.eigh(alone).eigenvectors, alone
         case "random":
             columns, measure = random_rotation(kv_heads, d, seed=seed, dtype=joint.dtype, device=joint.device), joint
         case "identity":

@@ -1,4 +1,4 @@
-"""Runs a model and observes q, k and v inside its attention function: no hooks per architecture."""
+"""Observation of q, k and v inside the attention function of a model: no hooks per architecture."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ class Observed:
         q: queries after RoPE ``[batch, heads, tokens, d]``.
         k: keys after RoPE ``[batch, kv_heads, tokens, d]``.
         v: values ``[batch, kv_heads, tokens, dv]``.
-        out: what goes on to the output projection ``[batch, tokens, heads, dv]``.
+        out: input of the output projection ``[batch, tokens, heads, dv]``.
         mask: boolean ``[batch, 1, tokens, tokens]``, or None where it is causal.
         scale: factor of the scores.
         sliding: the layer attends to a window only.
@@ -48,24 +48,24 @@ class Observed:
 
 Observer = Callable[[int, Observed], None]
 OBSERVE = "swan_observe"  # name of the observing attention function in transformers
-CHANGE_SCORES = ("softcap", "s_aux", "position_bias")  # arguments of attention functions
+CHANGE_SCORES = ("softcap", "s_aux", "position_bias")  # arguments of attention functions that change the scores
 
 _observer: Observer | None = None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model in a `peft.PeftModel`, whose adapters stay in it; any other model itself."""
+    """Return the transformers model in a `peft.PeftModel`, whose adapters stay in it; any other model itself."""
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model  # pyright: ignore[reportReturnType]
 
 
 def swan_layers(model: nn.Module) -> list[SwanAttention]:
-    """The `SwanAttention` modules of a model of one's own, in order."""
+    """List the `SwanAttention` modules of a model, in order."""
     return [module for module in model.modules() if isinstance(module, SwanAttention)]
 
 
 def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """The attention modules of a transformers model by their layer index."""
+    """Return the attention modules of a transformers model by their layer index."""
     layers = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
@@ -89,7 +89,7 @@ def given(arguments: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """The output of a model for a batch as `calibrate` takes it: token ids, or a mapping of arguments."""
+    """Run a model on a batch as `calibrate` takes it (token ids, or a mapping of arguments); return its output."""
     device = next(iter(model.parameters())).device
     kwargs: dict[str, Any] = {} if swan_layers(model) else {"use_cache": False}
     if isinstance(batch, Mapping):
@@ -100,7 +100,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What a calibration must agree on with its model: fields of the configuration, never weights."""
+    """Return the fields of the configuration in which a calibration and its model must agree; never weights."""
     layers = swan_layers(model)
     if layers:
         return {"kind": "swan", "layers": [[a.dim, a.heads, a.kv_heads, a.head_dim, a.rope] for a in layers]}
@@ -108,7 +108,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def config_fingerprint(config: Any) -> dict[str, Any]:
-    """`fingerprint` of a configuration of transformers."""
+    """Return the `fingerprint` of a configuration of transformers."""
     config = config.get_text_config(decoder=True)
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     return {"kind": "transformers", **{name: _field(config, name) for name in (*names, "vocab_size")}}
@@ -116,7 +116,7 @@ def config_fingerprint(config: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """While it lasts, `observer` gets the index of each attention layer and what it did in each forward."""
+    """Call `observer`, within a with block, with the index of an attention layer and each of its forwards."""
     layers = swan_layers(model)
     watch = _observe_swan(layers, observer) if layers else _observe_transformers(model, observer)
     with watch:
@@ -124,7 +124,7 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
 
 
 def tensor_parallel(model: nn.Module) -> tuple[int, int]:
-    """Rank and size of a model's tensor parallelism: each rank has equal shares of the heads, in their order."""
+    """Return rank and size of a model's tensor parallelism: each rank has equal shares of the heads, in their order."""
     ranks = getattr(model, "tp_size", None) or 1
     if ranks == 1:
         return 0, 1
@@ -135,7 +135,7 @@ def tensor_parallel(model: nn.Module) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each module returns to the mode that it had."""
+    """Put a model into evaluation mode within a with block; each module returns to the mode that it had."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -168,7 +168,7 @@ def _observe_transformers(model: nn.Module, observer: Observer) -> Iterator[None
 
     register_attention(OBSERVE, _observed_attention)
     assert isinstance(model, transformers.PreTrainedModel)
-    before = config._attn_implementation
+    implementation = config._attn_implementation
     if _observer is not None:
         raise RuntimeError("another calibration is running in this process; wait for it")
     _observer = observer
@@ -177,7 +177,7 @@ def _observe_transformers(model: nn.Module, observer: Observer) -> Iterator[None
         yield
     finally:
         _observer = None
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(implementation)
 
 
 def _observed_attention(
@@ -195,7 +195,7 @@ def _observed_attention(
     assert isinstance(index, int)
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if torch.is_grad_enabled() and not out.requires_grad:
-        out.requires_grad_()  # of a model whose parameters are frozen
+        out.requires_grad_()  # it does not, where the parameters of the model are frozen
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     sliding = kwargs.get("sliding_window") is not None
     _observer(index, Observed(module, query, key, value, out, attention_mask, scale, sliding))

@@ -1,4 +1,4 @@
-"""What packing a layer does to the predictions of a model: measured for a catalogue of layouts, by gradients."""
+"""Effects of packing a layer on the predictions of a model, measured by gradients for a catalogue of layouts."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -19,19 +19,19 @@ __all__ = [
     "VALUES",
     "Effects",
     "Groups",
-    "Sensed",
+    "LayerGradients",
     "beginning",
     "effects_of",
     "graded",
-    "sense",
+    "run_backward",
     "sensitivities",
     "tokens_of",
 ]
 
 Groups = tuple[tuple[int, int], ...]
 
-# Candidates for keys and for values: groups as (sixteenths of d, bits). What remained of 63 when those that
-# plans per layer can do without were taken out one by one.
+# Candidates for keys and for values: groups as (sixteenths of d, bits). They remained of 63 when those that plans
+# per layer can do without were taken out one by one.
 KEYS: tuple[Groups, ...] = (
     ((2, 4), (14, 1)),
     ((2, 5), (6, 2), (8, 1)),
@@ -57,10 +57,11 @@ VALUES: tuple[Groups, ...] = (
     ((16, 6),),
     ((16, 8),),
 )
-BUFFER, SINKS = 64, 4  # tokens that a query sees dense
-WINDOWS, TOKENS = 4, 1024  # how much text `calibrate` measures on, at most
-QUERIES = 64  # rows of a score matrix at a time
-DRAWN = 64  # words drawn at a time
+BLOCK = 16  # coordinates
+BUFFER, SINKS = 64, 4  # recent tokens, which a query sees dense
+WINDOWS, TOKENS = 4, 1024  # `calibrate` measures on so many texts of so many tokens, at most
+QUERIES = 64  # queries whose scores are computed at a time
+DRAWN = 64  # tokens for which words are drawn at a time
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,26 @@ class Effects:
 
 
 def graded(d: int, groups: Groups) -> Graded:
-    """Groups of sixteenths of `d`, rounded; a group that rounds to nothing is left out."""
-    stops = [round(d * sum(size for size, _ in groups[:i]) / 16) for i in range(len(groups) + 1)]
+    """Make a layout of groups in sixteenths of `d`, rounded to whole blocks of coordinates.
+
+    A block is 16 coordinates from ``d = 32`` on, which kernels read together, and one below; the last group takes what
+    no block fills, and a group that rounds to nothing is left out.
+
+    Example:
+        >>> graded(64, ((2, 5), (6, 2), (8, 1)))
+        Graded(groups=((16, 5), (16, 2), (32, 1)))
+        >>> graded(80, ((8, 4), (8, 3)))
+        Graded(groups=((48, 4), (32, 3)))
+    """
+    block = BLOCK if d >= 2 * BLOCK else 1
+    sixteenths = itertools.accumulate(size for size, _ in groups[:-1])
+    stops = [0, *(int(d * n / 16 / block + 0.5) * block for n in sixteenths), d]
     sizes = [stop - start for start, stop in itertools.pairwise(stops)]
     return Graded(tuple((size, bits) for size, (_, bits) in zip(sizes, groups, strict=True) if size))
 
 
 @dataclass(frozen=True)
-class Sensed:
+class LayerGradients:
     """Keys and values of one layer for one text, and the gradients of `sensitivities` by each; on the CPU."""
 
     k: Tensor
@@ -100,16 +113,18 @@ class Sensed:
     by_value: Tensor
 
 
-def sense(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[dict[int, Observed], dict[int, Sensed]]:
+def run_backward(
+    model: nn.Module, batch: Any, generator: torch.Generator
+) -> tuple[dict[int, Observed], dict[int, LayerGradients]]:
     """Run a model forward and backward.
 
     Args:
         model: in evaluation mode; its output is logits ``[batch, tokens, vocabulary]`` or has them as ``logits``.
         batch: as for `calibrate`; `beginning` keeps it small.
-        generator: of the draws, on the CPU.
+        generator: generator of the draws, on the CPU.
 
     Returns:
-        What each layer did in the forward pass, by its index, and what each without a sliding window felt.
+        The forward pass of each layer, by its index, and the gradients of each layer without a sliding window.
 
     Raises:
         RuntimeError: every layer has a sliding window, or there is no backward pass through the model.
@@ -117,25 +132,25 @@ def sense(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[dic
     layers: dict[int, Observed] = {}
     with torch.enable_grad(), observing(model, layers.__setitem__):
         output = call(model, batch)
-        full = {index: seen for index, seen in layers.items() if not seen.sliding}
+        full = {index: observed for index, observed in layers.items() if not observed.sliding}
         if not full:
             raise RuntimeError("every layer attends to a sliding window only")
         logits = getattr(output, "logits", output)
-        out = [seen.out for seen in full.values()]
-        gradients = torch.autograd.grad(logits, out, _likelihood_gradient(logits, generator, full))
-    sensed = {}
-    for (index, seen), gradient in zip(full.items(), gradients, strict=True):
-        by_key, by_value = sensitivities(seen, gradient)
-        sensed[index] = Sensed(*(t.detach().cpu() for t in (seen.k, seen.v, by_key, by_value)))
-    return layers, sensed
+        out = [observed.out for observed in full.values()]
+        by_out = torch.autograd.grad(logits, out, _likelihood_gradient(logits, generator, full))
+    gradients = {}
+    for (index, observed), gradient in zip(full.items(), by_out, strict=True):
+        tensors = (observed.k, observed.v, *sensitivities(observed, gradient))
+        gradients[index] = LayerGradients(*(t.detach().cpu() for t in tensors))
+    return layers, gradients
 
 
 def _likelihood_gradient(logits: Tensor, generator: torch.Generator, layers: Mapping[int, Observed]) -> Tensor:
-    """Gradient by the logits of the log-likelihood of words drawn from them: one there, less their probabilities."""
+    """Draw words from logits; return the gradient of their log-likelihood: 1 at the word, less probabilities."""
     gradient = logits.detach().float().softmax(-1)
     words = gradient.flatten(0, 1)
-    parts = [torch.multinomial(rows.cpu(), 1, generator=generator) for rows in words.split(DRAWN)]
-    drawn = torch.cat(parts).to(words.device)
+    draws = [torch.multinomial(rows.cpu(), 1, generator=generator) for rows in words.split(DRAWN)]
+    drawn = torch.cat(draws).to(words.device)
     words.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=words.dtype))
     if (real := next(iter(layers.values())).real) is not None:
         gradient *= real[..., None]
@@ -143,17 +158,20 @@ def _likelihood_gradient(logits: Tensor, generator: torch.Generator, layers: Map
 
 
 def effects_of(
-    texts: Sequence[dict[int, Sensed]], bases: Mapping[int, tuple[Tensor, Tensor]], tokens: int, device: torch.device
+    texts: Sequence[dict[int, LayerGradients]],
+    bases: Mapping[int, tuple[Tensor, Tensor]],
+    tokens: int,
+    device: torch.device,
 ) -> Effects:
     r"""Predict, for each layer and candidate, the KL divergence from the dense model.
 
     Let $h_j$ be the gradient of $\log p(y)$, with $y$ drawn from the model's own predictions, by the key (or value)
-    of token $j$ as those queries see it that see it packed. Errors $\delta_j$ of what is stored, independent from
+    of token $j$ through those queries that see it packed. Errors $\delta_j$ of stored vectors, independent from
     token to token, move the predictions by $\mathrm{KL} \approx \frac12 E \sum_j (h_j \cdot \delta_j)^2$, since the
     Fisher information is the second derivative of the KL divergence. One backward pass serves all.
 
     Args:
-        texts: what `sense` found in each text.
+        texts: for each text the gradients of each layer, from `run_backward`.
         bases: key and value basis of each layer by its index (of hybrids not all layers have one).
         tokens: tokens in all texts.
         device: where to compute.
@@ -163,8 +181,8 @@ def effects_of(
     """
     keys, values = (torch.full((len(bases), len(side)), torch.nan) for side in (KEYS, VALUES))
     rows = {index: row for row, index in enumerate(sorted(bases))}
-    for sensed in texts:
-        for index, layer in sensed.items():
+    for layers in texts:
+        for index, layer in layers.items():
             row, (key_basis, value_basis) = rows[index], bases[index]
             keys[row] = keys[row].nan_to_num(0) + _kl(layer.k, layer.by_key, key_basis, KEYS, device)
             values[row] = values[row].nan_to_num(0) + _kl(layer.v, layer.by_value, value_basis, VALUES, device)
@@ -172,47 +190,49 @@ def effects_of(
 
 
 def tokens_of(batch: Any) -> int:
-    """Tokens in a row of a batch."""
+    """Count the tokens in a row of a batch."""
     return (batch["input_ids"] if isinstance(batch, Mapping) else batch).shape[1]
 
 
-def sensitivities(seen: Observed, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients by each key and value through the queries that see it packed, float32 ``[batch, kv_heads, tokens, d]``.
+def sensitivities(observed: Observed, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute gradients by keys and values through queries that see them packed, ``[batch, kv_heads, tokens, d]``.
 
-    With weights p, output o and its gradient g: ``sum_i p_ij (g_i . (v_j - o_i)) scale q_i`` and ``sum_i p_ij g_i``.
+    With weights p, output o and its gradient g: ``sum_i p_ij (g_i . (v_j - o_i)) scale q_i`` and ``sum_i p_ij g_i``,
+    in float32.
     """
-    kv_heads, tokens = seen.k.shape[1:3]
+    kv_heads, tokens = observed.k.shape[1:3]
     q, out, g = (
         rearrange(t.float(), pattern, h=kv_heads)
         for t, pattern in (
-            (seen.q, "b (h g) t d -> b h g t d"),
-            (seen.out, "b t (h g) d -> b h g t d"),
+            (observed.q, "b (h g) t d -> b h g t d"),
+            (observed.out, "b t (h g) d -> b h g t d"),
             (gradient, "b t (h g) d -> b h g t d"),
         )
     )
-    k, v = seen.k.float(), seen.v.float()
+    k, v = observed.k.float(), observed.v.float()
     by_key, by_value = torch.zeros_like(k), torch.zeros_like(v)
     key = torch.arange(tokens, device=k.device)
     for start in range(0, tokens, QUERIES):
         rows = slice(start, start + QUERIES)
-        seen_keys = slice(0, start + QUERIES if seen.mask is None else tokens)  # a causal query sees none after it
-        columns, query = key[seen_keys], key[rows, None]
-        visible = (columns <= query) if seen.mask is None else seen.mask[:, :, None, rows]
+        stop = start + QUERIES if observed.mask is None else tokens  # a causal query sees no key after it
+        keys = slice(0, stop)
+        columns, query = key[keys], key[rows, None]
+        visible = (columns <= query) if observed.mask is None else observed.mask[:, :, None, rows]
         packed = (query - columns >= BUFFER) & (columns >= SINKS)
-        scores = einsum(q[..., rows, :], k[:, :, seen_keys], "b h g i d, b h j d -> b h g i j") * seen.scale
+        scores = einsum(q[..., rows, :], k[:, :, keys], "b h g i d, b h j d -> b h g i j") * observed.scale
         weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1).nan_to_num_(0).mul_(packed)
-        by_value[:, :, seen_keys] += einsum(weights, g[..., rows, :], "b h g i j, b h g i d -> b h j d")
-        change = einsum(g[..., rows, :], v[:, :, seen_keys], "b h g i d, b h j d -> b h g i j")
+        by_value[:, :, keys] += einsum(weights, g[..., rows, :], "b h g i j, b h g i d -> b h j d")
+        change = einsum(g[..., rows, :], v[:, :, keys], "b h g i d, b h j d -> b h g i j")
         change -= einsum(g[..., rows, :], out[..., rows, :], "b h g i d, b h g i d -> b h g i")[..., None]
         change *= weights
-        by_key[:, :, seen_keys] += einsum(change, q[..., rows, :], "b h g i j, b h g i d -> b h j d") * seen.scale
+        by_key[:, :, keys] += einsum(change, q[..., rows, :], "b h g i j, b h g i d -> b h j d") * observed.scale
     return by_key, by_value
 
 
 def _kl(x: Tensor, h: Tensor, basis: Tensor, candidates: Sequence[Groups], device: torch.device) -> Tensor:
-    """Half the sum over tokens of the squared first-order change, for each candidate, on the CPU.
+    """Compute half the sum over tokens of the squared first-order change, for each candidate, on the CPU.
 
-    Candidates share groups, so the change through each is worked out once.
+    Candidates share groups, so the change through each group is computed once.
     """
     basis = basis.to(device)
     x, h = (rotate(t.to(device).float(), basis) for t in (x, h))
@@ -227,9 +247,9 @@ def _kl(x: Tensor, h: Tensor, basis: Tensor, candidates: Sequence[Groups], devic
 
 
 def _changes(x: Tensor, h: Tensor, bits: Sequence[int]) -> list[Tensor]:
-    r"""First-order change $h \cdot (\hat x - x)$ of each token, for a group stored with each count of bits up to 8.
+    r"""Compute the first-order change $h \cdot (\hat x - x)$ of each token, for a group at each of `bits`, at most 8.
 
-    As `Graded` stores it: codes of the mixed group over its scale; steps are all of one size.
+    The group is stored as `Graded` stores it: codes of the mixed group over its scale; steps are all of one size.
     """
     mix = Graded(((x.shape[-1], 8),)).mix(x.dtype, x.device)
     assert mix is not None
@@ -245,9 +265,9 @@ def _changes(x: Tensor, h: Tensor, bits: Sequence[int]) -> list[Tensor]:
 
 
 def beginning(batch: Any) -> Any:
-    """The first row and at most `TOKENS` tokens of a batch; the batch itself if that is all of it."""
+    """Cut a batch to its first row and at most `TOKENS` tokens; return the batch itself if that is all of it."""
     named = cast("Mapping[str, Any]", batch if isinstance(batch, Mapping) else {"input_ids": batch})
-    part = {n: t[:1, :TOKENS] if isinstance(t, Tensor) and t.ndim > 1 else t for n, t in named.items()}
-    if all(not isinstance(t, Tensor) or part[n].shape == t.shape for n, t in named.items()):
+    window = {n: t[:1, :TOKENS] if isinstance(t, Tensor) and t.ndim > 1 else t for n, t in named.items()}
+    if all(not isinstance(t, Tensor) or window[n].shape == t.shape for n, t in named.items()):
         return batch
-    return part if isinstance(batch, Mapping) else part["input_ids"]
+    return window if isinstance(batch, Mapping) else window["input_ids"]

@@ -32,30 +32,30 @@ def replacing(path: str | Path) -> Iterator[str]:
         raise
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors as one safetensors file, with JSON values in its metadata."""
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"swan": json.dumps(about)})
+        save_file(tensors, temporary, metadata={"swan": json.dumps(metadata)})
 
 
-def read_tensors(path: str | Path, kind: str, what: str, again: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write_tensors` was given.
+def read_tensors(path: str | Path, version: str, name: str, advice: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a file of `write_tensors`; return its metadata and its tensors.
 
     Args:
         path: the file.
-        kind: its ``about["format"]``.
-        what: the name of what is in it.
-        again: how to make another.
+        version: the ``"format"`` that its metadata must have.
+        name: a noun for its content, for errors.
+        advice: the way to make another file, for errors.
 
     Raises:
-        ValueError: the file is not whole, or of another kind.
+        ValueError: the file is not whole, or of another format.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("swan", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = json.loads((file.metadata() or {}).get("swan", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); {again}") from error
-    if about.get("format") != kind:
-        raise ValueError(f"{path} is not a {what} of this version of swan; {again}")
-    return about, tensors
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); {advice}") from error
+    if metadata.get("format") != version:
+        raise ValueError(f"{path} is not a {name} of this version of swan; {advice}")
+    return metadata, tensors

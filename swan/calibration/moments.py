@@ -16,10 +16,10 @@ class Moments:
     r"""Sums $\sum_t x_t x_t^\top$ of one layer, float64 ``[kv_heads, d, d]``.
 
     Args:
-        q: queries after RoPE, summed over the heads of each group.
+        q: queries after RoPE, summed over the heads of each query group.
         k: keys after RoPE.
         v: values.
-        o: $\sum_{h \in group} W_{O,h}^\top W_{O,h}$ of the output projection, zero if it is not known.
+        o: $\sum_h W_{O,h}^\top W_{O,h}$ of the output projection over each query group, zero if it is not known.
         tokens: tokens summed.
     """
 
@@ -31,7 +31,7 @@ class Moments:
 
     @classmethod
     def begin(cls, k: Tensor, v: Tensor, attention: nn.Module | None) -> "Moments":
-        """Zero moments for keys and values of these shapes, with the output moment of `attention`."""
+        """Begin with zero moments for keys and values of these shapes, and the output moment of `attention`."""
         kv_heads, d, dv = k.shape[1], k.shape[3], v.shape[3]
         zeros_k, zeros_v = (torch.zeros(kv_heads, n, n, dtype=torch.float64, device=k.device) for n in (d, dv))
         projection = None if attention is None else output_projection(attention)
@@ -69,7 +69,7 @@ class Moments:
 
 
 def output_projection(attention: nn.Module) -> nn.Module | None:
-    """The output projection of an attention module, found by its usual names, or None."""
+    """Return the output projection of an attention module by its usual names, or None."""
     for name in OUTPUT_NAMES:
         child = getattr(attention, name, None)
         if isinstance(child, nn.Module):
@@ -79,7 +79,7 @@ def output_projection(attention: nn.Module) -> nn.Module | None:
 
 @torch.no_grad()
 def _output_moment(projection: nn.Module, kv_heads: int, dv: int, like: Tensor) -> Tensor:
-    """Gram matrix of what the projection does to each value coordinate.
+    """Compute the Gram matrix of the outputs of the projection for each value coordinate.
 
     The module is applied to unit vectors, so that quantized and adapted projections count as they act.
     """

@@ -1,4 +1,4 @@
-"""`Plan`: what each layer of a cache stores."""
+"""`Plan`: the layouts of each layer of a cache."""
 
 import dataclasses
 import itertools
@@ -46,8 +46,7 @@ LADDER: tuple[tuple[Groups, Groups], ...] = (
     (((16, 8),), ((16, 8),)),
 )
 
-
-EXACT = 1e-9  # retentions are quotients
+ROUNDING = 1e-9  # retentions are quotients, equal only up to the rounding of floats
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Plan:
 
     Args:
         layers: one `LayerPlan` per layer; None keeps no history in that layer (a sliding window).
-        buffer: recent tokens kept dense.
+        buffer: newest tokens kept dense.
         sinks: first tokens kept dense.
 
     Raises:
@@ -94,7 +93,7 @@ class Plan:
         buffer: int = 128,
         sinks: int = 4,
     ) -> "Plan":
-        """The plan we advise at a retention; never stores more, and is monotone in it.
+        """Make the plan that we advise at a retention: it never stores more, and is monotone in it.
 
         Below 1: `Graded` groups of the sorted basis, more bits for leading coordinates and for keys. With a
         calibration that has effects, layers compete for the bytes by what each adds to the KL divergence, and layers
@@ -103,9 +102,9 @@ class Plan:
 
         Args:
             retention: bytes per history token over the bf16 bytes of the same key and value, up to 1.
-            calibration: of the model.
+            calibration: calibration of the model.
             dims: head dimensions of keys and values of each layer, where there is no calibration.
-            buffer: recent tokens kept dense.
+            buffer: newest tokens kept dense.
             sinks: first tokens kept dense.
 
         Returns:
@@ -121,18 +120,18 @@ class Plan:
                 f"the retention comes first, a number such as 0.33: Plan.for_retention(0.33, calibration); got "
                 f"{type(retention).__name__}"
             )
-        dims, effects = _known(calibration, dims)
+        dims, effects = _dims_and_effects(calibration, dims)
         if not 0 < retention <= 1:
             raise ValueError(f"retention must be above 0 and at most 1, got {retention}")
         least = _least(dims, effects)
-        if retention < least - EXACT:
-            shown = math.ceil(least * 1e4) / 1e4  # rounded up, so that it can be asked for
+        if retention < least - ROUNDING:
+            rounded_up = math.ceil(least * 1e4) / 1e4  # rounded down it would not fit
             raise ValueError(
-                f"no plan fits in retention {retention:.3g} at these head dimensions; the least is {shown}"
+                f"no plan fits in retention {retention:.3g} at these head dimensions; the least is {rounded_up}"
             )
         if retention == 1:
-            exact = [LayerPlan(Graded(((d, 16),)), Graded(((dv, 16),))) for d, dv in dims]
-            layers = [layer if _winnowed(effects, index) else None for index, layer in enumerate(exact)]
+            unpruned = [LayerPlan(Graded(((d, 16),)), Graded(((dv, 16),))) for d, dv in dims]
+            layers = [layer if _is_winnowed(effects, index) else None for index, layer in enumerate(unpruned)]
         elif effects is None:
             layers = [_step_within(retention, d, dv) for d, dv in dims]
         else:
@@ -148,12 +147,12 @@ class Plan:
         buffer: int = 128,
         sinks: int = 4,
     ) -> list["Plan"]:
-        """Plans of `for_retention` from 1 down to the least, some 20: the levels of a byte budget.
+        """Make plans of `for_retention` from 1 down to the least, some 20: the levels of a byte budget.
 
         Args:
-            calibration: of the model.
+            calibration: calibration of the model.
             dims: head dimensions of keys and values of each layer, where there is no calibration.
-            buffer: recent tokens kept dense.
+            buffer: newest tokens kept dense.
             sinks: first tokens kept dense.
 
         Returns:
@@ -167,7 +166,7 @@ class Plan:
             >>> [round(plan.retention, 2) for plan in (levels[0], levels[1], levels[-1])]
             [1.0, 0.51, 0.11]
         """
-        dims, effects = _known(calibration, dims)
+        dims, effects = _dims_and_effects(calibration, dims)
         least = _least(dims, effects)
         steps = [step.retention for d, dv in set(dims) for step in _steps(d, dv)]
         retentions = sorted({1.0, least, *(r for r in steps if least < r < 1)}, reverse=True)
@@ -177,12 +176,12 @@ class Plan:
     def caches(
         self, *, static: bool = False, max_length: int | None = None, prefill: Prefill = "chunk"
     ) -> list[KVCache]:
-        """A cache for each layer of a model of your own, with the buffer and the sinks of the plan.
+        """Make a cache for each layer of a model of your own, with the buffer and the sinks of the plan.
 
         Args:
             static: fixed memory for `max_length` tokens, for torch.compile.
             max_length: tokens that a static cache can hold.
-            prefill: form in which several tokens at once are attended, as in `KVCache`.
+            prefill: way in which several tokens at once are attended, as in `KVCache`.
 
         Returns:
             The caches, empty.
@@ -208,13 +207,13 @@ class Plan:
         return sum(layer.retention * w for layer, w in zip(layers, weights, strict=True)) / sum(weights)
 
     def to_json(self) -> str:
-        """The plan as JSON text; `from_json` reads it."""
-        layers = [None if p is None else {"keys": _entry(p.keys), "values": _entry(p.values)} for p in self.layers]
+        """Write the plan as JSON text; `from_json` reads it."""
+        layers = [None if p is None else {"keys": _to_json(p.keys), "values": _to_json(p.values)} for p in self.layers]
         return json.dumps({"buffer": self.buffer, "sinks": self.sinks, "layers": layers})
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """A plan from the JSON text of `to_json`.
+        """Read a plan from the JSON text of `to_json`.
 
         Raises:
             ValueError: the text is not such a plan.
@@ -222,7 +221,7 @@ class Plan:
         try:
             data = json.loads(text)
             layers = [
-                None if p is None else LayerPlan(_layout(p["keys"]), _layout(p["values"])) for p in data["layers"]
+                None if p is None else LayerPlan(_from_json(p["keys"]), _from_json(p["values"])) for p in data["layers"]
             ]
             return cls(tuple(layers), buffer=data["buffer"], sinks=data["sinks"])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -232,7 +231,7 @@ class Plan:
 Dims = Sequence[tuple[int, int]]
 
 
-def _known(calibration: "Calibration | None", dims: Dims | None) -> tuple[Dims, Effects | None]:
+def _dims_and_effects(calibration: "Calibration | None", dims: Dims | None) -> tuple[Dims, Effects | None]:
     if calibration is not None:
         return calibration.dims, calibration.effects
     if dims is None:
@@ -240,7 +239,7 @@ def _known(calibration: "Calibration | None", dims: Dims | None) -> tuple[Dims, 
     return dims, None
 
 
-def _winnowed(effects: Effects | None, index: int) -> bool:
+def _is_winnowed(effects: Effects | None, index: int) -> bool:
     return effects is None or not bool(effects.keys[index].isnan().any())
 
 
@@ -249,15 +248,15 @@ def _steps(d: int, dv: int) -> list[LayerPlan]:
 
 
 def _step_within(retention: float, d: int, dv: int) -> LayerPlan:
-    """The highest step of the ladder in the bytes of `retention`."""
-    return [step for step in _steps(d, dv) if step.retention <= retention + EXACT][-1]
+    """Return the highest step of the ladder within the bytes of `retention`."""
+    return [step for step in _steps(d, dv) if step.retention <= retention + ROUNDING][-1]
 
 
 def _least(dims: Dims, effects: Effects | None) -> float:
-    """The lowest retention that some plan has."""
+    """Return the lowest retention of any plan."""
     if effects is None:
         return max(min(step.retention for step in _steps(d, dv)) for d, dv in dims)
-    winnowed = [pair for index, pair in enumerate(dims) if _winnowed(effects, index)]
+    winnowed = [pair for index, pair in enumerate(dims) if _is_winnowed(effects, index)]
     size = sum(
         min(graded(n, groups).vector_bytes() for groups in side)
         for pair in winnowed
@@ -267,36 +266,36 @@ def _least(dims: Dims, effects: Effects | None) -> float:
 
 
 def _layers_by_effect(retention: float, dims: Dims, effects: Effects) -> list[LayerPlan | None]:
-    """Everything begins at its fewest bytes; the step that lowers the predicted KL most per byte is taken first."""
-    room, chosen, steps = 0.0, {}, []
-    tables = [_cautious(table) for table in (effects.keys, effects.values)]
+    """Begin all at their fewest bytes, and take first the step that lowers the predicted KL most per byte."""
+    room, layouts, steps = 0.0, {}, []
+    tables = [_shrunk_to_mean(table) for table in (effects.keys, effects.values)]
     for index, pair in enumerate(dims):
-        if not _winnowed(effects, index):
+        if not _is_winnowed(effects, index):
             continue
-        room += 2 * sum(pair) * (retention + EXACT)
+        room += 2 * sum(pair) * (retention + ROUNDING)
         for side, d, candidates, table in zip("kv", pair, (KEYS, VALUES), tables, strict=True):
-            layouts = [graded(d, groups) for groups in candidates]
-            points = [(a.vector_bytes(), kl, a) for a, kl in zip(layouts, table[index].tolist(), strict=True)]
+            graded_layouts = [graded(d, groups) for groups in candidates]
+            points = [(a.vector_bytes(), kl, a) for a, kl in zip(graded_layouts, table[index].tolist(), strict=True)]
             hull = _hull(points)
             room -= hull[0][0]
-            chosen[index, side] = hull[0][2]
+            layouts[index, side] = hull[0][2]
             steps += [(_slope(a, b), index, side, b[0] - a[0], b[2]) for a, b in itertools.pairwise(hull)]
     for _, index, side, size, layout in sorted(steps, key=lambda step: step[:3]):
         if size > room:
-            break  # no smaller step further down either: a plan of more bytes has all steps of one of fewer
+            break  # smaller steps after it are not taken either: a plan of more bytes has all steps of one of fewer
         room -= size
-        chosen[index, side] = layout
-    return [LayerPlan(chosen[i, "k"], chosen[i, "v"]) if (i, "k") in chosen else None for i in range(len(dims))]
+        layouts[index, side] = layout
+    return [LayerPlan(layouts[i, "k"], layouts[i, "v"]) if (i, "k") in layouts else None for i in range(len(dims))]
 
 
-def _cautious(table: Tensor) -> Tensor:
-    """Effects half way, in their logarithm, to the mean of all layers: on other texts layers differ less."""
+def _shrunk_to_mean(table: Tensor) -> Tensor:
+    """Move effects half way, in their logarithm, to the mean of all layers: on other texts layers differ less."""
     logs = table.clamp(min=1e-30).log()
     return ((logs + logs.nanmean(0)) / 2).exp()
 
 
 def _hull(points: list[tuple[int, float, Graded]]) -> list[tuple[int, float, Graded]]:
-    """The points (bytes, effect, layout) of the lower convex hull, with falling effect."""
+    """Return the points (bytes, effect, layout) of the lower convex hull, with falling effect."""
     hull: list[tuple[int, float, Graded]] = []
     for point in sorted(points, key=lambda point: point[:2]):
         if hull and point[1] >= hull[-1][1]:
@@ -311,12 +310,12 @@ def _slope(a: tuple[int, float, Graded], b: tuple[int, float, Graded]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
 
 
-def _entry(layout: Layout) -> dict[str, Any]:
+def _to_json(layout: Layout) -> dict[str, Any]:
     if not isinstance(layout, TopK | Graded):
-        raise TypeError(f"only TopK and Graded layouts have a form in JSON, got {layout}")
+        raise TypeError(f"only TopK and Graded layouts can be written as JSON, got {layout}")
     return {"form": layout.form, **dataclasses.asdict(layout)}
 
 
-def _layout(entry: dict[str, Any]) -> Layout:
-    settings = {name: value for name, value in entry.items() if name != "form"}
-    return {"topk": TopK, "graded": Graded}[entry["form"]](**settings)
+def _from_json(fields: dict[str, Any]) -> Layout:
+    settings = {name: value for name, value in fields.items() if name != "form"}
+    return {"topk": TopK, "graded": Graded}[fields["form"]](**settings)

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal where rich is installed, else lines."""
+"""Progress of long loops: a bar on a terminal where rich is installed, else lines."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from typing import TypeVar
 __all__ = ["track"]
 
 T = TypeVar("T")
-SECONDS = 5.0  # between lines
+SECONDS = 5.0  # seconds from one line to the next
 
 
 def track(items: Iterable[T], description: str, *, show: bool = True) -> Iterator[T]:
@@ -34,9 +34,9 @@ def track(items: Iterable[T], description: str, *, show: bool = True) -> Iterato
 
 def _with_lines(items: Iterable[T], description: str) -> Iterator[T]:
     total = f" of {len(items)}" if hasattr(items, "__len__") else ""  # pyright: ignore[reportArgumentType]
-    begun = said = time.monotonic()
+    start = last = time.monotonic()
     for done, item in enumerate(items):
-        if done and time.monotonic() - said >= SECONDS:
-            said = time.monotonic()
-            print(f"{description}: {done}{total}, {said - begun:.0f} s", file=sys.stderr, flush=True)
+        if done and time.monotonic() - last >= SECONDS:
+            last = time.monotonic()
+            print(f"{description}: {done}{total}, {last - start:.0f} s", file=sys.stderr, flush=True)
         yield item

@@ -20,10 +20,11 @@ from swan.functional.dispatch import (
     one_call_serves,
     packed_impl,
     sdpa_gives_lse,
+    unpack_kernel,
 )
 from swan.kernels import Recent
 from swan.storage import Packed
-from swan.storage.packed import mixing, unpack_mixed
+from swan.storage.packed import mixing
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -202,10 +203,11 @@ def _in_tiles(
     tile = max(tokens, 1) if impl == "reference" else TILE
     wide = torch.promote_types(q.dtype, torch.float32)
     outputs: list[tuple[Tensor, Tensor]] = []
+    unpack_keys, unpack_values = unpack_kernel(impl, q, k), unpack_kernel(impl, q, v)
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
         tile_mask = None if mask is None else mask[..., start:stop]
-        keys, values = unpack_mixed(k.tokens(start, stop)), unpack_mixed(v.tokens(start, stop))
+        keys, values = unpack_keys(k.tokens(start, stop)), unpack_values(v.tokens(start, stop))
         out, lse = dense_attention(q, keys, values, mask=tile_mask, scale=scale, impl=impl, return_lse=True)
         outputs.append((out.to(wide), lse))
         if len(outputs) * q.shape[2] >= TILE:  # many queries: their outputs, too, stay within a tile

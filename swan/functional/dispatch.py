@@ -4,7 +4,7 @@ Only what sdpa and flex cannot give (a log-sum-exp, gradients) is refused elsewh
 
 ``"auto"`` follows a table:
 
-| what | CPU | GPU |
+| function | CPU | GPU |
 |---|---|---|
 | `dense_attention` | sdpa; compiled for a log-sum-exp under autograd, in float64, or of values of another dimension | sdpa; compiled for a log-sum-exp |
 | `packed_attention`, `swan_attention` | cpp for up to 16 query rows of a KV head, layouts that it reads, no gradients; else tensor code in tiles | tensor code in tiles |
@@ -19,12 +19,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from swan.kernels import attend_cpu, cpu, pack_cpu
+from swan.kernels import cpu
+from swan.kernels.cpu import attend as attend_cpu
+from swan.kernels.cpu import pack as pack_cpu
 from swan.storage import Layout, Packed
+from swan.storage.packed import unpack_mixed
 
 __all__ = [
     "Impl", "attend_kernel", "dense_impl", "is_kernel", "one_call_serves", "pack_impl", "packed_impl", "sdpa_gives_lse",
-    "store_kernel",
+    "store_kernel", "unpack_kernel",
 ]  # fmt: skip
 
 Impl = Literal["auto", "reference", "sdpa", "flex", "compiled", "cpp", "triton"]
@@ -54,11 +57,11 @@ def dense_impl(impl: Impl, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) ->
 
 
 def packed_impl(impl: Impl, q: Tensor, k: Packed, v: Packed) -> Impl:
-    """Resolve the `impl` of `packed_attention` and `swan_attention`; "auto" stays where tensor code serves.
+    """Resolve the `impl` of `packed_attention` and `swan_attention`; "auto" stays "auto" where tensor code serves.
 
     Raises:
         TypeError: keys or values are not `Packed`.
-        ValueError: there is no implementation of this name, or it is ``"cpp"`` and the kernel does not read the layouts here.
+        ValueError: there is no implementation of this name, or it is ``"cpp"``, which does not read the layouts here.
         RuntimeError: it is ``"cpp"`` and the kernel cannot be built.
     """
     if impl == "flex":
@@ -143,6 +146,14 @@ def pack_impl(impl: Impl, x: Tensor, layout: Layout | None) -> Impl:
         case _:
             pass
     return impl
+
+
+def unpack_kernel(impl: Impl, q: Tensor, packed: Packed) -> Callable[[Packed], Tensor]:
+    """Return the function that unpacks a tile: for ``"auto"`` the kernel, where it runs, else tensor code."""
+    fits = q.device.type == "cpu" and packed.dtype != torch.float64 and attend_cpu.reads(packed.format)
+    if impl != "auto" or not fits or (torch.is_grad_enabled() and _require_grad(*packed.tensors)):
+        return unpack_mixed
+    return pack_cpu.restore if cpu.built() else unpack_mixed
 
 
 def store_kernel(impl: Impl) -> Callable[[Tensor, Layout], Packed]:

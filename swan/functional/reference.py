@@ -52,7 +52,7 @@ def graded_prune(x: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
 
 
 def hadamard(size: int) -> Tensor:
-    """Compute `swan.storage.mixing.hadamard`, entry by entry: signs for the power of two, cosines for the odd factor."""
+    """Build `swan.storage.mixing.hadamard`, entry by entry: signs for the power of two, cosines for the odd factor."""
     odd = size // (size & -size)
 
     def entry(row: int, column: int) -> float:

@@ -1,4 +1,4 @@
-"""Attaching calibrations to models: one's own from `SwanAttention`, and transformers'."""
+"""Attachment of calibrations to models: your own, built from `SwanAttention`, and those of transformers."""
 
 import contextlib
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def attach(model: nn.Module, calibration: Calibration | str | Path, fold: bool =
         FileNotFoundError: there is no such file.
         ValueError: the calibration is of another model, the model is attached already, a projection
             cannot be folded, or the architecture does not work with a `SwanCache` (two tokens are run to
-            find out); the model is unchanged then.
+            see that); the model is unchanged then.
 
     Example:
         >>> import torch, swan
@@ -87,7 +87,7 @@ def detach(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def attached(model: nn.Module, calibration: Calibration | None) -> Iterator[None]:
-    """`attach` for the time of a with block; nothing happens without a calibration."""
+    """Attach a model within a with block; without a calibration nothing happens."""
     if calibration is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Which architectures of transformers are known to work, and why others do not."""
+"""Architectures of transformers that are known to work, and reasons why others do not."""
 
 from typing import Any, NamedTuple
 
@@ -6,12 +6,12 @@ __all__ = ["ARCHITECTURES", "Support", "supported"]
 
 
 class Support(NamedTuple):
-    """What is known of an architecture.
+    """The support of one architecture.
 
     Attributes:
-        supported: whether `swan.attach` takes it.
-        fold: whether ``fold=True`` does.
-        note: what to know, or why it is refused.
+        supported: True if `swan.attach` accepts it.
+        fold: True if ``fold=True`` works.
+        note: a remark, or the reason why it is refused.
     """
 
     supported: bool
@@ -22,7 +22,7 @@ class Support(NamedTuple):
 FUSED = "projections in one module, so fold=False"
 SLIDING = "sliding layers keep transformers' own cache"
 
-# By `config.model_type`; every line is held by a test (tests/matrix.py).
+# By `config.model_type`; every line has its test (tests/matrix.py).
 ARCHITECTURES: dict[str, Support] = {
     "llama": Support(True, True, "also SmolLM2 and many others of its kind"),
     "mistral": Support(True, True, "refused where every layer has a sliding window"),

@@ -15,7 +15,7 @@ def byte_count(size: int | str) -> int:
     """Read a size as a number of bytes.
 
     Raises:
-        ValueError: it is none, or below one byte.
+        ValueError: it is no size, or below one byte.
 
     Example:
         >>> byte_count("1.5kB"), byte_count("64 MiB")

@@ -1,14 +1,14 @@
-"""Fused kernels over `Packed`, one file each. None of them is imported before it is used."""
+"""Fused kernels over `Packed`, compiled at the first use, and what they share: layouts as numbers."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-from swan.storage import Graded, Layout, TopK
+from swan.storage import Graded, Layout, Packed, TopK
 
 
 class Recent(NamedTuple):
-    """Tokens that are not packed: keys and values ``[batch, kv_heads, tokens, d]``, and which a query sees or None."""
+    """Dense recent tokens: keys and values ``[batch, kv_heads, tokens, d]``, and a mask of those that a query sees."""
 
     keys: Tensor
     values: Tensor
@@ -16,9 +16,9 @@ class Recent(NamedTuple):
 
 
 def numbers_of(layout: Layout) -> list[int] | None:
-    """A layout as every kernel takes it: 0, then size and bits of each group; or 1, d, keep and bits.
+    """Write a layout as every kernel takes it: 0, then size and bits of each group; or 1, d, keep and bits.
 
-    None for those that no kernel reads: layouts of other kinds, and `TopK` with a list of positions.
+    Return None for layouts that no kernel reads: those of other forms, and `TopK` with a list of positions.
     """
     match layout:
         case Graded():
@@ -26,3 +26,15 @@ def numbers_of(layout: Layout) -> list[int] | None:
         case TopK() if layout.positions == "bitmap" or layout.keep == layout.d:
             return layout.numbers
     return None
+
+
+def planes_of(packed: Packed) -> list[Tensor]:
+    """Return codes, values in the dtype of the cache, scales, positions; empty tensors where there are none."""
+    codes = whole = empty = packed.planes[0].new_empty(0)
+    for plane in packed.planes:
+        if plane.is_floating_point():
+            whole = plane
+        else:
+            codes = plane
+    scales, positions = packed.scales, packed.positions
+    return [codes, whole, empty if scales is None else scales, empty if positions is None else positions]

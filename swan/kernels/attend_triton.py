@@ -452,9 +452,8 @@ def _values(
         kept, index = bit == 1, tl.cumsum(bit, 1) - bit
     width = tl.load(sizes + 1)
     if BITS == 4:
-        high = (index >= width).to(tl.int32)
-        byte = tl.load(values + (token * width + index - high * width), mask=kept, other=0).to(tl.int32)
-        x = tl.where(kept, 2 * (byte >> 4 * high & 15) - 15, 0).to(tl.float32)
+        byte = tl.load(values + (token * width + index // 2), mask=kept, other=0).to(tl.int32)
+        x = tl.where(kept, 2 * (byte >> 4 * (index % 2) & 15) - 15, 0).to(tl.float32)
     else:
         x = tl.load(values + (token * width + index), mask=kept, other=0).to(tl.float32)
     if BITS == 4:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from swan.kernels import numbers_of
 from swan.storage import Graded, Layout, TopK
-from swan.storage.codes import OCTAVE, OFFSET, PARTS, code_bytes
+from swan.storage.codes import OCTAVE, OFFSET, PARTS, code_bytes, row_bytes
 
 try:
     import triton
@@ -114,7 +114,7 @@ def form_of(*numbers: int) -> Form:
     if most > MOST_PARTS:
         raise ValueError(f"impl='triton' reads layouts of up to {MOST_PARTS} groups, got {layout}; join some")
     coded = [(stop - start, bits) for start, stop, bits in layout.stored if bits < 16]
-    sizes = sum(code_bytes(*group) for group in coded), counts[3], len(coded), 0
+    sizes = row_bytes(coded), counts[3], len(coded), 0
     return Form(layout.d, (w4, w2, w1, w0), 16, False, most, sizes)
 
 
@@ -142,7 +142,7 @@ def table_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
             scales[part.coordinates.start : part.coordinates.stop] = [part.scale] * len(part.coordinates)
             for i in range(part.width):
                 place[byte] = part.first + i
-                for slot, n in enumerate(part.coordinates[i :: part.width]):
+                for slot, n in enumerate(part.coordinates[i * 8 // bits : (i + 1) * 8 // bits]):
                     column = slot * slot_width + byte
                     coordinate[column], owner[column] = n, index
                     sums[n].append(base + column)

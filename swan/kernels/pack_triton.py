@@ -96,7 +96,7 @@ def _empty(x: Tensor, numbers: list[int]) -> list[Tensor]:
     form = form_of(*numbers)
     value = {16: x.dtype, 8: torch.int8, 4: torch.uint8}[form.bits]
     dtypes = torch.uint8, value, SCALE_DTYPE if form.bits == 8 else torch.uint8, torch.uint8
-    return [x.new_empty(*x.shape[:3], size, dtype=dtype) for size, dtype in zip(form.sizes, dtypes, strict=True)]
+    return [x.new_zeros(*x.shape[:3], size, dtype=dtype) for size, dtype in zip(form.sizes, dtypes, strict=True)]
 
 
 @triton.jit(do_not_specialize=["scale_row"])
@@ -189,7 +189,7 @@ def topk_kernel(
         byte = _scale_byte(peak)
         code = tl.minimum(tl.maximum(tl.floor((y / scale_of(byte, 0) + 1) * 8), 0.0), 15.0).to(tl.int32)
         place = tl.arange(0, W)[:, None]
-        low, high = (index[None, :] == place) & kept[None, :], (index[None, :] == place + width) & kept[None, :]
+        low, high = (index[None, :] == 2 * place) & kept[None, :], (index[None, :] == 2 * place + 1) & kept[None, :]
         packed = tl.sum(tl.where(low, code[None, :], 0) + tl.where(high, code[None, :] << 4, 0), 1)
         tl.store(scales + vector, byte.to(tl.uint8))
         tl.store(values + tl.arange(0, W), packed.to(tl.uint8), mask=tl.arange(0, W) < width)

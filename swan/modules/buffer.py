@@ -34,7 +34,11 @@ class DenseBuffer(nn.Module):
     """Keeps the newest `size` tokens and the first `sinks` tokens of each row, unpruned.
 
     The ring is written in place: token ``c`` of the sequence (its *column*) lies in slot
-    ``c % size``. Sinks are the first tokens after each row's left padding.
+    ``c % size``. Sinks are the first tokens after each row's left padding; each is copied to a slot of its own at once,
+    which counts as soon as the ring has lost it. Columns in the slots of ``DenseBuffer(4, sinks=1)``:
+
+        after 3 tokens   sink -   ring 0 1 2 -    (0 is in the ring: its sink does not count yet)
+        after 6 tokens   sink 0   ring 4 5 2 3    (1 was evicted)
 
     Args:
         size: tokens in the ring, at least 1.
@@ -157,9 +161,9 @@ class DenseBuffer(nn.Module):
         return old
 
     def _evicted(self, k: Tensor, v: Tensor) -> Evicted:
-        """Leave out empty slots and sinks among overwritten slots, the first of which is column ``length - size``."""
-        oldest = int(self.state.length) - self.size
-        skip = min(max(max(int(self.state.first), self.sinks) - oldest, 0), k.shape[2])
+        """Leave out sinks and the contents of empty slots; the first overwritten slot is column ``length - size``."""
+        overwritten, leaving = int(self.state.length) - self.size, max(int(self.state.first), self.sinks)
+        skip = min(max(leaving - overwritten, 0), k.shape[2])
         return Evicted(k[:, :, skip:], v[:, :, skip:], None)
 
     def _count(self, tokens: int) -> None:

@@ -20,7 +20,7 @@ Prefill = Literal["chunk", "windowed"]
 
 
 class KVCache(nn.Module):
-    """Keys and values of one layer: packed history, dense buffer of recent tokens, dense sinks.
+    """Keys and values of one layer: packed history, dense buffer of the newest tokens, dense sinks.
 
     A token enters the buffer; the oldest token of a full buffer leaves it, is pruned and packed into
     the history. Query ``i`` sees key ``j`` dense if ``i - j < buffer`` (itself counted) or ``j < sinks``,
@@ -30,8 +30,8 @@ class KVCache(nn.Module):
     Keys and values come rotated, and so do queries and outputs (`OrthoRotation`).
 
     Args:
-        plan_layer: layouts of keys and values; None drops what leaves the buffer (a sliding window).
-        buffer: recent tokens kept dense.
+        plan_layer: layouts of keys and values; None drops tokens that leave the buffer (a sliding window).
+        buffer: newest tokens kept dense.
         sinks: first tokens kept dense.
         prefill: way in which several tokens at once are attended.
         static: fixed memory for `max_length` tokens, counters as tensors: one compilation for all
@@ -322,16 +322,14 @@ class KVCache(nn.Module):
         self.history.append(buffer.push(k, v, padding), impl)
         if recent is None:
             recent = recent_tokens(buffer)
-        stop = None
-        if isinstance(length, int):
-            stop = max(length + (queries - 1 if windowed else 0) - buffer.size + 1, int(first))
+        window, stop = window_starts(length, first, buffer.size, queries, k.device, windowed=windowed)
         return Visible(
             *recent,
             *self.history.until(stop),
             start=self.history.start,
             queries=queries,
             first_query=length,
-            window=window_starts(length, first, buffer.size, queries, k.device, windowed=windowed),
+            window=window,
             sinks=buffer.sinks,
             padding=state.padding,
         )

@@ -6,7 +6,7 @@ from swan.storage import LayerPlan
 
 __all__ = ["history_after", "nbytes_after"]
 
-COLUMN_BYTES = 8  # of the padding of a row
+COLUMN_BYTES = 8  # the padding of a row is an int64
 
 
 def history_after(cache: KVCache, tokens: int, drop: int = 0) -> int:

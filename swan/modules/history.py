@@ -64,18 +64,18 @@ class History:
         return store_kernel(pack_impl(impl, k, layouts[0])), store_kernel(pack_impl(impl, v, layouts[1]))
 
     def append(self, evicted: Evicted, impl: Impl = "auto") -> None:
-        """Pack tokens that the buffer hands over; it has counted them as gone already."""
+        """Pack tokens that the buffer hands over; it has counted them out, so `length` has them already."""
         k, v, _ = evicted
         plan_layer, tokens = self.plan_layer, k.shape[2]
         if plan_layer is None or tokens == 0:
             return
         pack_k, pack_v = self.packers(k, v, impl)
-        stop = self.length
-        self._reserve(stop, max(stop - tokens, 0), k, v)
-        for start in range(max(tokens - stop, 0), tokens, TILE):  # the first ones may be dropped already
-            tile = slice(start, start + TILE)
-            packed_k, packed_v = pack_k(k[:, :, tile], plan_layer.keys), pack_v(v[:, :, tile], plan_layer.values)
-            self._write(packed_k, packed_v, stop - tokens + start)
+        after = self.length
+        before, skipped = max(after - tokens, 0), max(tokens - after, 0)  # the first ones may be dropped already
+        self._reserve(after, before, k, v)
+        for start in range(skipped, tokens, TILE):
+            tile, place = slice(start, start + TILE), after - tokens + start
+            self._write(pack_k(k[:, :, tile], plan_layer.keys), pack_v(v[:, :, tile], plan_layer.values), place)
 
     def until(self, column: int | None) -> tuple[Packed | None, Packed | None]:
         """Return keys and values before a column; for None all that there is room for."""
@@ -100,9 +100,9 @@ class History:
         remaining = self.length
         if tokens and state.k_history is not None and state.v_history is not None:
             capacity = min(self.capacity, grown(remaining))
-            newest = slice(stored - remaining, stored)
-            state.k_history = _resized(state.k_history.tokens(newest.start, newest.stop), capacity) if remaining else None
-            state.v_history = _resized(state.v_history.tokens(newest.start, newest.stop), capacity) if remaining else None
+            start = stored - remaining
+            state.k_history = _resized(state.k_history.tokens(start, stored), capacity) if remaining else None
+            state.v_history = _resized(state.v_history.tokens(start, stored), capacity) if remaining else None
 
     def _reserve(self, tokens: int, stored: int, k: Tensor, v: Tensor) -> None:
         """Take room for so many tokens, the first of which are `stored`."""

@@ -9,7 +9,7 @@ __all__ = ["StructuredPruner"]
 
 
 class StructuredPruner(nn.Module):
-    """Prunes vectors and stores what is left: ``pack(x, layout)``.
+    """Prunes vectors and stores the rest: ``pack(x, layout)``.
 
     Args:
         layout: a `TopK`, `Graded` or other `Layout`.

@@ -30,7 +30,7 @@ class CacheState:
         k_history: packed keys, with room for more tokens than are stored.
         v_history: packed values, likewise.
         length: tokens seen.
-        first: the oldest column in the ring.
+        first: the oldest column in the ring; the history has the columns from ``sinks + dropped`` to before it.
         padded: the most left padding of a row: after so many columns and the sinks, no row has a sink left to write.
         dropped: tokens after the sinks that the history does not keep.
     """
@@ -88,7 +88,7 @@ class CacheState:
                 setattr(self, name, fn(value))
 
     def to_dict(self, stored: int) -> dict[str, Tensor]:
-        """Return all tensors by name, counters as tensors too, without the room ahead of the `stored` history tokens."""
+        """Return tensors and counters by name, all as tensors, without room ahead of the `stored` history tokens."""
         if self.k_recent is None:
             return {}
         tensors: dict[str, Tensor | None] = {name: torch.as_tensor(getattr(self, name)) for name in COUNTERS}
@@ -165,6 +165,7 @@ def _converted(packed: Packed, fn: Callable[[Tensor], Tensor]) -> Packed:
 
 
 def _packed(tensors: dict[str, Tensor], side: str, layout: Layout) -> Packed:
-    planes = tuple([tensors[f"{side}.plane{i}"] for i in range(2) if f"{side}.plane{i}" in tensors])
+    count = sum(name.startswith(f"{side}.plane") for name in tensors)
+    planes = tuple([tensors[f"{side}.plane{i}"] for i in range(count)])
     dtype = tensors["keys"].dtype
     return Packed(planes, tensors.get(f"{side}.scales"), tensors.get(f"{side}.positions"), layout, dtype)

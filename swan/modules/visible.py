@@ -23,7 +23,8 @@ class Visible:
     Attributes:
         k_recent: dense keys ``[batch, kv_heads, tokens, d]``: the buffer, the sinks, and new tokens of a chunk.
         v_recent: dense values, likewise.
-        columns: columns of the dense tokens ``[batch or 1, tokens]``; None where all later queries see each of them.
+        columns: columns of the dense tokens ``[batch or 1, tokens]``; None where none needs hiding: a chunk that sees
+            nothing else, causally, or a single query that sees all of them. Then attention needs no mask.
         k_history: packed keys up to the last column that some query sees packed (all room of a static cache), or None.
         v_history: packed values, likewise.
         start: the column of the first packed token.
@@ -52,7 +53,7 @@ class Visible:
         return self.columns is None and self.queries > 1
 
     def history_mask(self, mask: Tensor | None = None) -> Tensor | None:
-        """Mask the packed tokens, True where a query sees one: ``[batch or 1, heads or 1, queries, tokens]``; None: all.
+        """Mask packed tokens, ``[batch or 1, heads or 1, queries, tokens]``: True where a query sees one; None: all.
 
         Args:
             mask: boolean over the whole sequence, ``[batch or 1, heads or 1, queries, columns]``; False hides a token.
@@ -86,7 +87,7 @@ class Visible:
         return visible if mask is None else visible & at_columns(mask, columns)
 
     def _plain_columns(self) -> Tensor:
-        """Return the columns of dense tokens where `columns` is None: a sequence from its beginning, or sinks and a full ring."""
+        """Return columns where `columns` is None: of a sequence from its beginning, or of sinks and a full ring."""
         tokens, device = self.k_recent.shape[2], self.k_recent.device
         if self.queries > 1 or self.window == 0:
             return torch.arange(tokens, device=device)[None]
@@ -141,8 +142,10 @@ def recent_and_new(buffer: DenseBuffer, k: Tensor, v: Tensor) -> tuple[Tensor, T
 
 def window_starts(
     length: int | Tensor, first: int | Tensor, size: int, queries: int, device: torch.device, *, windowed: bool
-) -> int | Tensor:
-    """Return the first column that a query sees dense because it is in the window of the buffer.
+) -> tuple[int | Tensor, int | None]:
+    """Return the first column that each query sees dense because it is in the window of the buffer, and the last.
+
+    All before the last window's start is read packed: where no mask is needed, that alone says which tokens are.
 
     Args:
         length: tokens before the new ones.
@@ -153,14 +156,16 @@ def window_starts(
         windowed: each query has its own window; else all have that of the first.
 
     Returns:
-        One column for all queries, or ``[queries]``.
+        One column for all queries, or ``[queries]``; and the last as a number, or None in a static cache.
     """
     start = length - size + 1
-    if windowed and queries > 1:
+    steps = queries - 1 if windowed else 0
+    last = None if isinstance(start, Tensor) else max(start + steps, int(first))
+    if steps:
         start = start + torch.arange(queries, device=device)
     if not isinstance(start, Tensor):
-        return max(start, int(first))
-    return start.clamp(min=first) if isinstance(first, int) else torch.maximum(start, first)
+        return max(start, int(first)), last
+    return start.clamp(min=first) if isinstance(first, int) else torch.maximum(start, first), last
 
 
 def at_columns(mask: Tensor, columns: Tensor) -> Tensor:

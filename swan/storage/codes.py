@@ -1,16 +1,19 @@
 """Codes of few bits, how they lie in bytes, and the scales whose steps they count."""
 
+from collections.abc import Iterable
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
 __all__ = [
     "OCTAVE", "OFFSET", "PARTS", "SCALE_DTYPE", "as_bfloat16", "code_bytes", "dequantize_group", "pack_code",
-    "quantize", "quantize_group", "scale_byte", "scale_of", "unpack_code",
+    "quantize", "quantize_group", "row_bytes", "scale_byte", "scale_of", "unpack_code",
 ]  # fmt: skip
 
 SCALE_DTYPE = torch.bfloat16  # the range of float32; its rounding is below half a step of int8
-PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (4, 4)}  # bits of the parts of a code, high ones first
+# Bits of the parts of a code, high bits first.
+PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (4, 4)}
 OCTAVE, OFFSET = 8, 128  # a scale byte c means 2 ** ((c - OFFSET) / OCTAVE)
 
 
@@ -42,17 +45,22 @@ def code_bytes(size: int, bits: int) -> int:
     return sum(-(-size * part // 8) for part in PARTS[bits])
 
 
+def row_bytes(groups: Iterable[tuple[int, int]]) -> int:
+    """Count the bytes of a row of codes, of groups (size, bits): a whole number of words of four bytes."""
+    return -(-sum(code_bytes(size, bits) for size, bits in groups) // 4) * 4
+
+
 def pack_code(code: Tensor, bits: int) -> list[Tensor]:
-    """Pack each part of the codes into a plane of bytes: byte ``i`` holds coordinates ``i``, ``i + n``, ... of ``n`` bytes."""
+    """Pack each part of codes into a plane: fields of P bits follow each other, coordinate i from bit ``P i`` on."""
     planes, shift = [], bits
     for part in PARTS[bits]:
         shift -= part
         field = (code >> shift) & (2**part - 1)
         slots = 8 // part
         field = torch.nn.functional.pad(field, (0, -field.shape[-1] % slots))
-        field = rearrange(field, "... (slot byte) -> ... slot byte", slot=slots)
+        field = rearrange(field, "... (byte slot) -> ... byte slot", slot=slots)
         weights = (1 << (part * torch.arange(slots, device=code.device))).to(torch.uint8)
-        planes.append((field * weights[:, None]).sum(-2, dtype=torch.uint8))
+        planes.append((field * weights).sum(-1, dtype=torch.uint8))
     return planes
 
 
@@ -63,8 +71,8 @@ def unpack_code(planes: Tensor, size: int, bits: int) -> Tensor:
         shift -= part
         width = -(-size * part // 8)
         shifts = (part * torch.arange(8 // part, device=planes.device)).to(torch.uint8)
-        field = (planes[..., None, start : start + width] >> shifts[:, None]) & (2**part - 1)
-        code = code | (rearrange(field, "... slot byte -> ... (slot byte)")[..., :size] << shift)
+        field = (planes[..., start : start + width, None] >> shifts) & (2**part - 1)
+        code = code | (rearrange(field, "... byte slot -> ... (byte slot)")[..., :size] << shift)
         start += width
     return code
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from swan.storage.codes import PARTS, code_bytes, dequantize_group, pack_code, quantize_group, unpack_code
+from swan.storage.codes import PARTS, code_bytes, dequantize_group, pack_code, quantize_group, row_bytes, unpack_code
 from swan.storage.layout import check_dim
 from swan.storage.mixing import mix_of
 from swan.storage.packed import Packed
@@ -25,8 +25,10 @@ class Graded:
     $\hat x = (n - (2^b - 1)/2)\, 2^{1-b} s$. The steps are nested: the code of fewer bits
     is the leading bits of the code of more.
 
-    Bytes per vector: ``ceil(size * bits / 8)`` for each group (each part of 4, 2 and 1 bits rounded up),
-    and a byte for its scale; at 16 bits the dtype of the cache, no scale and no mix.
+    Bytes per vector: ``ceil(size * bits / 8)`` for each group (each part of 4, 2 and 1 bits rounded up), together a
+    whole number of words of four bytes, and a byte for each scale; at 16 bits the dtype of the cache, no scale and no
+    mix. A code is stored in parts of 4, 2 and 1 bits, high bits first: the parts of a group follow each other, and
+    the fields of a part stand in the order of the coordinates.
 
     Args:
         groups: pairs ``(size, bits)`` in the order of the basis; sizes sum to the head dimension;
@@ -52,6 +54,7 @@ class Graded:
     spans: ClassVar[tuple[tuple[int, int, int], ...]]  # (start, stop, bits) of each group
     stored: ClassVar[tuple[tuple[int, int, int], ...]]  # the spans that are not pruned
     mixed: ClassVar[bool]  # some group is stored in mixed coordinates
+    row_bytes: ClassVar[int]  # of the codes of a vector, padded to words of four bytes
     numbers: ClassVar[list[int]]  # the layout as kernels take it: 0, then size and bits of each group
     if TYPE_CHECKING:
 
@@ -77,6 +80,7 @@ class Graded:
             spans=spans,
             stored=tuple(span for span in spans if span[2]),
             mixed=any(bits in PARTS for _, _, bits in spans),
+            row_bytes=row_bytes([(stop - start, bits) for start, stop, bits in spans if bits in PARTS]),
             numbers=[0, *itertools.chain(*self.groups)],
         )
 
@@ -89,13 +93,12 @@ class Graded:
 
     def vector_bytes(self, itemsize: int = 2) -> int:
         """Count the bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
-        return sum(
-            (stop - start) * itemsize if bits == 16 else 1 + code_bytes(stop - start, bits)
-            for start, stop, bits in self.stored
-        )
+        scales = sum(bits != 16 for _, _, bits in self.stored)
+        whole = sum(stop - start for start, stop, bits in self.stored if bits == 16)
+        return self.row_bytes + scales + whole * itemsize
 
     def pack(self, x: Tensor) -> "Packed":
-        """Store groups of few bits in one uint8 plane with a scale byte each, groups of 16 bits in a plane of the dtype."""
+        """Store groups of few bits in one uint8 plane, with a scale byte each, and those of 16 bits in another."""
         matrix = self.mix(x.dtype, x.device)
         mixed = x if matrix is None else x @ matrix
         codes, scales, whole = [], [], []
@@ -108,6 +111,9 @@ class Graded:
             scales.append(scale)
             codes += pack_code(code, bits)
         planes = tuple(torch.cat(plane, dim=-1) for plane in (codes, whole) if plane)
+        if codes:
+            padding = self.row_bytes - planes[0].shape[-1]
+            planes = (torch.nn.functional.pad(planes[0], (0, padding)), *planes[1:])
         return Packed(planes, torch.cat(scales, dim=-1) if scales else None, None, self, x.dtype)
 
     def unpack(self, packed: "Packed") -> Tensor:

@@ -53,7 +53,7 @@ class Layout(Protocol):
         ...
 
     def pack(self, x: Tensor) -> "Packed":
-        """Store vectors ``[batch, heads, tokens, d]``, each of them independently of the others."""
+        """Mix vectors ``[batch, heads, tokens, d]``, where the layout does, and store each independently of others."""
         ...
 
     def unpack(self, packed: "Packed") -> Tensor:
@@ -61,7 +61,7 @@ class Layout(Protocol):
         ...
 
     def mix(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Return the orthonormal matrix ``[d, d]`` that mixes vectors before they are stored; None where nothing is mixed."""
+        """Return the orthonormal matrix ``[d, d]`` that mixes vectors before they are stored, or None."""
         ...
 
 

@@ -16,7 +16,7 @@ __all__ = ["MIXES", "mix_of"]
 class Mixes:
     """Mixing matrices as attributes of an object: compiled code takes those as inputs and does not build them itself.
 
-    A `constant_result` function cannot return the matrices: two such tensors in a graph get the same name in torch 2.13.
+    A `constant_result` function cannot return them: two such tensors in a graph get the same name in torch 2.13.
     """
 
 
@@ -24,9 +24,10 @@ MIXES = Mixes()
 
 
 def mix_of(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the mixing matrix ``[d, d]`` of groups (size, bits); it is built at the first call, also while torch.compile traces."""
+    """Return the matrix ``[d, d]`` of groups (size, bits), built at the first call, also while torch.compile traces."""
     if torch.compiler.is_compiling():
-        groups = tuple([(len(range(size)), len(range(bits))) for size, bits in groups])  # plain ints: the compiler may trace them as symbols
+        # Sizes and bits may be traced as symbols; the length of a range is a plain number.
+        groups = tuple([(len(range(size)), len(range(bits))) for size, bits in groups])
         return getattr(MIXES, _compiled_name(groups, dtype, device))
     return getattr(MIXES, _name(groups, dtype, device))
 
@@ -56,7 +57,7 @@ def build_mix(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: t
 
 
 def hadamard(size: int, device: torch.device) -> Tensor:
-    """Build an orthonormal matrix of entries of like magnitude: Hadamard, times a cosine transform for an odd factor."""
+    """Build an orthonormal matrix of entries of like size: Hadamard, times a cosine transform for an odd factor."""
     odd = size // (size & -size)
     n = torch.arange(odd, dtype=torch.float64, device=device)
     matrix = torch.cos(math.pi / odd * (n[:, None] + 0.5) * n) * math.sqrt(2 / odd)

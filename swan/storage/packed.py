@@ -93,7 +93,7 @@ def unpack(packed: Packed) -> Tensor:
     r"""Return the vectors that a `Packed` stores, pruned coordinates as zeros: $\hat x$ of `TopK` and `Graded`.
 
     Args:
-        packed: what `pack` returned, or some of its tokens.
+        packed: packed vectors, from `pack`, or some of their tokens.
 
     Returns:
         ``[batch, heads, tokens, d]`` in ``packed.dtype``.

@@ -115,7 +115,7 @@ def test_queries_of_transformers():
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
 def test_padding_does_not_count(architecture):
-    """Of a sliding layer too (gemma3), where the last token does not see the first ones."""
+    """This holds for a sliding layer too (gemma3), where the last token does not see the first ones."""
     model, inputs = tiny(architecture), left_padded(20, 3, 11)
     real = inputs["attention_mask"].bool()
     calibration = calibrate(model, [inputs])
@@ -163,7 +163,7 @@ def test_activations_do_not_stay(model):
 
 
 def test_an_attached_model_can_be_calibrated_again():
-    """What is observed is before swan's rotation."""
+    """Vectors are observed before swan's rotation."""
     model, ids = tiny(), tokens(2, 20)
     fresh, again = calibrate(model, [ids]), calibrate(attached(), [ids])
     for a, b in zip(fresh.moments, again.moments, strict=True):

@@ -39,7 +39,7 @@ scales = st.sampled_from([None, 0.3])
 
 
 def as_read(packed, impl):
-    """What an implementation multiplies: of "auto", which may be the kernel, what is stored and not rounded."""
+    """Unpack the numbers that an implementation multiplies: for "auto", which may be the kernel, without rounding."""
     return unpack(dataclasses.replace(packed, dtype=torch.float64) if impl == "auto" else packed).double()
 
 

@@ -15,7 +15,7 @@ kinds = st.sampled_from(["random", "identity"])
 
 
 def defect(basis):
-    """How far a matrix is from orthogonal, at most ``|P P^T - I|``: its entries are rounded to the dtype."""
+    """Measure a matrix's distance from orthogonal, at most ``|P P^T - I|``: its entries are rounded to the dtype."""
     wide = basis.double()
     return (wide @ wide.mT - torch.eye(basis.shape[-1])).norm(dim=(1, 2)).max().item()
 

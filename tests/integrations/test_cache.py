@@ -181,6 +181,12 @@ def test_retention_does_not_count_excluded_layers():
         assert 0.2 < cache.retention <= 0.25
 
 
+def test_the_retention_of_a_plan_does_not_count_excluded_layers(model):
+    layers = [LayerPlan(TopK(16, n), TopK(16, n)) for n in (12, 5)]
+    cache = SwanCache(model, Plan(layers, buffer=8, sinks=2), exclude=[0])
+    assert cache.retention == layers[1].retention < layers[0].retention
+
+
 def test_a_budget_counts_excluded_layers():
     model = attached()
     cache = SwanCache(model, budget=100_000, buffer=8, sinks=2, exclude=[0])
@@ -196,8 +202,8 @@ def test_a_budget_counts_excluded_layers():
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("settings", [{}, {"exclude": [1]}], ids=["all", "one excluded"])
 def test_a_budget_holds_under_autocast(architecture, settings):
-    """Where keys come in float32 and are stored in bfloat16: as low a dial as in bfloat16, and no lower."""
-    budget = 45_000 if settings else 38_000
+    """Keys come in float32 and are stored in bfloat16: the dial falls as low as in bfloat16, and no lower."""
+    budget = 46_000 if settings else 38_000
     model = attached(architecture, num_hidden_layers=3, **THREE.get(architecture, {}))
     cache, half = (SwanCache(model, budget=budget, buffer=8, sinks=2, **settings) for _ in range(2))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -107,7 +107,7 @@ def test_a_reset_cache_serves_another_batch():
 
 
 def tolerance(model, plan, **inputs):
-    """How far two runs may be apart that differ in their rounding only.
+    """Bound the difference of two runs that differ in their rounding only.
 
     With values of 16 bits, what float32 costs. Fewer bits turn a difference of float32 into a whole step
     where a value lies at the border of two: a few in ten thousand do, so what moves them all by up to
@@ -152,7 +152,7 @@ def test_chunks_do_not_matter(plan, chunk, padded):
 
 
 def test_a_dense_prefill_is_dense_but_for_what_was_pruned_before():
-    """Of the first chunk every token sees every other dense."""
+    """In the first chunk every token sees every other dense."""
     model, inputs = attached(), {"input_ids": tokens(1, 60)}
     logits = logits_of(model, SwanCache(model, ROUNDED), chunk=50, **inputs)
     difference = (logits - logits_of(model, **inputs)).abs().amax(-1)[0]

@@ -1,4 +1,4 @@
-"""What a cache really holds, by what is alive in the process and by what torch's allocator gave out."""
+"""The memory that a cache really takes: storages alive in the process, and bytes that torch's allocator gave out."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def read(model, cache, steps):
 
 
 def planned_bytes(cache):
-    """Of the history without room to grow, and of the dense tokens: 2 layers and 2 KV heads in float32."""
+    """Count bytes of the history without room to grow, and of the dense tokens: 2 layers and 2 KV heads in float32."""
     history = cache.get_seq_length() - cache.plan.buffer - cache.plan.sinks
     vectors = sum(entry.keys.vector_bytes(4) + entry.values.vector_bytes(4) for entry in cache.plan.layers)
     return 2 * (history * vectors + (cache.plan.buffer + cache.plan.sinks) * 2 * 2 * 64 * 4)

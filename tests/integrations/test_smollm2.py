@@ -150,7 +150,7 @@ def test_a_chat_of_twenty_turns_is_one_long_prompt(model, smollm2, way):
 
 @pytest.mark.slow
 def test_six_thousand_tokens_in_a_fifth_of_their_bytes():
-    """What is alive after each forward, from the first chunk to single steps; with measured effects.
+    """Count storages alive after each forward, from the first chunk to single steps; with measured effects.
 
     A fifth of the bytes in bfloat16; the model runs in float32, which every CPU multiplies.
     """

@@ -26,7 +26,7 @@ def fresh_compiler():
 
 @pytest.fixture
 def graphs():
-    """What was compiled, one for each frame."""
+    """The compiled graphs, one for each frame."""
     return []
 
 

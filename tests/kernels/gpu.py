@@ -1,4 +1,4 @@
-"""Where Triton kernels run, and how they are compiled where none can."""
+"""The device that Triton kernels run on, and compilation of kernels on machines that cannot run them."""
 
 import os
 from typing import Any

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from swan import Graded, TopK, pack, packed_attention, swan_attention, unpack
 from swan.functional import reference
-from swan.kernels import Recent, attend_cpu
+from swan.kernels import Recent, cpu
+from swan.kernels.cpu import attend as attend_cpu
 from swan.storage.packed import mixing, unpack_mixed
 from tests.strategies import (
     DTYPES,
@@ -34,24 +35,30 @@ def layouts_of(d: int):
     whole = [Graded(((d, bits),)) for bits in (1, 2, 3, 4, 5, 6, 8, 16)]
     some = Graded(((d // 4, 8), (d // 4, 5), (d - d // 4 * 2, 3)))
     odd = Graded(((3, 6), (d // 8, 16), (5, 0), (d - d // 8 - 8, 1)))
+    many = Graded((*[(1, bits) for bits in (1, 2, 3, 4, 5, 6, 8, 4, 2)], (d - 9, 3)))
     topk = [TopK(d, d // 2), TopK(d, d // 3, bits=4), TopK(d, d // 2 + 1, bits=16), TopK(d, d), TopK(d, d, bits=4)]
-    return [*whole, some, odd, Graded.leading(d, d // 2), Graded(((d // 2, 2), (d - d // 2, 0))), *topk]
+    return [*whole, some, odd, many, Graded.leading(d, d // 2), Graded(((d // 2, 2), (d - d // 2, 0))), *topk]
 
 
 def wide(packed):
-    """What is stored, in mixed coordinates, as exactly as it can be said."""
+    """Unpack the stored numbers, in mixed coordinates, without rounding."""
     return unpack_mixed(dataclasses.replace(packed, dtype=torch.float64)).double()
 
 
-def bounds(q, k, v):
-    """Of the output and the log-sum-exp: those of other implementations, and the rounding of the kernel's own.
+def is_exact(dtype) -> bool:
+    """Tell whether nothing is rounded beyond the dtype: with AVX-512 in float32, and through tiles of floats."""
+    return (dtype == torch.float32 and cpu.variant() != "avx2") or cpu.variant() == "generic"
 
-    Queries are rounded to 2**-16 of their largest coordinate, weights times scales to 2**-16 of their largest in 64
+
+def bounds(q, k, v):
+    """Bound output and log-sum-exp: the bounds of other implementations, and the roundings that only the kernel does.
+
+    Queries are rounded to 2**-15 of their largest coordinate, weights times scales to 2**-15 of their largest in 64
     tokens, and a scale is at most 2**(1/8) times the largest coordinate.
     """
     keys, values = wide(k).to(q.dtype), wide(v).to(q.dtype)
-    score = lse_bound(q, keys) + q.shape[-1] ** -0.5 * float(q.abs().max()) * 2.0**-16 * float(keys.abs().sum(-1).max())
-    own = 0.0 if q.dtype == torch.float32 else 2 * (score - lse_bound(q, keys)) + 64 * 2.0**-16 * 2 ** (1 / 8)
+    score = lse_bound(q, keys) + q.shape[-1] ** -0.5 * float(q.abs().max()) * 2.0**-15 * float(keys.abs().sum(-1).max())
+    own = 0.0 if is_exact(q.dtype) else 2 * (score - lse_bound(q, keys)) + 64 * 2.0**-15 * 2 ** (1 / 8)
     largest = float(values.double().abs().max())
     return attention_bound(q, keys, values) + own * largest, score
 
@@ -137,7 +144,7 @@ def test_history_and_recent_tokens_together(seed, dtype, head_counts, queries, t
 
 
 def together(q, k, v, k_recent, v_recent, masks=(None, None)):
-    """What `swan_attention` has to return, in float64: both parts by the reference, merged by their definition."""
+    """Compute `swan_attention` in float64: history and recent tokens by the reference, merged by the definition."""
     stored = (unpack(dataclasses.replace(packed, dtype=torch.float64)).double() for packed in (k, v))
     parts = [
         reference.dense_attention(q.double(), *stored, mask=masks[0]),
@@ -147,7 +154,8 @@ def together(q, k, v, k_recent, v_recent, masks=(None, None)):
 
 
 def assert_close(found, expected):
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+    """To the roundings of float32 numbers of like one, or of queries and weights of two bytes."""
+    torch.testing.assert_close(found.double(), expected, atol=1e-5 if is_exact(torch.float32) else 2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("layout", [Graded(((64, 4),)), Graded.leading(64, 16), TopK(64, 20)], ids=str)
@@ -249,8 +257,7 @@ def test_compiles_whole():
 def test_what_it_cannot_read_is_refused():
     q, k, v = qkv(0, 1, (4, 2), 1, 9, 32, 32, torch.float32)
     indexed, fine = pack(k, TopK(32, 5, positions="index")), pack(v, TopK(32, 5))
-    many = pack(v, Graded(((1, 4),) * 17 + ((15, 4),)))
-    for keys, values in ((indexed, fine), (fine, indexed), (fine, many)):
+    for keys, values in ((indexed, fine), (fine, indexed)):
         with pytest.raises(ValueError, match=r"reads Graded, and TopK with a bitmap, .* not .*; use impl='auto'"):
             packed_attention(q, keys, values, impl="cpp")
     exact = dataclasses.replace(fine, dtype=torch.float64)

@@ -85,7 +85,7 @@ def test_compiles_for_a_gpu(k_layout, v_layout, dtype, tmp_path, monkeypatch):
 
 
 def exact(packed: Packed):
-    """What is stored, in mixed coordinates, not rounded to the dtype of the cache."""
+    """Unpack the stored numbers, in mixed coordinates, not rounded to the dtype of the cache."""
     return unpack_mixed(dataclasses.replace(packed, dtype=torch.float64)).double()
 
 

@@ -1,4 +1,4 @@
-"""How the kernels for CPUs are chosen, built and missed; nothing here compiles them for long."""
+"""The choice and the build of the kernels for CPUs, and work without them; nothing here compiles them for long."""
 
 import os
 import stat

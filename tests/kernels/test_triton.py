@@ -1,6 +1,6 @@
-"""What the tests of Triton kernels run in.
+"""Processes for the tests of Triton kernels.
 
-The interpreter is chosen when Triton is imported: what is named `check_...` runs in a process of its own.
+The interpreter is chosen when Triton is imported, so functions named `check_...` run in a process of their own.
 """
 
 import os

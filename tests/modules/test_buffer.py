@@ -1,4 +1,4 @@
-"""What a `DenseBuffer` holds and hands out, against a list of columns."""
+"""A `DenseBuffer` against a list of columns: the tokens that it keeps, and those that it hands out."""
 
 import pytest
 import torch

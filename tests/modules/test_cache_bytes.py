@@ -65,6 +65,18 @@ def test_bytes_are_known_before(layouts, chunks_and_move, drop, dtype):
         start += chunk
 
 
+def test_a_history_grows_when_its_room_is_full():
+    cache, start, rooms = cache_of(), 0, []
+    _, k, v = sequence(139)
+    for stop in (20, 138, 139):  # of which 10, 128 and 129 are in the history
+        *exact, _ = nbytes_after(cache, stop - start, PLAN, rows=2, kv_heads=2, itemsize=4)
+        cache.update(k[:, :, start:stop], v[:, :, start:stop])
+        assert cache.nbytes == sum(exact)
+        rooms.append(cache.history.capacity)
+        start = stop
+    assert rooms == [128, 128, 256]
+
+
 def test_a_long_history_costs_what_the_plan_says():
     cache = KVCache(LayerPlan(TopK(64, 40), TopK(64, 24)), buffer=16, sinks=4)
     cache.update(*(t.bfloat16() for t in torch.randn(2, 1, 2, 4000, 64)))

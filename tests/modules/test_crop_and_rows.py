@@ -23,7 +23,7 @@ from tests.strategies import (
 @pytest.mark.parametrize("padding", [None, torch.tensor([3, 0])], ids=["plain", "padded"])
 @pytest.mark.parametrize(("length", "kept"), [(30, 30), (30, 25), (30, 11), (30, 1), (7, 3)])
 def test_crop_then_continue(length, kept, padding, static):
-    """What was packed stays packed: the window begins where it began before the crop, until new tokens fill it."""
+    """Packed tokens stay packed: the window begins where it began before the crop, until new tokens fill it."""
     q, k, v = sequence(50)
     cache = cache_of(static=static)
     decode(cache, q[:, :, :length], k[:, :, :length], v[:, :, :length], [length], padding=padding)

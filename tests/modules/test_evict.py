@@ -52,7 +52,7 @@ def test_dropping_is_masking(prefill, masked, padding, dtype):
 
 
 def test_dropping_more_than_there_is():
-    """What is to be dropped and still in the buffer is seen until it leaves, and is not stored."""
+    """Tokens to be dropped that are still in the buffer are seen until they leave it, and are not stored."""
     q, k, v = sequence(50)
     cache = cache_of(prefill="windowed")
     cache.update(k[:, :, :12], v[:, :, :12])

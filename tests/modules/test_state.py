@@ -59,6 +59,30 @@ def test_a_state_dict_is_the_cache(plan_layer, static, padded):
     assert (other[0].length, cache_of(plan_layer, static).state_dict()) == (0, {})
 
 
+def test_a_state_dict_knows_what_was_dropped():
+    cache, other = filled(PLANS["graded"], False), cache_of(PLANS["graded"], False)
+    cache.evict(7)
+    other.load_state_dict(cache.state_dict())
+    assert (other.dropped, other.history_length) == (7, 13)
+    assert torch.equal(more(other), more(cache))
+
+
+def test_a_state_dict_knows_of_sinks_to_come():
+    """A row was nothing but padding so far; its sinks are seen long after."""
+    cache, other = (cache_of(PLANS["topk"], False) for _ in range(2))
+    cache.update(*qkv(0, 2, (4, 2), 3, 3, D, D, torch.float32)[1:], padding=torch.tensor([5, 0]))
+    other.load_state_dict(cache.state_dict())
+    for _ in range(4):
+        assert torch.equal(more(other), more(cache))
+
+
+@static_or_not
+def test_a_state_dict_has_no_room_ahead(static):
+    cache = filled(PLANS["graded"], static)
+    stored = {t.shape[2] for name, t in cache.state_dict().items() if name.startswith(("k.", "v."))}
+    assert stored == {cache.history_length} == {20}
+
+
 def test_a_loaded_cache_shares_nothing_with_its_state_dict():
     cache, other = filled(PLANS["graded"], False), cache_of(PLANS["graded"], False)
     state = cache.state_dict()
@@ -108,7 +132,7 @@ def test_another_device(plan_layer, static):
 
 
 def test_a_dtype_and_back_is_the_cache():
-    """Of numbers that both dtypes have."""
+    """The cache holds numbers that both dtypes have."""
     q, k, v = (t.bfloat16().float() for t in qkv(0, 2, (4, 2), 30, 30, D, D, torch.float32))
     plan_layer = LayerPlan(Graded(((D, 16),)), TopK(D, D, bits=16))
     cache = cache_of(plan_layer, False)

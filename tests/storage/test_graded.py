@@ -51,7 +51,7 @@ def read_by_hand(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
                 width = math.ceil(size * part / 8)
                 plane, codes = codes[:width], codes[width:]
                 for i in range(size):
-                    fields[i] = fields[i] << part | plane[i % width] >> part * (i // width) & 2**part - 1
+                    fields[i] = fields[i] << part | plane[i * part // 8] >> i * part % 8 & 2**part - 1
             scale = 2.0 ** (scales.pop(0) / 8 - 16)
             numbers += [((n - (2**bits - 1) / 2) * 2.0 ** (1 - bits) * scale, 2.0**-bits * scale) for n in fields]
         vectors.append(numbers)
@@ -166,7 +166,7 @@ def test_extreme_vectors_stay_finite(dtype: torch.dtype, value: float) -> None:
 def test_attention_reads_mixed_coordinates(
     groups: tuple[tuple[int, int], ...], others: tuple[tuple[int, int], ...], impl: Impl
 ) -> None:
-    """Of keys and of values, each in their own."""
+    """Keys and values are mixed each in their own groups."""
     k, v = (pack(spectrum(2, 2, 37, Graded(each).d), Graded(each)) for each in (groups, others))
     q = torch.randn(2, 4, 3, k.shape[3])
     keys, values = (read_by_hand(x)[0] @ reference.mix(x.format.groups).mT for x in (k, v))

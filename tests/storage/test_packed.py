@@ -1,4 +1,4 @@
-"""What is stored is the pruned vector, to the bit or to half a step, in the bytes that the layout says."""
+"""The stored vector is the pruned one, to the bit or to half a step, in the bytes that the layout says."""
 
 from itertools import pairwise
 
@@ -202,8 +202,8 @@ def test_vector_bytes(layout, expected):
 
 
 def test_retention_of_other_values_than_keys():
-    keys, values = TopK(64, 32), Graded(((8, 16), (8, 3), (24, 0)))  # 42 and 16 + 3 + 1 bytes
-    assert LayerPlan(keys, values).retention == (42 + 20) / (2 * (64 + 40))
+    keys, values = TopK(64, 32), Graded(((8, 16), (8, 3), (24, 0)))  # 42 bytes; 16, 3 in a word of 4, and 1
+    assert LayerPlan(keys, values).retention == (42 + 21) / (2 * (64 + 40))
 
 
 @pytest.mark.parametrize("positions", ["bitmap", "index"])

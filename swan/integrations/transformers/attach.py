@@ -1,4 +1,4 @@
-"""Give a transformers model the bases of its calibration and swan's attention function, and take them back."""
+"""`attach` gives a transformers model the bases of its calibration and swan's attention; `detach` takes them back."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ __all__ = ["Attachment", "attach", "attachment_of", "detach", "head_shape", "is_
 
 @dataclass
 class Attachment:
-    """What caches need to know, and what `detach` needs to put a model back as it was."""
+    """The data of an attached model: its calibration and plan for caches, and its former state for `detach`."""
 
     calibration: Calibration
-    implementation: str  # of attention, before
-    folded: list[tuple[nn.Parameter, Tensor]]  # parameters and what they were
-    plan: Plan | None = None  # of caches that are told nothing else
+    implementation: str  # the model's own attention implementation
+    folded: list[tuple[nn.Parameter, Tensor]]  # parameters that were folded, and their original values
+    plan: Plan | None = None  # for caches that are made without a plan
     hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
 
 
 def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False) -> None:
-    """See `swan.attach`."""
+    """Attach a transformers model: see `swan.attach`."""
     if is_attached(model):
         raise ValueError("this model is already attached; call swan.detach(model) first")
     if _config(model)._attn_implementation == NAME:
@@ -53,9 +53,9 @@ def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False)
     for index, bases in zip(sorted(layers), calibration.layers, strict=True):
         layer = layers[index]
         key_basis, value_basis = (b.chunk(ranks)[rank] for b in (bases.key_basis, bases.value_basis))
-        place = next((p for p in layer.parameters() if p.is_floating_point()), None)
+        weight = next((p for p in layer.parameters() if p.is_floating_point()), None)
         options: dict[str, Any] = (
-            {"dtype": model.dtype} if place is None else {"dtype": place.dtype, "device": place.device}
+            {"dtype": model.dtype} if weight is None else {"dtype": weight.dtype, "device": weight.device}
         )
         layer.register_buffer("swan_key_basis", key_basis.to(**options), persistent=False)
         if fold:
@@ -73,12 +73,12 @@ def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False)
 
 
 def detach(model: PreTrainedModel) -> None:
-    """See `swan.detach`."""
+    """Detach a transformers model: see `swan.detach`."""
     attachment = getattr(model, "_swan_attachment", None)
     if not isinstance(attachment, Attachment):
         raise ValueError("this model is not attached; there is nothing to detach")
-    for parameter, before in attachment.folded:
-        parameter.data.copy_(before)
+    for parameter, original in attachment.folded:
+        parameter.data.copy_(original)
     for layer in attention_layers(model).values():
         del layer.swan_key_basis, layer.swan_value_basis
     model.set_attn_implementation(attachment.implementation)
@@ -94,7 +94,7 @@ def is_attached(model: nn.Module) -> bool:
 
 
 def attachment_of(model: nn.Module) -> Attachment:
-    """Return what `attach` left in a model.
+    """Return the data that `attach` left in a model.
 
     Raises:
         ValueError: it is not attached.
@@ -119,8 +119,8 @@ def _config(model: PreTrainedModel) -> Any:
 
 
 def _try_cache(model: PreTrainedModel) -> None:
-    """Run two tokens on a cache: some architectures do other things with one than hand it to their attention."""
-    from swan.integrations.transformers.cache import SwanCache  # which needs an attached model
+    """Run two tokens on a cache: some architectures use it elsewhere than in their attention, or not at all."""
+    from swan.integrations.transformers.cache import SwanCache  # here, as cache.py imports this file
 
     body = cast(nn.Module, model.base_model)
     cache = SwanCache(model, retention=1.0)
@@ -134,7 +134,8 @@ def _try_cache(model: PreTrainedModel) -> None:
 
 def _check_foldable(index: int, layer: nn.Module) -> None:
     for name, child in (("v_proj", getattr(layer, "v_proj", None)), ("o_proj", output_projection(layer))):
-        if type(child) is not nn.Linear or type(child.weight) is not nn.Parameter:  # of quantized weights it is not
+        # A quantized Linear may keep its type; its weight is no plain parameter then.
+        if type(child) is not nn.Linear or type(child.weight) is not nn.Parameter:
             kind = type(getattr(child, "weight", None)) if type(child) is nn.Linear else type(child)
             got = "no such module" if child is None else f"{kind.__module__}.{kind.__qualname__}"
             raise ValueError(
@@ -144,7 +145,7 @@ def _check_foldable(index: int, layer: nn.Module) -> None:
 
 
 def _fold(layer: nn.Module, basis: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-    """Fold the value basis into the projections; returns the changed parameters with what they were."""
+    """Fold the value basis into the projections; return the changed parameters with their original values."""
     v, o = layer.v_proj, output_projection(layer)
     assert isinstance(v, nn.Linear) and isinstance(o, nn.Linear)
     folded = fold_value_rotation(v.weight, o.weight, basis.to(v.weight.device), v.bias)

@@ -13,12 +13,12 @@ from swan.modules import KVCache
 
 __all__ = ["NAME", "Pending", "Strayed", "computed_dtype", "swan_attention_forward"]
 
-NAME = "swan"  # of the attention function in transformers
+NAME = "swan"  # name of the attention function in transformers
 UNSUPPORTED = (*CHANGE_SCORES, "sliding_window", "cu_seq_lens_q", "cache", "output_attentions")
 
 
 class Strayed(AttributeError):
-    """Something else than swan's attention function used keys and values of a `SwanCache`."""
+    """Raised where another function than swan's attention uses the keys and values of a `SwanCache`."""
 
     def __init__(self, name: str) -> None:
         super().__init__(
@@ -53,7 +53,7 @@ def swan_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention on the winnowed cache where there is one, else transformers' own SDPA attention."""
+    """Attend on the winnowed cache where there is one, else by transformers' own SDPA attention."""
     if not isinstance(key, Pending):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -79,18 +79,18 @@ def swan_attention_forward(
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:
-    """Tell in which dtype attention is computed: under autocast norms and RoPE may have left another."""
-    place = x.device.type
-    casting = torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place)
-    return torch.get_autocast_dtype(place) if casting else x.dtype
+    """Return the dtype in which attention is computed: under autocast norms and RoPE may have left another."""
+    device_type = x.device.type
+    casting = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if casting else x.dtype
 
 
 def _padding(cache: KVCache, mask: Tensor | None, queries: int) -> Tensor | None:
-    """Left padding of each row as the mask shows it, until each row has begun; None where there is none."""
-    length, known, static = cache.state.length, cache.state.padding, cache.static
-    if mask is None or (not static and (length > 0 if known is None else bool((known < length).all()))):
+    """Read the left padding of each row from a mask, until each row has begun; None where there is none."""
+    length, earlier, static = cache.state.length, cache.state.padding, cache.static
+    if mask is None or (not static and (length > 0 if earlier is None else bool((earlier < length).all()))):
         return None
     new = mask[:, 0, -1].index_select(-1, torch.arange(queries, device=mask.device) + length)
-    before = torch.where(new.any(-1), new.int().argmax(-1), queries)  # new tokens before the first of a row
-    padding = before if known is None else torch.where(known < length, known, length + before)
-    return padding if known is not None or bool(padding.any()) else None
+    before = torch.where(new.any(-1), new.int().argmax(-1), queries)  # new tokens before the first that is no padding
+    padding = before if earlier is None else torch.where(earlier < length, earlier, length + before)
+    return padding if earlier is not None or bool(padding.any()) else None

@@ -1,4 +1,4 @@
-"""`Budget`: the bytes that a `SwanCache` may hold, and what makes room in them."""
+"""`Budget`: the bytes that a `SwanCache` may hold, and the steps that make room for new tokens in them."""
 
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,13 +21,13 @@ class Budget:
 
     Args:
         nbytes: the most bytes that the cache may hold.
-        on_full: what happens at the least level: ``"raise"`` a ValueError, or ``"evict"`` the oldest tokens.
-        warned: whether the one warning that tokens are dropped was given.
+        on_full: the response at the least level: ``"raise"`` a ValueError, or ``"evict"`` the oldest tokens.
+        warned: True once the one warning that tokens are dropped was given.
     """
 
     def __init__(self, nbytes: int, on_full: OnFull, warned: bool = False) -> None:
         self.nbytes, self.on_full, self.warned = nbytes, on_full, warned
-        self.dense_itemsize = 0  # of layers that are not winnowed, which keep the dtype that comes
+        self.dense_itemsize = 0  # of layers that are not winnowed: they store tokens in the dtype in which they come
 
     def check_raise(self, cache: "SwanCache", plan: Plan) -> None:
         """Raise a ValueError if a cache, as it is, would not fit at a plan."""
@@ -51,11 +51,11 @@ class Budget:
         """Lower the level, then drop old tokens, until the budget holds so many more tokens in so many rows.
 
         Raises:
-            ValueError: that is not possible, or not allowed; nothing has changed.
+            ValueError: there is no room to make, or `on_full` is ``"raise"``; nothing has changed.
         """
         if self._needed(cache, cache.plan, tokens, rows, itemsize) <= self.nbytes:
             return
-        levels = cache.dial.plans
+        levels = cache.dial.levels
         for plan in levels:
             fits = plan.retention < cache.retention and self._needed(cache, plan, tokens, rows, itemsize) <= self.nbytes
             if fits:
@@ -79,35 +79,35 @@ class Budget:
         cache.move_to(least)
 
     def _needed(self, cache: "SwanCache", plan: Plan, tokens: int, rows: int, itemsize: int, drop: int = 0) -> int:
-        """Bytes that so many more tokens need: of all parts, and of the largest once more, while it is moved."""
-        parts = []
-        for (index, (kv_heads, d, dv)), entry in zip(cache.shapes.items(), plan.layers, strict=True):
+        """Count the bytes that so many more tokens need: all pieces, and the largest once more, while it is moved."""
+        pieces = []
+        for (index, (kv_heads, d, dv)), plan_layer in zip(cache.shapes.items(), plan.layers, strict=True):
             layer = cache.layers[index]
             if isinstance(layer, SwanLayer):
-                assert entry is not None
+                assert plan_layer is not None
                 sizes = {"rows": rows, "kv_heads": kv_heads, "itemsize": itemsize}
-                parts += nbytes_after(layer.kv, tokens, entry, **sizes, drop=drop)
+                pieces += nbytes_after(layer.kv, tokens, plan_layer, **sizes, drop=drop)
             else:
                 vector_bytes = kv_heads * (d + dv) * (self.dense_itemsize or itemsize)
-                parts.append(_dense_nbytes_after(layer, tokens, rows, vector_bytes))
-        return sum(parts) + max(parts)
+                pieces.append(_dense_nbytes_after(layer, tokens, rows, vector_bytes))
+        return sum(pieces) + max(pieces)
 
     def _full(self, cache: "SwanCache", tokens: int, rows: int, itemsize: int, history: int | None) -> str:
-        """Say why so many more tokens do not fit, with `history` not even without that history, and what to do."""
-        least = cache.dial.plans[-1]
+        """Say why so many more tokens do not fit (given `history`, not even without that history) and what helps."""
+        least = cache.dial.levels[-1]
         needed = self._needed(cache, least, tokens, rows, itemsize, history or 0)
         text = f"{rows} x {cache.get_seq_length() + tokens} tokens"
-        what = text if history is None else f"buffer and sinks of {text} alone"
-        what += f" with {len(cache.exclude)} dense layers" if cache.exclude else ""
+        content = text if history is None else f"buffer and sinks of {text} alone"
+        content += f" with {len(cache.exclude)} dense layers" if cache.exclude else ""
         evict = "on_full='evict', which drops the oldest tokens, a shorter text, " if history is None else ""
         return (
-            f"the budget of {self.nbytes} bytes is full: {what} need {needed} bytes at the least retention, "
+            f"the budget of {self.nbytes} bytes is full: {content} need {needed} bytes at the least retention, "
             f"{least.retention:.3g}; give a larger budget, {evict}fewer rows or a smaller buffer"
         )
 
 
 def _dense_nbytes_after(layer: Any, tokens: int, rows: int, vector_bytes: int) -> int:
-    """Bytes that a dense or sliding layer holds at most, before and after so many more tokens."""
+    """Count the bytes of a dense or sliding layer, before or after so many more tokens, whichever are more."""
     if layer.keys is None or layer.keys.numel() == 0:
         length = now = 0
     else:

@@ -35,11 +35,11 @@ class SwanCache(Cache):
     fit first moves the whole history to the highest of `Plan.levels` at which they do, before anything is stored.
     A level fits if
 
-        nbytes after the forward + the largest part of a layer <= budget
+        nbytes after the forward + the largest piece of a layer <= budget
 
-    where a part is the keys or the values of a layer's history or buffer (both, of a sliding layer): it exists twice
-    for the moment in which it grows or is packed anew, so that the bytes held between two layers are within the
-    budget too. What the model computes with (activations, and tiles of 1024 tokens) is not counted.
+    where a piece is the keys or the values of a layer's history or of its recent tokens (both, of a sliding layer): it
+    exists twice for the moment in which it grows or is packed anew, so that between two layers, too, the cache is
+    within the budget. What the model computes with (activations, and tiles of 1024 tokens) is not counted.
 
     With ``static=True`` the memory for `max_length` tokens is taken with the first ones, and counters are tensors:
     ``torch.compile(model, fullgraph=True)`` decodes without graph breaks, and without a recompilation from the first
@@ -48,18 +48,18 @@ class SwanCache(Cache):
 
     Args:
         model: the model, after `swan.attach`.
-        plan: what each layer stores, or a number: the `retention`; or give `retention`, or `budget`, or `levels`; none
-            of them for the plan that a model from `swan.from_pretrained` came with.
+        plan: the layouts of each layer, or a number: the `retention`; or give `retention`, or `budget`, or `levels`;
+            none of them for the plan that a model from `swan.from_pretrained` came with.
         retention: bytes per history token over the bf16 bytes of the same key and value: the plan is
             `Plan.for_retention` with the calibration that the model was attached with.
         budget: the most bytes that the cache may hold: a number, or text like ``"64MiB"``, ``"1.5GB"``, ``"500kB"``.
-        on_full: what happens to tokens that do not fit in the budget at the least level: ``"raise"`` a ValueError and
+        on_full: the response to tokens that do not fit in the budget at the least level: ``"raise"`` a ValueError and
             leave the cache as it was, or ``"evict"`` the oldest tokens of the history, 64 at a time, with one warning.
             Sinks stay, and so do positions: `get_seq_length` goes on counting the tokens seen.
-        buffer: recent tokens kept dense (a plan has its own).
+        buffer: newest tokens kept dense (a plan has its own).
         sinks: first tokens kept dense (likewise).
         prefill: ``"chunk"``: tokens given at once see each other dense; ``"windowed"``: the same as token
-            by token, whatever the chunks.
+            by token, for chunks of any size.
         static: fixed memory, for compiled decoding. `reset` keeps it, and the number of rows.
         max_length: tokens that a static cache can hold.
         levels: retentions between which the dial of a static cache moves; it begins at the highest.
@@ -78,7 +78,7 @@ class SwanCache(Cache):
         swan.attach(model, swan.calibrate(model, batches))
         cache = swan.SwanCache(model, retention=0.33)
         model.generate(**inputs, cache=cache)
-        cache.retention = 0.25  # the dial: re-packs what is stored
+        cache.retention = 0.25  # the dial: packs the history anew
 
         cache = swan.SwanCache(model, budget="64MiB", on_full="evict")  # the dial moves by itself
 
@@ -124,7 +124,7 @@ class SwanCache(Cache):
         excluded = [row for row, index in enumerate(self.shapes) if index in self.exclude]
         self.dial = Dial(attachment.calibration, excluded, buffer, sinks)
         self.dial.start(source)
-        self.plan = self.dial.plans[0]
+        self.plan = self.dial.levels[0]
         self._config = model.config
         super().__init__(layers=self._new_layers())
 
@@ -135,11 +135,11 @@ class SwanCache(Cache):
 
     @property
     def retention(self) -> float:
-        """The dial. Setting it re-packs the history layer by layer and stores new tokens at the new level.
+        """The retention of the plan in use: the dial. Setting it packs the history anew, layer by layer.
 
-        Lowering frees memory at once; raising keeps what old tokens had. Nothing is recalibrated. With a budget the
-        dial goes on to fall as the history grows, and raising it to what does not fit is a ValueError; so is, in a
-        static cache, what is none of its levels.
+        Lowering frees memory at once; raising brings no pruned numbers back. Nothing is recalibrated. With a budget the
+        dial goes on to fall as the history grows, and raising it beyond the budget is a ValueError; so is, in a
+        static cache, a retention that is none of its levels.
         """
         return self.plan.retention
 
@@ -153,12 +153,12 @@ class SwanCache(Cache):
         self.move_to(plan)
 
     def move_to(self, plan: Plan) -> None:
-        """Store the history, and new tokens, as a plan says; `retention` is the way to do that by a number."""
+        """Store the history, and new tokens, in the layouts of a plan; setting `retention` does that by a number."""
         winnowed = self.winnowed
-        for index, entry in zip(self.shapes, plan.layers, strict=True):
+        for index, plan_layer in zip(self.shapes, plan.layers, strict=True):
             if index in winnowed:
-                assert entry is not None
-                winnowed[index].repack(entry)
+                assert plan_layer is not None
+                winnowed[index].repack(plan_layer)
         self.plan = plan
 
     @property
@@ -178,7 +178,7 @@ class SwanCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every storage held: history with its slack, buffers, sinks, sliding layers."""
+        """Bytes of all its storages: history with its slack, buffers, sinks, sliding layers."""
         return sum(layer_bytes(layer)[0] for layer in self.layers)
 
     @property
@@ -188,22 +188,22 @@ class SwanCache(Cache):
         return stored / dense if dense else 1.0
 
     def report(self) -> list[dict[str, Any]]:
-        """For each winnowed layer its layouts, retention, bytes, compression and captured energy.
+        """Report for each winnowed layer its layouts, retention, bytes, compression and captured energy.
 
         With a budget also the budget (of the whole cache) and the tokens dropped. Captured energy is the share of
-        squared length that the layouts keep of the keys and values now in the buffer: no token of the history is
-        dense, so those are what can be measured.
+        squared length that the layouts keep of the keys and values now in the buffer: tokens of the history are no
+        longer dense, so it cannot be measured on them.
         """
         return report.report(self)
 
     def __repr__(self) -> str:
-        kind = "" if self.budget is None else f"budget={self.budget}, on_full={self.on_full!r}, "
-        kind += f"exclude={list(self.exclude)}, " if self.exclude else ""
+        settings = "" if self.budget is None else f"budget={self.budget}, on_full={self.on_full!r}, "
+        settings += f"exclude={list(self.exclude)}, " if self.exclude else ""
         if self.static:
             levels = [round(retention, 3) for retention in self.dial.retentions]
-            kind += f"static, max_length={self.max_length}, levels={levels}, "
+            settings += f"static, max_length={self.max_length}, levels={levels}, "
         return (
-            f"SwanCache({kind}retention={self.retention:.3g}, buffer={self.plan.buffer}, sinks={self.plan.sinks}, "
+            f"SwanCache({settings}retention={self.retention:.3g}, buffer={self.plan.buffer}, sinks={self.plan.sinks}, "
             f"tokens={int(self.get_seq_length())}, nbytes={self.nbytes}, compression={self.compression:.3g})"
         )
 
@@ -212,21 +212,21 @@ class SwanCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Take in new tokens of a layer; with a budget, the first layer makes room for those of all layers."""
         rows, _, tokens, _ = key_states.shape
-        first = next(iter(self.shapes))  # of hybrids not the first layer
+        first = next(iter(self.shapes))  # in hybrid models not layer 0
         if self.static and layer_idx == first and not torch.compiler.is_compiling():
             assert self.max_length is not None
             check_room(tokens, next(iter(self.winnowed.values())).length, self.max_length)
         if self.byte_budget is None:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         stored, dtype = self.stored, computed_dtype(key_states)
-        fits = stored is None or (stored.shape[0], stored.dtype) == (rows, dtype)  # else the layers refuse it
+        fits = stored is None or (stored.shape[0], stored.dtype) == (rows, dtype)  # else the layers raise an error
         if layer_idx == first and fits:
             self.byte_budget.dense_itemsize = key_states.element_size()
             self.byte_budget.make_room(self, tokens, rows, dtype.itemsize)
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer: Any = self.layers[layer_idx]
         if tokens > 1 and layer.is_sliding:
-            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # not a window into all tokens
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # views would keep all tokens in memory
         return states
 
     def reset(self) -> None:
@@ -237,10 +237,10 @@ class SwanCache(Cache):
         super().reset()
         if self.static:
             return
-        fresh = DynamicCache(config=self._config).layers  # their own reset keeps the old memory, as zeros
+        fresh = DynamicCache(config=self._config).layers  # the reset of transformers keeps the memory, as zeros
         self.layers = [old if isinstance(old, SwanLayer) else new for old, new in zip(self.layers, fresh, strict=True)]
         if self.byte_budget is not None:
-            self.move_to(self.dial.plans[0])
+            self.move_to(self.dial.levels[0])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row; a budget makes room first."""
@@ -270,10 +270,10 @@ class SwanCache(Cache):
         """Write the cache to one safetensors file: to go on from a long prompt another day, in another process.
 
         Args:
-            path: a file that is there is replaced whole or not at all.
+            path: the file; an older one is replaced whole or not at all.
 
         Raises:
-            TypeError: a layout, or what a layer keeps, has no form in the file.
+            TypeError: a layout, or an attribute of a layer, cannot be written to a file.
 
         Example:
             ```python
@@ -288,7 +288,7 @@ class SwanCache(Cache):
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> "SwanCache":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Args:
             path: the file.
@@ -301,7 +301,7 @@ class SwanCache(Cache):
 
     @property
     def stored(self) -> Tensor | None:
-        """Some of the tensors, for their batch size and dtype; None when empty."""
+        """The recent keys of one layer, for their batch size and dtype; None when empty."""
         return next((kv.state.k_recent for kv in self.winnowed.values()), None)
 
     def _new_layers(self) -> list[Any]:
@@ -314,9 +314,9 @@ class SwanCache(Cache):
         if self.max_length is not None:
             layers = StaticCache(config=self._config, max_cache_len=self.max_length).layers
         settings: dict[str, Any] = {"prefill": self.prefill, "static": self.static, "max_length": self.max_length}
-        for index, entry in zip(self.shapes, self.plan.layers, strict=True):
+        for index, plan_layer in zip(self.shapes, self.plan.layers, strict=True):
             if winnowed[index]:
-                kv = KVCache(entry, buffer=self.plan.buffer, sinks=self.plan.sinks, **settings)
+                kv = KVCache(plan_layer, buffer=self.plan.buffer, sinks=self.plan.sinks, **settings)
                 layers[index] = StaticSwanLayer(kv) if self.static else SwanLayer(kv)
         return layers
 

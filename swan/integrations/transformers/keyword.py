@@ -14,17 +14,17 @@ __all__ = ["accept_cache", "cache_keyword"]
 
 
 def cache_keyword(model: nn.Module) -> str:
-    """Tell under which name this version of transformers takes a cache: ``past_key_values``, or ``cache``."""
+    """Return the name under which this version of transformers takes a cache: ``past_key_values``, or ``cache``."""
     return "cache" if "cache" in inspect.signature(unwrapped(model).forward).parameters else "past_key_values"
 
 
 def accept_cache(model: PreTrainedModel) -> list[RemovableHandle]:
-    """Let a model of transformers before 5.24 take a cache under its later name too, ``cache``; returns its hooks."""
+    """Let a model of transformers before 5.24 take a cache under its later name too, ``cache``; return the hooks."""
     if cache_keyword(model) == "cache":
         return []
     vars(model)["generate"] = MethodType(_generate, model)
-    parts = dict.fromkeys((model, cast(nn.Module, model.base_model)))
-    return [part.register_forward_pre_hook(_with_old_name, with_kwargs=True) for part in parts]
+    modules = dict.fromkeys((model, cast(nn.Module, model.base_model)))
+    return [module.register_forward_pre_hook(_with_old_name, with_kwargs=True) for module in modules]
 
 
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -32,7 +32,7 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     return cast(Any, type(model)).generate(model, *args, **kwargs)
 
 
-_generate.__name__ = "generate"  # a pickled method is found again by its name
+_generate.__name__ = "generate"  # pickle looks a method up by its name
 
 
 def _with_old_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Winnowed layers in transformers' cache protocol, and what is asked of layers that are not winnowed."""
+"""Winnowed layers in transformers' cache protocol, and checks of the layers that are not winnowed."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ class SwanLayer(CacheLayerMixin):
     def __init__(self, kv: KVCache) -> None:
         super().__init__()
         self.kv = kv
-        self.home: torch.device | None = None  # where it goes back to, when it is offloaded
+        self.home: torch.device | None = None  # the device that an offloaded layer goes back to
         self.is_initialized = not kv.static
 
     def __repr__(self) -> str:
@@ -42,11 +42,11 @@ class SwanLayer(CacheLayerMixin):
         return self.kv.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Return the tokens seen."""
+        """Return the number of tokens seen."""
         return self.kv.length
 
     def get_max_length(self) -> int:
-        """Return the tokens that fit, -1 for no limit."""
+        """Return the number of tokens that fit, -1 for no limit."""
         return self.kv.max_length or -1
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.15
@@ -109,7 +109,7 @@ class StaticSwanLayer(SwanLayer):
         return self.get_max_length(), 0
 
     def get_seq_length(self) -> Any:
-        """Return the tokens seen."""
+        """Return the number of tokens seen."""
         return self.kv.state.length
 
     def reset(self) -> None:
@@ -127,10 +127,10 @@ def layer_bytes(layer: Any) -> tuple[int, int]:
 
 
 def check_layers(layers: list[Any], attention: list[int]) -> None:
-    """Refuse what transformers itself would keep in other caches than of whole or sliding attention.
+    """Check that transformers would keep only full and sliding attention in the caches of attention layers.
 
     Raises:
-        ValueError: there are such layers, or none of whole attention.
+        ValueError: there are layers of other kinds, or none of full attention.
     """
     kinds = [type(layers[index]) if index < len(layers) else None for index in attention]
     other = {kind.__name__ for kind in kinds if kind and kind not in (DynamicLayer, DynamicSlidingWindowLayer)}

@@ -1,4 +1,4 @@
-"""Which plans the dial of a `SwanCache` moves between, and which of a cache's four sources they come from."""
+"""The plans between which the dial of a `SwanCache` moves, and the arguments that they come from."""
 
 import dataclasses
 import math
@@ -11,12 +11,12 @@ from swan.calibration import Calibration, Plan
 from swan.calibration.effects import Effects
 from swan.modules.checks import check_max_length
 
-__all__ = ["Dial", "Source", "check_static", "source_of"]
+__all__ = ["Dial", "Origin", "check_static", "source_of"]
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a cache is made from: exactly one of these is set, or `budgeted`."""
+class Origin:
+    """The argument that the plans of a cache come from: exactly one of these is set."""
 
     plan: Plan | None = None
     retentions: tuple[float, ...] = ()  # highest first
@@ -29,12 +29,12 @@ def source_of(
     budget: object,
     levels: Sequence[float] | None,
     default: Plan | None,
-) -> Source:
-    """Resolve what a cache is made from: a plan, a retention (under either name), a budget, levels, or the default.
+) -> Origin:
+    """Resolve the source of plans: a plan, a retention (under either name), a budget, levels, or the default plan.
 
     Raises:
         TypeError: `plan` is neither a plan nor a number, which stands for the retention.
-        ValueError: not exactly one of the four is given; none will do where there is a default.
+        ValueError: not exactly one of the four is given, and not none where there is a default.
     """
     if isinstance(plan, int | float):
         if retention is not None:
@@ -42,17 +42,17 @@ def source_of(
         plan, retention = None, plan
     if not isinstance(plan, Plan | None):
         raise TypeError(f"SwanCache(model, ...) takes a retention or a Plan, got {type(plan).__name__}")
-    given = 4 - [plan, retention, budget, levels].count(None)
-    if given == 0 and default is not None:
-        return Source(plan=default)
-    if given != 1:
+    count = 4 - [plan, retention, budget, levels].count(None)
+    if count == 0 and default is not None:
+        return Origin(plan=default)
+    if count != 1:
         raise ValueError("give exactly one of plan, retention, budget and levels")
     retentions = sorted(set(levels or []), reverse=True) if retention is None else [retention]
-    return Source(plan, tuple(retentions), budget is not None)
+    return Origin(plan, tuple(retentions), budget is not None)
 
 
 def check_static(static: bool, max_length: int | None, budget: object, levels: Sequence[float] | None) -> None:
-    """Raise a ValueError if a cache that is static or not cannot have these."""
+    """Raise a ValueError if a cache, static or not, cannot have these settings."""
     check_max_length(static, max_length)
     if static and budget is not None:
         raise ValueError(
@@ -68,12 +68,12 @@ def check_static(static: bool, max_length: int | None, budget: object, levels: S
 
 @dataclass
 class Dial:
-    """The plans between which a cache moves.
+    """The levels of a cache: the plans between which it moves.
 
     Args:
-        calibration: of the model.
+        calibration: calibration of the model.
         excluded: the rows of a plan that are not winnowed: they store nothing, and do not compete for bytes.
-        buffer: recent tokens kept dense.
+        buffer: newest tokens kept dense.
         sinks: first tokens kept dense.
     """
 
@@ -83,16 +83,16 @@ class Dial:
     sinks: int
 
     def __post_init__(self) -> None:
-        self.plans: list[Plan] = []  # the levels, highest first
-        self.retentions: list[float] = []  # by which the levels of a static cache are called
+        self.levels: list[Plan] = []  # the levels, highest first
+        self.retentions: list[float] = []  # the numbers that choose the levels of a static cache
         effects, rows = self.calibration.effects, torch.tensor(self.excluded, dtype=torch.long)
         self._competing = self.calibration
         if effects is not None and self.excluded:
             masked = (t.index_fill(0, rows, math.nan) for t in (effects.keys, effects.values))
             self._competing = dataclasses.replace(self.calibration, effects=Effects(*masked))
 
-    def start(self, source: Source) -> None:
-        """Set the levels that a source has."""
+    def start(self, source: Origin) -> None:
+        """Make the levels from their source."""
         if source.plan is not None:
             plans = [source.plan]
             self.buffer, self.sinks = source.plan.buffer, source.plan.sinks
@@ -102,13 +102,13 @@ class Dial:
             plans = [self.plan(retention) for retention in source.retentions]
         if len(plans[0].layers) != len(self.calibration.layers):
             raise ValueError(f"the plan has {len(plans[0].layers)} layers, the model {len(self.calibration.layers)}")
-        self.plans = [self._of_winnowed(plan) for plan in plans]
-        self.retentions = list(source.retentions) or [self.plans[0].retention]
+        self.levels = [self._without_excluded(plan) for plan in plans]
+        self.retentions = list(source.retentions) or [self.levels[0].retention]
 
     def plan(self, retention: float) -> Plan:
         """Make the plan of any retention."""
         plan = Plan.for_retention(retention, self._competing, buffer=self.buffer, sinks=self.sinks)
-        return self._of_winnowed(plan)
+        return self._without_excluded(plan)
 
     def level(self, retention: float) -> Plan:
         """Find the plan of a static cache for a retention, as it was given or as the plan has it.
@@ -116,16 +116,16 @@ class Dial:
         Raises:
             ValueError: it is none of the levels.
         """
-        for name, plan in zip(self.retentions, self.plans, strict=True):
-            if math.isclose(retention, name) or math.isclose(retention, plan.retention):
+        for number, plan in zip(self.retentions, self.levels, strict=True):
+            if math.isclose(retention, number) or math.isclose(retention, plan.retention):
                 return plan
         raise ValueError(
             f"the dial of this static cache has the levels {', '.join(f'{r:.3g}' for r in self.retentions)}, got "
             f"{retention:.3g}; a new cache can have others (levels=[...])"
         )
 
-    def _of_winnowed(self, plan: Plan) -> Plan:
-        """A plan whose retention does not count excluded layers."""
+    def _without_excluded(self, plan: Plan) -> Plan:
+        """Empty the entries of excluded layers, so that the retention of the plan does not count them."""
         return dataclasses.replace(
             plan, layers=[None if row in self.excluded else layer for row, layer in enumerate(plan.layers)]
         )

@@ -22,7 +22,7 @@ def save_pretrained(model: PreTrainedModel, directory: str | Path, plan: Plan | 
     Args:
         model: an attached model.
         directory: the folder of the model; it is made if it is missing.
-        plan: what ``SwanCache(model)`` stores when it is told nothing else.
+        plan: the plan of a ``SwanCache(model)`` that is given no other.
 
     Raises:
         ValueError: the model is not attached, the folder is that of another, or the model would have to be written with
@@ -70,7 +70,7 @@ def from_pretrained(directory: str | Path, *, fold: bool = False, **kwargs: Any)
         **kwargs: of transformers' ``from_pretrained``, such as ``dtype`` and ``device_map``.
 
     Returns:
-        The model in evaluation mode; ``SwanCache(model)`` stores what the saved plan says, if there is one.
+        The model in evaluation mode; ``SwanCache(model)`` follows the saved plan, if there is one.
 
     Raises:
         ValueError: the folder holds no calibration, or one of another model.
@@ -109,5 +109,5 @@ def attach_saved(model: PreTrainedModel, directory: str | Path, *, fold: bool = 
 
 
 def has_calibration(directory: str | Path) -> bool:
-    """Whether `save_pretrained` wrote to a folder."""
+    """Tell if `save_pretrained` wrote to a folder."""
     return (Path(directory) / CALIBRATION).is_file()

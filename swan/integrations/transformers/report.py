@@ -1,4 +1,4 @@
-"""What each layer of a `SwanCache` stores, as rows."""
+"""The rows of `SwanCache.report`, one for each winnowed layer."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,17 @@ __all__ = ["report"]
 
 
 def report(cache: "SwanCache") -> list[dict[str, Any]]:
-    """See `SwanCache.report`."""
+    """Make the rows: see `SwanCache.report`."""
     rows = []
     for index, kv in cache.winnowed.items():
-        entry = kv.plan_layer
+        plan_layer = kv.plan_layer
         row: dict[str, Any] = {"layer": index, "tokens": kv.length, "history": kv.history_length}
-        row["retention"] = 0.0 if entry is None else entry.retention
+        row["retention"] = 0.0 if plan_layer is None else plan_layer.retention
         if cache.budget is not None:
             row |= {"budget": cache.budget, "dropped": kv.dropped}
         row |= {"nbytes": kv.nbytes, "compression": kv.nbytes / max(kv.dense_nbytes, 1)}
         for name, dense in (("keys", kv.state.k_recent), ("values", kv.state.v_recent)):
-            layout = None if entry is None else getattr(entry, name)
+            layout = None if plan_layer is None else getattr(plan_layer, name)
             row[name] = None if layout is None else dataclasses.asdict(layout)
             row[f"{name}_energy"] = None if layout is None or dense is None else _energy(dense, layout)
         rows.append(row)
@@ -33,7 +33,7 @@ def report(cache: "SwanCache") -> list[dict[str, Any]]:
 
 
 def _energy(dense: Tensor, layout: Layout) -> float:
-    """Share of the squared length that a layout keeps."""
+    """Measure the share of the squared length that a layout keeps."""
     stored = unpack(pack(dense, layout)).double().square().sum()
     total = dense.double().square().sum()
     return (stored / total).item() if total > 0 else 1.0

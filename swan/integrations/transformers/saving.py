@@ -1,4 +1,4 @@
-"""A `SwanCache` in a safetensors file: what of each layer is written, and how it comes back."""
+"""A `SwanCache` in a safetensors file: written layer by layer, and read into a new cache."""
 
 import hashlib
 import json
@@ -14,19 +14,18 @@ from swan.calibration.capture import attention_layers
 from swan.calibration.files import read_tensors, write_tensors
 from swan.compiling import keep_in_place
 from swan.integrations.transformers.attach import attachment_of
-from swan.modules import KVCache
 
 if TYPE_CHECKING:
     from swan.integrations.transformers.cache import SwanCache
 
 __all__ = ["load", "save"]
 
-FORMAT = "swan-cache-1"
-Saved = tuple[dict[str, Any], dict[str, Tensor]]  # of a layer: JSON values, and tensors
+FORMAT = "swan-cache-2"  # changes with the bytes of a layout too
+Saved = tuple[dict[str, Any], dict[str, Tensor]]  # the JSON values and the tensors of one layer
 
 
 def save(cache: "SwanCache", path: str | Path) -> None:
-    """See `SwanCache.save`."""
+    """Write a cache: see `SwanCache.save`."""
     winnowed = cache.winnowed
     layers: list[Saved] = [
         ({}, winnowed[i].state_dict()) if i in winnowed else _other_to_dicts(layer)
@@ -39,7 +38,7 @@ def save(cache: "SwanCache", path: str | Path) -> None:
         "settings": {
             "prefill": cache.prefill, "static": cache.static, "max_length": cache.max_length, "exclude": cache.exclude
         },
-        "plans": [json.loads(plan.to_json()) for plan in (cache.plan, *cache.dial.plans)],
+        "plans": [json.loads(plan.to_json()) for plan in (cache.plan, *cache.dial.levels)],
         "budget": None if budget is None else [budget.nbytes, budget.on_full, budget.warned],
         "retentions": cache.dial.retentions,
         "layers": [values for values, _ in layers],
@@ -49,7 +48,7 @@ def save(cache: "SwanCache", path: str | Path) -> None:
 
 
 def load(cls: type["SwanCache"], path: str | Path, model: PreTrainedModel) -> "SwanCache":
-    """See `SwanCache.load`."""
+    """Read a cache: see `SwanCache.load`."""
     metadata, layers = _read(path)
     if _digest(attachment_of(model).calibration) != metadata["bases"]:
         raise ValueError(
@@ -57,10 +56,10 @@ def load(cls: type["SwanCache"], path: str | Path, model: PreTrainedModel) -> "S
         )
     now, *levels = (Plan.from_json(json.dumps(plan)) for plan in metadata["plans"])
     settings = metadata["settings"]
-    if settings["prefill"] == "dense":  # what "chunk" was called in files of 0.1.0
+    if settings["prefill"] == "dense":  # the name of "chunk" in files of 0.1.0
         settings["prefill"] = "chunk"
     cache = cls(model, now, **settings)
-    cache.dial.plans, cache.dial.retentions = levels, metadata["retentions"]
+    cache.dial.levels, cache.dial.retentions = levels, metadata["retentions"]
     if metadata["budget"] and metadata["budget"][0] is not None:
         cache.set_budget(*metadata["budget"])
     attention, winnowed = attention_layers(model), cache.winnowed
@@ -69,7 +68,7 @@ def load(cls: type["SwanCache"], path: str | Path, model: PreTrainedModel) -> "S
         device = model.device if basis is None else basis.device
         tensors = {name: t.to(device) for name, t in tensors.items()}
         if index in winnowed:
-            winnowed[index].load_state_dict(_counters(winnowed[index], values) | tensors)
+            winnowed[index].load_state_dict(tensors)
             vars(layer)["is_initialized"] = True
         else:
             _fill_other(layer, values, tensors)
@@ -86,7 +85,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], list[Saved]]:
 
 
 def _digest(calibration: Calibration) -> str:
-    """Of the bases in which keys and values are stored."""
+    """Hash the bases in which keys and values are stored."""
     digest = hashlib.sha256()
     for layer in calibration.layers:
         for basis in (layer.key_basis, layer.value_basis):
@@ -94,20 +93,11 @@ def _digest(calibration: Calibration) -> str:
     return digest.hexdigest()
 
 
-def _counters(kv: KVCache, values: dict[str, Any]) -> dict[str, Tensor]:
-    """The counters of a file of 0.1.0, which has them as JSON values; a later one has them as tensors."""
-    if not values.get("length"):
-        return {}
-    counters = {name: values[name] for name in ("length", "first", "dropped")}
-    counters["padded"] = values["sinks_end"] - kv.buffer.sinks
-    return {name: torch.tensor(number) for name, number in counters.items()}
-
-
 def _other_to_dicts(layer: Any) -> Saved:
-    """What a layer of transformers holds: its attributes, and the entries of those that are dicts.
+    """Sort the attributes of a layer of transformers, and the entries of dicts among them, into values and tensors.
 
     Raises:
-        TypeError: it holds something that is neither a tensor nor a JSON value.
+        TypeError: an attribute is neither a tensor nor a JSON value.
     """
     values: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
@@ -120,12 +110,14 @@ def _other_to_dicts(layer: Any) -> Saved:
             elif isinstance(value, bool | int | float | str | None):
                 values[entry] = value
             elif not isinstance(value, torch.dtype | torch.device):
-                raise TypeError(f"{type(layer).__name__}.{name} is a {type(value).__name__}: it has no form in a file")
+                raise TypeError(
+                    f"{type(layer).__name__}.{name} is a {type(value).__name__}: it cannot be written to a file"
+                )
     return values, tensors
 
 
 def _fill_other(layer: Any, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Give a layer of transformers what `_other_to_dicts` found in one of the same kind."""
+    """Set the attributes that `_other_to_dicts` read from a layer of the same kind."""
     for entry, value in (values | tensors).items():
         name, _, key = entry.partition(":")
         if key:

@@ -1,9 +1,16 @@
-// Part of attend_cpu.cpp: graded keys and values of few bits, without a tile of floats.
+// Graded keys and values of few bits without a tile of floats, for CPUs with AVX-512 (VBMI, VNNI).
 //
 // Codes go from bytes into the lanes of a register in four instructions for 64 coordinates. Scores are dot products of
 // codes with queries in two bytes (four where the cache is float32); outputs are sums of codes times weights of 15 bits
 // (floats where the cache is float32), for four query rows at a time. A scale is applied once to the sums of a group of
 // a key, and is part of the weight of a value.
+#pragma once
+
+#include "fields_avx512.h"
+#include "tiles.h"
+
+namespace swan {
+
 class Coded {
  public:
   static constexpr int64_t ROWS = 4, SPAN = 64, QUADS = SPAN / 4, GROUPS = 4;
@@ -28,10 +35,13 @@ class Coded {
       k_groups_.push_back(group);
       width += rounded_up(group.size, PIECE);
     }
-    k_fields_ = Source::fields_in(k_groups_, width, same);
-    v_fields_ = exact ? v.fields : Source::fields_in(v.coded, v.used, pairs);
+    k_fields_ = fields_in(k_groups_, width, same);
+    v_fields_ = fields_in(v.coded, v.used, exact ? same : pairs);
+    for (size_t g = 0; g < v.coded.size(); ++g)
+      for (int64_t c = v.coded[g].start; c < v.coded[g].start + v.coded[g].size; ++c)
+        middle_[c] = v.coded[g].middle(), slot_[c] = static_cast<int32_t>(g);
     for (size_t i = 0; i < v_fields_.size() * 4; ++i) {
-      const int32_t* slot = v.slot + i * LANES;
+      const int32_t* slot = slot_ + i * LANES;
       alike_.push_back(std::all_of(slot, slot + LANES, [&](int32_t s) { return s == slot[0]; }));
     }
   }
@@ -82,6 +92,8 @@ class Coded {
   const bool exact_;
   std::vector<Source::Group> k_groups_;
   std::vector<std::vector<Field>> k_fields_, v_fields_;
+  alignas(64) float middle_[MAX_DIM] = {};  // of the steps of each coordinate of a value
+  alignas(64) int32_t slot_[MAX_DIM] = {};  // its group; 0 where nothing is stored
   std::vector<char> alike_;  // whether 16 coordinates of values share a scale
 
   // Four query rows as numbers of four bytes, most significant first, of which the first two may be enough:
@@ -151,7 +163,7 @@ class Coded {
     constexpr int BYTES = EXACT ? 4 : 2;
     for (int64_t i = 0; i < count; ++i) {
       const uint8_t* scale = k_.scales.row(b, h, t + i);
-      for (size_t g = 0; g < k_.coded.size(); ++g) span.k_step[i][g] = k_.step(g, scale[g]);
+      for (size_t g = 0; g < k_.coded.size(); ++g) span.k_step[i][g] = k_.coded[g].step(scale[g]);
     }
     const uint8_t* row = k_.codes.row(b, h, t);
     for (size_t chunk = 0; chunk < k_fields_.size(); ++chunk)
@@ -195,39 +207,6 @@ class Coded {
     }
   }
 
-  // Calls a function with a reader: of a row, the codes of a chunk, by tables in registers where they are few.
-  template <typename Function>
-  static void by_fields(const std::vector<Field>& fields, const Function& function) {
-    if (fields.size() == 1) return function(Reader<1>(fields));
-    if (fields.size() == 2 && fields[0].base == fields[1].base) return function(Reader<2>(fields));
-    function([&](const uint8_t* row) { return Source::codes_of(fields, row); });
-  }
-
-  // Of N fields in the same 64 bytes.
-  template <int N>
-  struct Reader {
-    int64_t base;
-    __mmask64 bytes = 0;
-    __m512i byte[N], turn[N], mask[N];
-    explicit Reader(const std::vector<Field>& fields) : base(fields[0].base) {
-      for (int i = 0; i < N; ++i) {
-        bytes |= fields[i].bytes;
-        byte[i] = _mm512_load_si512(fields[i].byte);
-        turn[i] = _mm512_load_si512(fields[i].turn);
-        mask[i] = _mm512_load_si512(fields[i].mask);
-      }
-    }
-    __m512i operator()(const uint8_t* row) const {
-      const __m512i found = _mm512_maskz_loadu_epi8(bytes, row + base);
-      __m512i code = _mm512_setzero_si512();
-      for (int i = 0; i < N; ++i) {
-        const __m512i turned = _mm512_multishift_epi64_epi8(turn[i], _mm512_permutexvar_epi8(byte[i], found));
-        code = _mm512_ternarylogic_epi64(code, turned, mask[i], 0xF8);  // code | (turned & mask)
-      }
-      return code;
-    }
-  };
-
   static void softmax(Span& span) {
     __m512 most = _mm512_load_ps(span.peak);
     for (int64_t i = 0; i < QUADS; ++i) most = larger(most, _mm512_load_ps(span.weight + i * LANES));
@@ -251,7 +230,7 @@ class Coded {
   void weights(int64_t b, int64_t h, int64_t t, int64_t count, Span& span) const {
     for (int64_t i = 0; i < count; ++i) {
       const uint8_t* scale = v_.scales.row(b, h, t + i);
-      for (size_t g = 0; g < v_.coded.size(); ++g) span.v_step[g][i] = v_.step(g, scale[g]);
+      for (size_t g = 0; g < v_.coded.size(); ++g) span.v_step[g][i] = v_.coded[g].step(scale[g]);
     }
     const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     for (size_t g = 0; g < v_.coded.size(); ++g) {
@@ -289,8 +268,8 @@ class Coded {
   // out = out * factor + weights @ values of 64 coordinates; ALIKE: 16 neighbours share a scale.
   template <bool EXACT, bool ALIKE>
   void add(int64_t chunk, int64_t b, int64_t h, int64_t t, int64_t count, const Span& span, float* out) const {
-    const int32_t* slot = v_.slot + chunk * CHUNK;
-    const float* middle = v_.middle + chunk * CHUNK;
+    const int32_t* slot = slot_ + chunk * CHUNK;
+    const float* middle = middle_ + chunk * CHUNK;
     const auto index = [&](int i, int r) {  // of group and row, for each lane
       const __m512i group = _mm512_load_si512(slot + i * LANES);
       return _mm512_add_epi32(_mm512_slli_epi32(group, 2), _mm512_set1_epi32(r));
@@ -351,3 +330,5 @@ class Coded {
       }
   }
 };
+
+}  // namespace swan

@@ -2,24 +2,23 @@
 
 from torch import Tensor
 
-from swan.kernels import Recent, numbers_of
+from swan.kernels import Recent, numbers_of, planes_of
 from swan.kernels.cpu import operator
-from swan.storage import Graded, Layout, Packed
+from swan.storage import Layout, Packed
 from swan.storage.packed import mixing
 
 __all__ = ["MOST_ROWS", "attend", "reads"]
 
-MOST_GROUPS = 16
 MOST_ROWS = 16  # query rows of a KV head up to which the kernel is faster than tiles of tensor code
 
 
 def attend(
     q: Tensor, k: Packed, v: Packed, mask: Tensor | None, scale: float, recent: Recent | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Attention of few queries to a packed history, in the coordinates in which keys and values are stored.
+    r"""Attend with few queries to a packed history, in the coordinates in which keys and values are stored.
 
-    That is `packed_attention` without the mixes. With `recent` it is all of `swan_attention`: queries and outputs
-    are mixed here, and one softmax goes over both.
+    This is `packed_attention` without the mixes. With `recent` it is all of `swan_attention`: queries and outputs
+    are mixed here, and one softmax goes over history and recent tokens.
 
     Threads take KV heads and stretches of tokens. Where keys and values are both coded (`Graded` in up to 4 groups,
     none of 16 bits) and the CPU has AVX-512 (VBMI, VNNI), each token is read once for four query rows: scores are
@@ -29,12 +28,12 @@ def attend(
 
     Args:
         q: ``[batch, heads, queries, d]``, float32, bfloat16 or float16, on a CPU.
-        k: packed keys, in a layout that `reads` knows.
+        k: packed keys, in a layout for which `reads` is True.
         v: packed values, likewise.
         mask: boolean ``[batch or 1, heads or 1, queries, tokens]``, True where a query sees a token. Stretches that
             no query sees are not read.
         scale: factor of the scores.
-        recent: tokens beside the history.
+        recent: recent tokens beside the history.
 
     Returns:
         Output ``[batch, heads, queries, dv]`` and natural log-sum-exp ``[batch, heads, queries]``, both float32.
@@ -47,7 +46,7 @@ def attend(
     Source: the split over the history is Dao et al., Flash-Decoding; the method arXiv:2511.18936.
     """
     keys, values = numbers_of(k.format), numbers_of(v.format)
-    arguments = q, _planes(k), keys, _planes(v), values, k.planes[0].shape[2], mask, scale
+    arguments = q, planes_of(k), keys, planes_of(v), values, k.planes[0].shape[2], mask, scale
     if recent is None:
         return operator("attend")(*arguments, [], [], None)
     mixes = [q.new_empty(0) if matrix is None else matrix for matrix in (mixing(k), mixing(v))]
@@ -55,17 +54,5 @@ def attend(
 
 
 def reads(layout: Layout) -> bool:
-    """Whether the kernel knows a layout."""
-    return numbers_of(layout) is not None and (not isinstance(layout, Graded) or len(layout.stored) <= MOST_GROUPS)
-
-
-def _planes(packed: Packed) -> list[Tensor]:
-    """Codes, numbers in the dtype of the cache, scales, positions; empty ones where there are none."""
-    codes = whole = none = packed.planes[0].new_empty(0)
-    for plane in packed.planes:
-        if plane.is_floating_point():
-            whole = plane
-        else:
-            codes = plane
-    scales, positions = packed.scales, packed.positions
-    return [codes, whole, none if scales is None else scales, none if positions is None else positions]
+    """Tell if the kernel reads a layout."""
+    return numbers_of(layout) is not None

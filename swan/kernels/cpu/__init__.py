@@ -17,16 +17,16 @@ from typing import Any
 import torch
 
 from swan.compiling import constant_result
-from swan.storage.codes import code_bytes
+from swan.storage.codes import row_bytes
 
 __all__ = ["build", "built", "instruction_sets", "library", "missing", "operator", "variant", "variants"]
 
-SOURCES = [Path(__file__).with_name(name) for name in ("attend_cpu.cpp", "pack_cpu.cpp")]
-HEADERS = [Path(__file__).with_name(name) for name in ("attend_cpu_avx512.h", "cpu_common.h")]
+FOLDER = Path(__file__).parent
+SOURCES, HEADERS = (sorted(FOLDER.glob(pattern)) for pattern in ("*.cpp", "*.h"))
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
-# Variants of the kernels, the fastest first: what the CPU must have (names of `torch.cpu.get_capabilities`), and how
-# the compiler is told.
+# Variants of the kernels, the fastest first: capabilities that the CPU must have (names of
+# `torch.cpu.get_capabilities`), and flags for the compiler.
 VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx512": (
         ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vbmi", "avx512_vnni"),
@@ -38,34 +38,34 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Names of the instruction sets that a variant needs and the CPU has."""
-    has = torch.cpu.get_capabilities()
+    """Name the instruction sets that some variant needs and this CPU has."""
+    capabilities = torch.cpu.get_capabilities()
     needed = dict.fromkeys(name for needs, _ in VARIANTS.values() for name in needs)
-    return tuple(name for name in needed if has.get(name))
+    return tuple(name for name in needed if capabilities.get(name))
 
 
 @functools.cache
 def variants() -> tuple[str, ...]:
-    """Names of the variants that this CPU can run, the fastest first."""
-    has = instruction_sets()
-    return tuple(name for name, (needs, _) in VARIANTS.items() if all(each in has for each in needs))
+    """Name the variants that this CPU can run, the fastest first."""
+    present = instruction_sets()
+    return tuple(name for name, (needs, _) in VARIANTS.items() if all(each in present for each in needs))
 
 
 @constant_result
 def variant() -> str:
-    """Name of the variant in use: the fastest, or the one that the environment variable SWAN_CPU names.
+    """Name the variant in use: the fastest, or the one that the environment variable SWAN_CPU names.
 
     Raises:
         ValueError: SWAN_CPU names no variant that this CPU can run.
     """
-    chosen = os.environ.get("SWAN_CPU") or variants()[0]
-    if chosen not in variants():
-        raise ValueError(f"SWAN_CPU must be one of {', '.join(variants())} on this CPU, got {chosen!r}")
-    return chosen
+    name = os.environ.get("SWAN_CPU") or variants()[0]
+    if name not in variants():
+        raise ValueError(f"SWAN_CPU must be one of {', '.join(variants())} on this CPU, got {name!r}")
+    return name
 
 
 def operator(name: str) -> Any:
-    """The operator of a kernel (``"attend"`` or ``"pack"``) in the variant in use, once it is built."""
+    """Return the operator of a kernel (``"attend"`` or ``"pack"``) in the variant in use, once it is built."""
     return getattr(torch.ops.swan, f"{name}_cpu_{variant()}")
 
 
@@ -91,7 +91,7 @@ def _built_once(name: str) -> bool:
 
 
 def library(name: str | None = None) -> Path:
-    """The file of a compiled variant (that in use by default): in TORCH_EXTENSIONS_DIR, or where torch keeps others.
+    """Return the file of a compiled variant (by default that in use), in TORCH_EXTENSIONS_DIR or torch's own folder.
 
     Its name changes with the sources, the flags, the CPU and the versions of torch and Python.
 
@@ -100,15 +100,15 @@ def library(name: str | None = None) -> Path:
     """
     name = name or variant()
     text = [path.read_text() for path in (*SOURCES, *HEADERS)]
-    about = [*text, *FLAGS, name, *VARIANTS[name][1], torch.__version__, sys.version, platform.machine(), _cpu()]
-    digest = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
+    identity = [*text, *FLAGS, name, *VARIANTS[name][1], torch.__version__, sys.version, platform.machine(), _cpu()]
+    digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or _cpp_extension().get_default_build_root()
     return Path(root) / f"swan_cpu_{name}-{digest}.so"
 
 
 def missing() -> str | None:
     """Say what is missing to compile the kernels, or None."""
-    compiler = os.environ.get("CXX", "c++")  # what torch takes
+    compiler = os.environ.get("CXX", "c++")  # the compiler that torch uses
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler {compiler!r}"
     return None if _cpp_extension().is_ninja_available() else "there is no ninja"
@@ -123,7 +123,7 @@ def _cpp_extension() -> Any:
 
 
 def build(name: str | None = None) -> None:
-    """Compile a variant of the kernels, that in use by default, or load what was compiled before.
+    """Compile a variant of the kernels, by default that in use, or load it if it was compiled before.
 
     Compiling says on stderr that it begins, and how long it took.
 
@@ -144,11 +144,16 @@ def build(name: str | None = None) -> None:
         return q.new_empty(*q.shape[:3], dv, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 
     @torch.library.register_fake(f"swan::pack_cpu_{name}")
-    def _(x, layout):  # pyright: ignore
+    def _(x, layout, matrix):  # pyright: ignore
         coded = [(size, bits) for size, bits in zip(layout[1::2], layout[2::2], strict=True) if 1 <= bits <= 8]
-        width = sum(code_bytes(size, bits) for size, bits in coded)
-        codes, scales = (x.new_empty(*x.shape[:3], n, dtype=torch.uint8) for n in (width, len(coded)))
+        codes, scales = (x.new_empty(*x.shape[:3], n, dtype=torch.uint8) for n in (row_bytes(coded), len(coded)))
         return codes, scales
+
+    @torch.library.register_fake(f"swan::unpack_cpu_{name}")
+    def _(planes, layout, tokens, like):  # pyright: ignore
+        stored = next(plane for plane in planes if plane.ndim == 4)
+        d = layout[1] if layout[0] else sum(layout[1::2])
+        return like.new_empty(*stored.shape[:2], tokens, d)
 
 
 def _compile(name: str, file: Path) -> None:
@@ -161,7 +166,7 @@ def _compile(name: str, file: Path) -> None:
     settings = {"extra_cflags": flags, "extra_ldflags": ["-fopenmp"], "is_python_module": False}
     module = f"swan_cpu_{name}"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # of its own: no lock is left by a killed build
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # a new one: killed builds leave locks
         try:
             _cpp_extension().load(module, [str(path) for path in SOURCES], build_directory=folder, **settings)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
@@ -180,12 +185,12 @@ def not_built(reason: str) -> str:
 
 
 def _first_error(error: BaseException) -> str:
-    """The first error that the compiler printed, or else the first line of the message."""
+    """Return the first error that the compiler printed, or else the first line of the message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if re.search(r"\berror:", line)), lines[0] if lines else repr(error))
 
 
 def _cpu() -> str:
-    """What tells CPUs apart: a folder may be shared by several machines, and code is tuned for one."""
-    has = torch.cpu.get_capabilities()
-    return " ".join(sorted(str(name) for name, value in has.items() if value))
+    """Describe this CPU: code is tuned for one, and several machines may share a folder."""
+    capabilities = torch.cpu.get_capabilities()
+    return " ".join(sorted(str(name) for name, value in capabilities.items() if value))

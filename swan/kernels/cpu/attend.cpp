@@ -1,0 +1,205 @@
+// Attention of few queries over a packed history, and over dense tokens beside it, on a CPU. Threads take KV heads and
+// stretches of tokens; parts merge by log-sum-exp. Codes of few bits are multiplied as they are where the CPU has the
+// instructions for it (coded_*.h); else tokens are unpacked to floats (tiles.h).
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "tensors.h"
+
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#include "coded_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__)
+#include "coded_avx2.h"
+#else
+#include "coded_none.h"
+#endif
+
+namespace {
+
+using namespace swan;
+
+constexpr int64_t MOST_ROWS = 16;  // query rows up to which codes are read anew for each four
+constexpr int64_t LEAST = 256;     // tokens worth a thread of their own
+constexpr int64_t GRAIN = 64;      // query rows worth a thread
+
+// The history, or the tokens beside it that are not packed: queries times the scale, and what each part found, in rows.
+struct Side {
+  const Source &k, &v;
+  const Mask mask;
+  const int64_t tokens, splits, stretch;
+  const int64_t k_width = rounded_up(k.used, CHUNK), v_width = rounded_up(v.used, CHUNK);
+  std::vector<float> q, outs, peaks, totals;
+
+  // `rows` query rows of each of `workers` KV heads of all sequences.
+  Side(const Source& k, const Source& v, const Mask& mask, int64_t tokens, int64_t workers, int64_t rows)
+      : k(k), v(v), mask(mask), tokens(tokens), splits(splits_of(tokens, workers)),
+        stretch(rounded_up((tokens + splits - 1) / splits, TILE)), q(workers * rows * k_width),
+        outs(workers * splits * rows * v_width), peaks(workers * splits * rows), totals(peaks.size()), rows_(rows) {}
+
+  static int64_t splits_of(int64_t tokens, int64_t workers) {
+    const int64_t wanted = (4 * at::get_num_threads() + workers - 1) / std::max<int64_t>(workers, 1);
+    return std::max<int64_t>(1, std::min(wanted, tokens / LEAST));
+  }
+
+  void query(int64_t row, const float* x, float scale) {
+    for (int64_t c = 0; c < k.used; ++c) q[row * k_width + c] = x[c] * scale;
+  }
+
+  float peak(int64_t row) const {
+    float most = NOTHING;
+    for (int64_t s = 0; s < splits; ++s) most = std::max(most, peaks[part(row, s)]);
+    return most;
+  }
+
+  // Adds what a row found to sums [d of v]; returns the sum of its weights.
+  float add(int64_t row, float most, float* sums) const {
+    float total = 0;
+    for (int64_t s = 0; s < splits; ++s) {
+      const int64_t i = part(row, s);
+      const float factor = exponential(peaks[i] - most);
+      total += factor * totals[i];
+      for (int64_t c = 0; c < v.used; ++c) sums[c] += factor * outs[i * v_width + c];
+    }
+    return total;
+  }
+
+ private:
+  const int64_t rows_;
+  int64_t part(int64_t row, int64_t split) const { return (row / rows_ * splits + split) * rows_ + row % rows_; }
+};
+
+Mask mask_of(const std::optional<at::Tensor>& mask) {
+  if (!mask) return {};
+  const auto stride = [&](int axis) { return mask->size(axis) == 1 ? 0 : mask->stride(axis); };
+  return {mask->const_data_ptr<bool>(), stride(0), stride(1), stride(2)};
+}
+
+void check(const at::Tensor& q, const Source& k, const Source& v, at::TensorList k_planes, at::TensorList v_planes,
+           int64_t tokens, const std::optional<at::Tensor>& mask, at::TensorList recent,
+           const std::optional<at::Tensor>& recent_mask) {
+  const auto &keys = any_of(k_planes), &values = any_of(v_planes);
+  const int64_t batch = q.size(0), kv_heads = keys.size(1);
+  TORCH_CHECK(q.dim() == 4 && q.size(3) == k.d && keys.size(0) == batch && q.size(1) % kv_heads == 0 &&
+                  keys.size(2) >= tokens && values.sizes().slice(0, 3).equals(keys.sizes().slice(0, 3)),
+              "keys and values do not fit the queries or each other");
+  const auto fits = [&](const std::optional<at::Tensor>& m, int64_t count) {
+    return !m || (m->scalar_type() == at::kBool && m->dim() == 4 && (m->size(0) == 1 || m->size(0) == batch) &&
+                  (m->size(1) == 1 || m->size(1) == q.size(1)) && m->size(2) == q.size(2) && m->size(3) == count);
+  };
+  TORCH_CHECK(fits(mask, tokens), "the mask does not fit");
+  if (recent.empty()) return;
+  for (int i = 0; i < 2; ++i)
+    TORCH_CHECK(recent[i].dim() == 4 && recent[i].size(0) == batch && recent[i].size(1) == kv_heads &&
+                    recent[i].size(2) == recent[0].size(2) && recent[i].size(3) == (i ? v.d : k.d) &&
+                    recent[i].scalar_type() == q.scalar_type(),
+                "recent keys and values do not fit the history");
+  TORCH_CHECK(fits(recent_mask, recent[0].size(2)), "the mask of the recent tokens does not fit");
+}
+
+// `mixes`: of keys and values, each a matrix or an empty tensor; `recent`: keys and values as they are, or nothing.
+std::tuple<at::Tensor, at::Tensor> attend(
+    const at::Tensor& q, at::TensorList k_planes, at::IntArrayRef k_layout, at::TensorList v_planes,
+    at::IntArrayRef v_layout, int64_t tokens, const std::optional<at::Tensor>& mask, double scale, at::TensorList mixes,
+    at::TensorList recent, const std::optional<at::Tensor>& recent_mask) {
+  const Source k = source_of(k_planes, k_layout), v = source_of(v_planes, v_layout);
+  check(q, k, v, k_planes, v_planes, tokens, mask, recent, recent_mask);
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), kv_heads = any_of(k_planes).size(1);
+  const int64_t groups = heads / kv_heads, rows = groups * queries, workers = batch * kv_heads;
+
+  const auto side_by_side = [](const std::optional<at::Tensor>& m) {
+    return m && m->stride(3) != 1 ? std::optional(m->contiguous()) : m;
+  };
+  const auto seen = side_by_side(mask), recent_seen = side_by_side(recent_mask);
+  Side history(k, v, mask_of(seen), tokens, workers, rows);
+  std::vector<at::Tensor> dense;
+  for (const at::Tensor& t : recent) dense.push_back(t.stride(3) == 1 ? t : t.contiguous());
+  std::optional<Source> recent_k, recent_v;
+  std::optional<Side> beside;
+  if (!dense.empty()) {
+    const at::Tensor none = at::empty({0}, q.options());
+    recent_k.emplace(source_of({none, dense[0], none, none}, {0, k.d, 16}));
+    recent_v.emplace(source_of({none, dense[1], none, none}, {0, v.d, 16}));
+    beside.emplace(*recent_k, *recent_v, mask_of(recent_seen), dense[0].size(2), workers, rows);
+  }
+  std::optional<Mix> key_mix, value_mix;
+  if (mixes.size() && mixes[0].numel()) key_mix.emplace(mix_of(mixes[0], k, false));
+  if (mixes.size() && mixes[1].numel()) value_mix.emplace(mix_of(mixes[1], v, true));
+
+  const at::Tensor wide = q.to(at::kFloat).contiguous();
+  std::vector<char> finite(workers * rows, true);  // of the others, integers would make numbers
+  at::parallel_for(0, workers * rows, GRAIN, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* x = wide.const_data_ptr<float>() + row * k.d;
+      finite[row] = std::all_of(x, x + k.d, [](float c) { return std::isfinite(c); });
+      if (!finite[row]) continue;
+      if (beside) beside->query(row, x, static_cast<float>(scale));
+      float mixed[MAX_DIM];
+      std::copy_n(x, k.d, mixed);
+      if (key_mix) key_mix->apply(mixed);
+      history.query(row, mixed, static_cast<float>(scale));
+    }
+  });
+  std::optional<Coded> coded;
+  if (rows <= MOST_ROWS && Coded::reads(k, v)) coded.emplace(k, v, q.scalar_type() == at::kFloat);
+  const auto run = [&](Side& side, const Coded* codes, int64_t i) {
+    const int64_t worker = i / side.splits, begin = std::min(i % side.splits * side.stretch, side.tokens);
+    const int64_t end = std::min(begin + side.stretch, side.tokens), b = worker / kv_heads, h = worker % kv_heads;
+    const float* query = side.q.data() + worker * rows * side.k_width;
+    float *out = side.outs.data() + i * rows * side.v_width, *peak = side.peaks.data() + i * rows;
+    const Stretch stretch{side.k, side.v, side.mask, query, b, h, rows, groups, queries, out, peak, side.totals.data() + i * rows};
+    if (!codes) return stretch.run(begin, end);
+    for (int64_t r = 0; r < rows; r += Coded::ROWS) {
+      const int64_t count = std::min(rows - r, Coded::ROWS);
+      const bool* seen[Coded::ROWS] = {};
+      for (int64_t n = 0; n < count; ++n) seen[n] = stretch.seen_by(r + n);
+      codes->attend(query + r * side.k_width, count, b, h, begin, end, seen, out + r * side.v_width, peak + r,
+                    stretch.total + r);
+    }
+  };
+  const int64_t parts = workers * history.splits, others = beside ? workers * beside->splits : 0;
+  const int64_t items = std::max(parts, others);  // threads take neighbours: each its share of both
+  at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = parts * begin / items; i < parts * end / items; ++i) run(history, coded ? &*coded : nullptr, i);
+    for (int64_t i = others * begin / items; i < others * end / items; ++i) run(*beside, nullptr, i);
+  });
+
+  // Merged by log-sum-exp; the history in the coordinates in which it is stored.
+  at::Tensor out = at::zeros({batch, heads, queries, v.d}, q.options().dtype(at::kFloat));
+  at::Tensor lse = at::full({batch, heads, queries}, NOTHING, q.options().dtype(at::kFloat));
+  auto *to = out.mutable_data_ptr<float>(), *lse_to = lse.mutable_data_ptr<float>();
+  at::parallel_for(0, workers * rows, GRAIN, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (!finite[row]) {
+        std::fill_n(to + row * v.d, v.d, NAN);
+        lse_to[row] = NAN;
+        continue;
+      }
+      const float most = std::max(history.peak(row), beside ? beside->peak(row) : NOTHING);
+      if (most == NOTHING) continue;
+      std::vector<float> sums(v.d);
+      float total = history.add(row, most, sums.data());
+      if (value_mix) value_mix->apply(sums.data());
+      if (beside) total += beside->add(row, most, sums.data());
+      for (int64_t c = 0; c < v.d; ++c) to[row * v.d + c] = sums[c] / total;
+      lse_to[row] = most + std::log(total);
+    }
+  });
+  return {out, lse};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(swan, m) {
+  m.def(
+      SWAN_OPERATOR(attend_cpu)
+      "(Tensor q, Tensor[] k, int[] k_layout, Tensor[] v, int[] v_layout, SymInt tokens, Tensor? mask, "
+      "float scale, Tensor[] mixes, Tensor[] recent, Tensor? recent_mask) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(swan, CPU, m) {
+  m.impl(SWAN_OPERATOR(attend_cpu), &attend);
+}

@@ -1,0 +1,41 @@
+// Tensors as the kernels read them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "mix.h"
+
+namespace swan {
+
+inline Plane plane_of(const at::Tensor& t) {
+  if (!t.numel()) return {};
+  TORCH_CHECK(t.dim() == 4 && (t.stride(3) == 1 || t.size(3) == 1), "expected [batch, heads, tokens, width]");
+  const int64_t size = t.element_size();
+  return {static_cast<const uint8_t*>(t.const_data_ptr()), t.stride(0) * size, t.stride(1) * size, t.stride(2) * size};
+}
+
+// tensors: codes, whole, scales, positions, each a tensor or an empty one.
+inline Source source_of(at::TensorList tensors, at::IntArrayRef layout) {
+  Planes planes{plane_of(tensors[0]), plane_of(tensors[1]), plane_of(tensors[2]), plane_of(tensors[3])};
+  if (tensors[0].dim() == 4) planes.row = tensors[0].size(3);
+  if (tensors[1].dim() == 4) planes.dtype = tensors[1].scalar_type();
+  const Source source(planes, layout.data(), layout.size());
+  TORCH_CHECK(source.d <= MAX_DIM, "at most ", MAX_DIM, " coordinates");
+  return source;
+}
+
+// The mix of the groups of few bits, by a matrix [d, d].
+inline Mix mix_of(const at::Tensor& matrix, const Source& source, bool transposed) {
+  const at::Tensor m = matrix.contiguous();
+  const auto* data = static_cast<const uint8_t*>(m.const_data_ptr());
+  return Mix(data, m.scalar_type(), source.d, source.coded, transposed);
+}
+
+// One of the tensors that there are.
+inline const at::Tensor& any_of(at::TensorList tensors) {
+  return *std::find_if(tensors.begin(), tensors.end(), [](const at::Tensor& t) { return t.dim() == 4; });
+}
+
+}  // namespace swan
