@@ -20,11 +20,11 @@ def attend(
     This is `packed_attention` without the mixes. With `recent` it is all of `swan_attention`: queries and outputs
     are mixed here, and one softmax goes over history and recent tokens.
 
-    Threads take KV heads and stretches of tokens. Where keys and values are both coded (`Graded` in up to 4 groups,
-    none of 16 bits) and the CPU has AVX-512 (VBMI, VNNI), each token is read once for four query rows: scores are
-    products of codes with queries rounded to two bytes of their largest coordinate, outputs sums of codes with weights
-    $p_j s_j$ rounded to 15 bits of their largest in 64 tokens (for float32 four bytes, and not rounded). Else each
-    token is unpacked to floats, once for all rows.
+    Threads take KV heads and stretches of tokens. Where keys and values are both coded (`Graded`, no group of 16 bits)
+    and the CPU has AVX2, or AVX-512 with VBMI and VNNI (up to 4 groups), each token is read once for four query rows:
+    scores are products of codes with queries rounded to two bytes of their largest coordinate, outputs sums of codes
+    with weights $p_j s_j$ rounded to 15 bits of their largest in 64 tokens (with AVX-512 in float32 four bytes, and not
+    rounded). Else each token is unpacked to floats, once for all rows.
 
     Args:
         q: ``[batch, heads, queries, d]``, float32, bfloat16 or float16, on a CPU.

@@ -164,12 +164,26 @@ class Coded {
     return _mm256_or_si256(x, field<Q ? Q : 1, 0, J>(lower));
   }
 
-  template <typename Function>
-  static void each_of_four(const Function& function) {
-    function(std::integral_constant<int, 0>());
-    function(std::integral_constant<int, 1>());
-    function(std::integral_constant<int, 2>());
-    function(std::integral_constant<int, 3>());
+  // sum + products of neighbours in x and in memory. Compilers would keep what is in memory in registers that there are
+  // not, and copy sums from one to another.
+  [[gnu::always_inline]] static __m256i plus_products(__m256i sum, __m256i x, const void* numbers) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(sum, x, _mm256_load_si256(static_cast<const __m256i*>(numbers)));
+#else
+    __m256i product;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+        : "+x"(sum), "=&x"(product)
+        : "x"(x), "m"(*static_cast<const __m256i*>(numbers)));
+    return sum;
+#endif
+  }
+
+  // Calls a function with 0, 1, ... N - 1 as constants: sums in an array stay in registers then.
+  template <int N, typename Function>
+  [[gnu::always_inline]] static void each(const Function& function) {
+    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+      (function(std::integral_constant<int, I>()), ...);
+    }(std::make_integer_sequence<int, N>());
   }
 
   template <typename Function>
@@ -192,23 +206,20 @@ class Coded {
   static void score(const Source::Group& group, const Rows& keys, size_t index, const int16_t (*q)[4][R][16],
                     const int32_t (&start)[R][8], bool first, float* scores) {
     constexpr int P = PARTS[B][0], Q = PARTS[B][1];
-    const int64_t count = units(group);
+    const int64_t count = units(group), next = keys.code, second = group.second() - group.byte;
     const float* table = steps(B);
-    for (int64_t t = 0; t < SPAN; t += 2) {
-      const uint8_t *a = keys.codes + t * keys.code, *b = a + keys.code;
-      const uint8_t* scale = keys.scales + t * keys.scale + index;
+    const uint8_t *row = keys.codes + group.byte, *scale = keys.scales + index;
+    for (int64_t t = 0; t < SPAN; t += 2, row += 2 * next, scale += 2 * keys.scale) {
       __m256i sum[4] = {};
-      for (int r = 0; r < R; ++r) sum[r] = _mm256_load_si256(reinterpret_cast<const __m256i*>(start[r]));
-      for (int64_t u = 0; u < count; ++u) {
-        const int64_t at = group.byte + u * (UNIT / 8 * P), then = group.second() + u * (UNIT / 8 * Q);
-        const __m256i upper = halves<P>(a + at, b + at);
-        const __m256i lower = Q ? halves<Q ? Q : 1>(a + then, b + then) : upper;
-        each_of_four([&](auto j) {
+      each<R>([&](auto r) { sum[r] = _mm256_load_si256(reinterpret_cast<const __m256i*>(start[r])); });
+      const uint8_t *first_part = row, *second_part = row + second;
+      const auto* numbers = q;
+      for (int64_t u = 0; u < count; ++u, ++numbers, first_part += UNIT / 8 * P, second_part += UNIT / 8 * Q) {
+        const __m256i upper = halves<P>(first_part, first_part + next);
+        const __m256i lower = Q ? halves<Q ? Q : 1>(second_part, second_part + next) : upper;
+        each<4>([&](auto j) __attribute__((always_inline)) {
           const __m256i x = code<B, j>(upper, lower);
-          for (int r = 0; r < R; ++r) {
-            const __m256i query = _mm256_load_si256(reinterpret_cast<const __m256i*>(q[u][j][r]));
-            sum[r] = _mm256_add_epi32(sum[r], _mm256_madd_epi16(x, query));
-          }
+          each<R>([&](auto r) __attribute__((always_inline)) { sum[r] = plus_products(sum[r], x, (*numbers)[j][r]); });
         });
       }
       const __m256i sums = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]), _mm256_hadd_epi32(sum[2], sum[3]));
@@ -308,40 +319,66 @@ class Coded {
     }
   };
 
+  // Four registers of eight lanes, one after the other lane by lane.
+  static void transpose(__m256 a, __m256 b, __m256 c, __m256 d, __m256 (&to)[4]) {
+    const __m256d low = _mm256_castps_pd(_mm256_unpacklo_ps(a, b)), high = _mm256_castps_pd(_mm256_unpackhi_ps(a, b));
+    const __m256d also = _mm256_castps_pd(_mm256_unpacklo_ps(c, d)), more = _mm256_castps_pd(_mm256_unpackhi_ps(c, d));
+    const __m256 even[2] = {_mm256_castpd_ps(_mm256_unpacklo_pd(low, also)), _mm256_castpd_ps(_mm256_unpacklo_pd(high, more))};
+    const __m256 odd[2] = {_mm256_castpd_ps(_mm256_unpackhi_pd(low, also)), _mm256_castpd_ps(_mm256_unpackhi_pd(high, more))};
+    for (int i = 0; i < 2; ++i) {
+      to[i] = _mm256_permute2f128_ps(even[i], odd[i], 0x20);
+      to[i + 2] = _mm256_permute2f128_ps(even[i], odd[i], 0x31);
+    }
+  }
+
+  // weights @ codes of 64 tokens, for every fourth coordinate of a unit from J on, and COUNT - 1 of its neighbours: as
+  // many sums as stay in registers.
+  template <int B, int R, int J, int COUNT>
+  static void sum_codes(const Source::Group& group, const Rows& values, int64_t u, const Weights<R>& weights,
+                        __m256i (*sums)[R]) {
+    constexpr int P = PARTS[B][0], Q = PARTS[B][1];
+    const int64_t next = values.code;
+    const uint8_t* first_part = values.codes + group.byte + u * (UNIT / 8 * P);
+    const uint8_t* second_part = values.codes + group.second() + u * (UNIT / 8 * Q);
+    __m256i sum[COUNT][R] = {};
+    const auto* weight = weights.pair;
+    for (; weight < weights.pair + SPAN / 2; ++weight, first_part += 2 * next, second_part += 2 * next) {
+      const __m256i upper = turns<P>(first_part, first_part + next);
+      const __m256i lower = Q ? turns<Q ? Q : 1>(second_part, second_part + next) : upper;
+      each<COUNT>([&](auto j) __attribute__((always_inline)) {
+        const __m256i x = code<B, J + j>(upper, lower);
+        each<R>([&](auto r) __attribute__((always_inline)) { sum[j][r] = plus_products(sum[j][r], x, (*weight)[r]); });
+      });
+    }
+    each<COUNT>([&](auto j) { each<R>([&](auto r) { sums[J + j][r] = sum[j][r]; }); });
+  }
+
   // out[row] += weights @ values of 64 tokens, for the coordinates of a unit.
   template <int B, int R>
   static void add(const Source::Group& group, const Rows& values, int64_t u, const Weights<R>& weights, int64_t rows,
                   int64_t width, float* out) {
-    constexpr int P = PARTS[B][0], Q = PARTS[B][1];
-    const int64_t at = group.byte + u * (UNIT / 8 * P), then = group.second() + u * (UNIT / 8 * Q);
-    __m256i sum[4][R] = {};
-    for (int64_t t = 0; t < SPAN; t += 8) {
-      __m256i upper[4], lower[4];
-      for (int i = 0; i < 4; ++i) {
-        const uint8_t *a = values.codes + (t + 2 * i) * values.code, *b = a + values.code;
-        upper[i] = turns<P>(a + at, b + at);
-        lower[i] = Q ? turns<Q ? Q : 1>(a + then, b + then) : upper[i];
-      }
-      const auto* weight = reinterpret_cast<const __m256i*>(weights.pair[t / 2]);
-      each_of_four([&](auto j) {
-        __m256i x[4];
-        for (int i = 0; i < 4; ++i) x[i] = code<B, j>(upper[i], lower[i]);
-        for (int r = 0; r < R; ++r) {
-          const auto times = [&](int i) { return _mm256_madd_epi16(x[i], _mm256_load_si256(weight + i * R + r)); };
-          const __m256i four = _mm256_add_epi32(_mm256_add_epi32(times(0), times(1)), _mm256_add_epi32(times(2), times(3)));
-          sum[j][r] = _mm256_add_epi32(sum[j][r], four);
-        }
-      });
+    __m256i sum[4][R];
+    if constexpr (R <= 2) {
+      sum_codes<B, R, 0, 4>(group, values, u, weights, sum);
+    } else {
+      sum_codes<B, R, 0, 2>(group, values, u, weights, sum);
+      sum_codes<B, R, 2, 2>(group, values, u, weights, sum);
     }
-    const int64_t first = u * UNIT, count = std::min(UNIT, group.size - first);
+    const int64_t count = std::min(UNIT, group.size - u * UNIT);
     for (int64_t r = 0; r < std::min<int64_t>(R, rows); ++r) {
-      alignas(32) float found[4][8];
-      for (int j = 0; j < 4; ++j) {
-        const __m256 exact = _mm256_sub_ps(_mm256_cvtepi32_ps(sum[j][r]), _mm256_set1_ps(weights.middle[r]));
-        _mm256_store_ps(found[j], _mm256_mul_ps(exact, _mm256_set1_ps(weights.unit[r])));
+      const auto exact = [&](__m256i x) {
+        const __m256 less = _mm256_sub_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(weights.middle[r]));
+        return _mm256_mul_ps(less, _mm256_set1_ps(weights.unit[r]));
+      };
+      __m256 found[4];  // in the order of the coordinates
+      transpose(exact(sum[0][r]), exact(sum[1][r]), exact(sum[2][r]), exact(sum[3][r]), found);
+      float* to = out + r * width + group.start + u * UNIT;
+      if (count == UNIT) {
+        for (int i = 0; i < 4; ++i) _mm256_storeu_ps(to + 8 * i, _mm256_add_ps(_mm256_loadu_ps(to + 8 * i), found[i]));
+      } else {
+        const auto* number = reinterpret_cast<const float*>(found);
+        for (int64_t c = 0; c < count; ++c) to[c] += number[c];
       }
-      float* to = out + r * width + group.start + first;
-      for (int64_t c = 0; c < count; ++c) to[c] += found[c % 4][c / 4];
     }
   }
 
