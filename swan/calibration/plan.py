@@ -37,6 +37,7 @@ LADDER: tuple[tuple[Groups, Groups], ...] = (
     (((2, 8), (6, 5), (8, 3)), ((4, 4), (12, 3))),
     (((2, 8), (6, 5), (8, 3)), ((8, 4), (8, 3))),
     (((2, 8), (6, 5), (8, 3)), ((16, 4),)),
+    (((2, 8), (6, 5), (8, 4)), ((16, 4),)),
     (((2, 8), (6, 5), (8, 4)), ((4, 5), (12, 4))),
     (((4, 8), (12, 5)), ((4, 5), (12, 4))),  # 0.33
     (((4, 8), (12, 5)), ((16, 5),)),
@@ -67,7 +68,7 @@ class Plan:
     Example:
         >>> plan = Plan.for_retention(0.33, dims=[(64, 64)] * 2)
         >>> plan.layers[0]
-        LayerPlan(keys=Graded(groups=((16, 8), (48, 5))), values=Graded(groups=((16, 5), (48, 4))))
+        LayerPlan(keys=Graded(groups=((16, 8), (16, 5), (32, 4))), values=Graded(groups=((64, 4),)))
         >>> Plan.from_json(plan.to_json()) == plan
         True
 
@@ -164,7 +165,7 @@ class Plan:
         Example:
             >>> levels = Plan.levels(dims=[(64, 64)])
             >>> [round(plan.retention, 2) for plan in (levels[0], levels[1], levels[-1])]
-            [1.0, 0.51, 0.11]
+            [1.0, 0.51, 0.13]
         """
         dims, effects = _dims_and_effects(calibration, dims)
         least = _least(dims, effects)

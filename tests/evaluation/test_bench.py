@@ -118,7 +118,8 @@ def test_what_is_timed_if_nothing_is_asked_for(monkeypatch):
 def test_the_kernel_and_fp8():
     rows = timed(impls=["cpp", "tiles"], forms=[("graded", 0.27), ("fp8", 0.5)])
     assert [(row["form"], row["impl"]) for row in rows] == [("graded", "cpp"), ("graded", "tiles"), ("fp8", "tiles")]
-    assert all(row["error"] < 1e-5 for row in rows)
+    # The kernel for AVX2 rounds queries and weights to two bytes.
+    assert all(row["error"] < (3e-4 if row["impl"] == "cpp" else 1e-5) for row in rows)
 
 
 def test_copies_together_do_not_fit_the_cache(monkeypatch):

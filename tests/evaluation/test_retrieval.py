@@ -147,7 +147,7 @@ def test_compressed_as_if_decoded(architecture):
     model = attached(architecture)
 
     def windowed():
-        return SwanCache(model, retention=0.3, buffer=8, sinks=2, prefill="windowed")
+        return SwanCache(model, retention=0.21, buffer=8, sinks=2, prefill="windowed")
 
     case = answered(model, windowed())
     rows = [evaluate_needles(model, [case] * 2, windowed, chunk=chunk, progress=False) for chunk in (1, 17, 90)]

@@ -51,7 +51,7 @@ def bench_capacity(
         >>> setup = Setup(heads=4, kv_heads=2, head_dim=32, buffer=16, repeats=3)
         >>> rows = bench_capacity(2**18, [128], setup, forms=[("graded", 0.27)], impl="tiles")
         >>> [(row["form"], row["batch"]) for row in rows]
-        [('dense', 8), ('graded', 22)]
+        [('dense', 8), ('graded', 23)]
     """
     setup = setup or Setup()
     forms = forms_on(setup.device) if forms is None else forms
