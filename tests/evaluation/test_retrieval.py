@@ -147,14 +147,14 @@ def test_compressed_as_if_decoded(architecture):
     model = attached(architecture)
 
     def windowed():
-        return SwanCache(model, retention=0.21, buffer=8, sinks=2, prefill="windowed")
+        return SwanCache(model, retention=0.3, buffer=8, sinks=2, prefill="windowed")
 
     case = answered(model, windowed())
     rows = [evaluate_needles(model, [case] * 2, windowed, chunk=chunk, progress=False) for chunk in (1, 17, 90)]
     assert all(row["found"] for pair in rows for row in pair)
     assert [row["nll"] for pair in rows for row in pair] == pytest.approx([rows[0][0]["nll"]] * 6, rel=1e-4)
     (other,) = evaluate_needles(model, [case], dense(model), progress=False)
-    assert other["nll"] != pytest.approx(rows[0][0]["nll"], rel=1e-3)
+    assert other["nll"] != pytest.approx(rows[0][0]["nll"], rel=1e-4)
 
 
 def test_a_context_is_read_once_and_only_last_logits_are_made(monkeypatch):
