@@ -25,7 +25,8 @@ class Mutant(NamedTuple):
     equivalent: str = ""
 
 
-ATTENTION, DISPATCH = "swan/functional/attention.py", "swan/functional/dispatch.py"
+ATTENTION, DENSE = "swan/functional/attention.py", "swan/functional/dense.py"
+DISPATCH = "swan/functional/dispatch.py"
 PRUNING, ROTATION = "swan/functional/pruning.py", "swan/functional/rotation.py"
 CODES, GRADED, LAYOUT = "swan/storage/codes.py", "swan/storage/graded.py", "swan/storage/layout.py"
 MIXING, PACKED, TOPK = "swan/storage/mixing.py", "swan/storage/packed.py", "swan/storage/topk.py"
@@ -57,7 +58,7 @@ MUTANTS = [
     # attention ------------------------------------------------------------------------------------
     Mutant(
         "causal-mask-one-off",
-        ATTENTION,
+        DENSE,
         "ones.tril(tokens - queries)",
         "ones.tril(tokens - queries - 1)",
         OF_ATTENTION,
@@ -101,28 +102,28 @@ MUTANTS = [
     Mutant("merge-by-the-largest", ATTENTION, "torch.logsumexp(lses, dim=0)", "lses.amax(dim=0)", OF_ATTENTION),
     Mutant(
         "query-heads-of-another-kv-head",
-        ATTENTION,
+        DENSE,
         '"b (h g) q d -> b h (g q) d"',
         '"b (g h) q d -> b h (g q) d"',
         OF_ATTENTION,
     ),
     Mutant(
         "masks-of-another-head",
-        ATTENTION,
+        DENSE,
         '"b (h g) q k -> b h (g q) k"',
         '"b (g h) q k -> b h (g q) k"',
         OF_ATTENTION,
     ),
     Mutant(
         "blind-rows-are-not-zero",
-        ATTENTION,
+        DENSE,
         "out if mask is None else torch.where(mask.any(-1, keepdim=True), out, 0)",
         "out",
         OF_ATTENTION,
     ),
     Mutant(
         "blind-rows-count-in-merges",
-        ATTENTION,
+        DENSE,
         "lse = torch.where(mask.any(-1), lse, -math.inf)",
         "lse = torch.where(mask.any(-1), lse, 0)",
         OF_ATTENTION,
@@ -137,7 +138,7 @@ MUTANTS = [
     ),
     Mutant(
         "scores-in-half-precision",
-        ATTENTION,
+        DENSE,
         "_group_rows(q, kv_heads).float(), k.float(),",
         "_group_rows(q, kv_heads), k,",
         OF_ATTENTION,
@@ -167,8 +168,8 @@ MUTANTS = [
     Mutant(
         "kernel-for-many-queries",
         DISPATCH,
-        "not fits or rows > attend_cpu.MOST_ROWS",
-        "not fits",
+        "rows > attend_cpu.MOST_ROWS or not",
+        "not",
         ("functional/test_dispatch.py",),
     ),
     Mutant(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum
 from torch import Tensor
 
 from swan.functional import reference
+from swan.functional.dense import flex, sdpa, sdpa_with_lse, tensor_code, with_causal
 from swan.functional.dispatch import (
     Impl,
     attend_kernel,
@@ -19,7 +19,6 @@ from swan.functional.dispatch import (
     is_kernel,
     one_call_serves,
     packed_impl,
-    sdpa_gives_lse,
     unpack_kernel,
 )
 from swan.kernels import Recent
@@ -98,16 +97,16 @@ def dense_attention(
         out, lse = reference.dense_attention(q, k, v, mask=mask, causal=causal, scale=factor)
     else:
         if causal and (mask is not None or impl != "sdpa" or return_lse or q.shape[2] != k.shape[2]):
-            mask, causal = _with_causal(mask, q, k), False
+            mask, causal = with_causal(mask, q, k), False
         match impl:
             case "sdpa" if return_lse:
-                out, lse = _sdpa_with_lse(q, k, v, mask, factor)
+                out, lse = sdpa_with_lse(q, k, v, mask, factor)
             case "sdpa":
-                return _sdpa(q, k, v, mask, causal, factor)
+                return sdpa(q, k, v, mask, causal, factor)
             case "flex":
-                out, lse = _flex(q, k, v, mask, factor, return_lse)
+                out, lse = flex(q, k, v, mask, factor, return_lse)
             case _:
-                out, lse = _tensor_code(q, k, v, mask, factor)
+                out, lse = tensor_code(q, k, v, mask, factor)
     return (out, lse) if return_lse else out
 
 
@@ -321,105 +320,6 @@ def swan_attention(
 def _attention_to_nothing(q: Tensor, dv: int) -> tuple[Tensor, Tensor]:
     out = q.new_zeros(*q.shape[:-1], dv)
     return out, torch.full(q.shape[:-1], -math.inf, dtype=torch.float32, device=q.device)
-
-
-def _with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
-    queries, tokens = q.shape[2], k.shape[2]
-    ones = torch.ones(queries, tokens, dtype=torch.bool, device=q.device)
-    lower = ones.tril(tokens - queries)[None, None]
-    return lower if mask is None else mask & lower
-
-
-def _group_rows(q: Tensor, kv_heads: int) -> Tensor:
-    """Arrange query groups as rows of their KV head, so that each key is read once for all of them."""
-    return rearrange(q, "b (h g) q d -> b h (g q) d", h=kv_heads)
-
-
-def _group_mask(mask: Tensor | None, q: Tensor, kv_heads: int) -> Tensor | None:
-    group_size = q.shape[1] // kv_heads
-    if mask is None or group_size == 1:
-        return mask
-    if mask.shape[1] == 1:
-        return repeat(mask, "b 1 q k -> b 1 (g q) k", g=group_size)
-    return rearrange(mask, "b (h g) q k -> b h (g q) k", g=group_size)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    if causal:
-        return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    rows = sdpa(_group_rows(q, k.shape[1]), k, v, attn_mask=_group_mask(mask, q, k.shape[1]), scale=scale)
-    out = rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2])
-    # Torch's kernels differ in their output for a query that sees nothing; here it is zero.
-    return out if mask is None else torch.where(mask.any(-1, keepdim=True), out, 0)
-
-
-def _sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    if not sdpa_gives_lse(q, v):
-        raise ValueError(
-            "impl='sdpa' gives a log-sum-exp only on the CPU, for keys and values of one head dimension, not in "
-            f"float64 (device {q.device.type}, {q.shape[-1]} and {v.shape[-1]}, {q.dtype}); use impl='compiled'"
-        )
-    bias, row_mask = None, _group_mask(mask, q, k.shape[1])
-    if row_mask is not None:
-        bias = torch.zeros_like(row_mask, dtype=q.dtype).masked_fill(~row_mask, -math.inf)
-    rows, lse_rows = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _group_rows(q, k.shape[1]), k, v, attn_mask=bias, scale=scale
-    )
-    out = rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2])
-    lse = rearrange(lse_rows, "b h (g q) -> b (h g) q", q=q.shape[2])
-    if mask is not None:  # the kernel returns 0 for a query that sees nothing
-        lse = torch.where(mask.any(-1), lse, -math.inf)
-    return out, lse
-
-
-@functools.cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
-
-
-def _flex(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, return_lse: bool
-) -> tuple[Tensor, Tensor]:
-    if q.device.type == "cpu" and return_lse:
-        raise ValueError("impl='flex' has no log-sum-exp on the CPU; use impl='sdpa' or 'compiled'")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        raise ValueError("impl='flex' is for inference; use impl='sdpa' where gradients are needed")
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # imports the compiler
-
-    kv_heads = k.shape[1]
-    rows, row_mask = _group_rows(q, kv_heads), _group_mask(mask, q, kv_heads)
-    score_mod = None if row_mask is None else _masking(row_mask.expand(q.shape[0], kv_heads, -1, -1))
-    flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    if return_lse:
-        rows, aux = flex(rows, k, v, score_mod=score_mod, scale=scale, return_aux=AuxRequest(lse=True))
-        lse = rearrange(aux.lse, "b h (g q) -> b (h g) q", q=q.shape[2])
-    else:
-        rows, lse = flex(rows, k, v, score_mod=score_mod, scale=scale), q.new_zeros(())
-    return rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2]), lse
-
-
-def _masking(mask: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    return lambda score, b, h, i, j: torch.where(mask[b, h, i, j], score, -math.inf)
-
-
-def _tensor_code(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    kv_heads = k.shape[1]
-    scores = einsum(_group_rows(q, kv_heads).float(), k.float(), "b h r d, b h k d -> b h r k") * scale
-    row_mask = _group_mask(mask, q, kv_heads)
-    if row_mask is not None:
-        scores = scores.masked_fill(~row_mask, -math.inf)
-    peak = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weights = (scores - peak).exp()
-    total = weights.sum(-1, keepdim=True)
-    rows = einsum(weights / total.clamp(min=1e-38), v.float(), "b h r k, b h k d -> b h r d").to(q.dtype)
-    lse = (peak + total.log()).squeeze(-1)
-    return (
-        rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2]),
-        rearrange(lse, "b h (g q) -> b (h g) q", q=q.shape[2]),
-    )
 
 
 def _check(q: Any, k: Any, v: Any, mask: Any) -> None:

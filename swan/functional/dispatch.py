@@ -26,8 +26,8 @@ from swan.storage import Layout, Packed
 from swan.storage.packed import unpack_mixed
 
 __all__ = [
-    "Impl", "attend_kernel", "dense_impl", "is_kernel", "one_call_serves", "pack_impl", "packed_impl", "sdpa_gives_lse",
-    "store_kernel", "unpack_kernel",
+    "Impl", "attend_kernel", "check_packed_impl", "dense_impl", "is_kernel", "one_call_serves", "pack_impl", "packed_impl",
+    "sdpa_gives_lse", "store_kernel", "unpack_kernel",
 ]  # fmt: skip
 
 Impl = Literal["auto", "reference", "sdpa", "flex", "compiled", "cpp", "triton"]
@@ -64,35 +64,38 @@ def packed_impl(impl: Impl, q: Tensor, k: Packed, v: Packed) -> Impl:
         ValueError: there is no implementation of this name, or it is ``"cpp"``, which does not read the layouts here.
         RuntimeError: it is ``"cpp"`` and the kernel cannot be built.
     """
-    if impl == "flex":
-        raise ValueError(
-            "impl='flex' cannot read packed tensors, FlexAttention has no gather by token; use 'auto' or 'compiled'"
-        )
-    if impl != "auto":
-        _check_known("packed_attention", impl, PACKED)
     for name, packed in (("k", k), ("v", v)):
         if not isinstance(packed, Packed):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"{name} must be Packed, as swan.pack(x, layout) returns it, got {type(packed).__name__}; plain "
                 "tensors are for dense_attention"
             )
-    if impl not in ("auto", "cpp"):
-        return impl
-    fits = q.device.type == "cpu" and q.dtype != torch.float64 and all(map(attend_cpu.reads, (k.format, v.format)))
-    if impl == "cpp":
-        if not fits:
-            raise ValueError(
-                "impl='cpp' reads Graded, and TopK with a bitmap, with queries of float32, bfloat16 or float16 on a "
-                f"CPU; not {k.format} and {v.format} with {q.dtype} on {q.device}; use impl='auto'"
-            )
-        _build_cpp()
+    if impl != "auto":
+        check_packed_impl(impl, q, k.format, v.format)
         return impl
     rows = q.shape[1] // k.planes[0].shape[1] * q.shape[2]
-    if not fits or rows > attend_cpu.MOST_ROWS:
+    if rows > attend_cpu.MOST_ROWS or not _cpp_attends(q, k.format, v.format):
         return impl
     if torch.is_grad_enabled() and _require_grad(q, *k.tensors, *v.tensors):
         return impl
     return "cpp" if cpu.built() else impl
+
+
+def check_packed_impl(impl: Impl, q: Tensor, keys: Layout, values: Layout) -> None:
+    """Raise what `packed_impl` does, where a named implementation is unknown or does not read these layouts."""
+    if impl == "flex":
+        raise ValueError(
+            "impl='flex' cannot read packed tensors, FlexAttention has no gather by token; use 'auto' or 'compiled'"
+        )
+    _check_known("packed_attention", impl, PACKED)
+    if impl != "cpp":
+        return
+    if not _cpp_attends(q, keys, values):
+        raise ValueError(
+            "impl='cpp' reads Graded, and TopK with a bitmap, with queries of float32, bfloat16 or float16 on a "
+            f"CPU; not {keys} and {values} with {q.dtype} on {q.device}; use impl='auto'"
+        )
+    _build_cpp()
 
 
 def one_call_serves(q: Tensor, k: Packed, v: Packed, k_recent: Tensor, v_recent: Tensor) -> bool:
@@ -176,6 +179,10 @@ def sdpa_gives_lse(q: Tensor, v: Tensor) -> bool:
 
 def _store(x: Tensor, layout: Layout) -> Packed:
     return layout.pack(x)
+
+
+def _cpp_attends(q: Tensor, keys: Layout, values: Layout) -> bool:
+    return q.device.type == "cpu" and q.dtype != torch.float64 and attend_cpu.reads(keys) and attend_cpu.reads(values)
 
 
 def _cpp_packs(x: Tensor) -> bool:

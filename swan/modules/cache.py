@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from swan.functional.dispatch import Impl
+from swan.functional.dispatch import Impl, check_packed_impl
 from swan.modules import checks
 from swan.modules.buffer import DenseBuffer, StaticBuffer
 from swan.modules.history import History, StaticHistory
@@ -159,13 +159,14 @@ class KVCache(nn.Module):
             Output in the rotated coordinates of the values ``[batch, heads, tokens, dv]``.
 
         Raises:
-            ValueError: as `update` and `attend` do; then nothing is changed.
-            TypeError: likewise.
+            ValueError: as `update` and `attend` do, or a TypeError; then nothing is changed.
         """
         if not torch.compiler.is_compiling():
             self._check(k, v, padding)
             checks.check_queries(q, k.shape[2])
             checks.check_mask(mask, q, 0 if mask is None else self.length + k.shape[2])
+        if impl != "auto" and self.plan_layer is not None:
+            check_packed_impl(impl, q, self.plan_layer.keys, self.plan_layer.values)
         return attend(q, self._take_in(k, v, padding), mask, scale, impl)
 
     @torch.no_grad()
@@ -263,10 +264,9 @@ class KVCache(nn.Module):
             ValueError: `tokens` is negative, or the cache is static.
 
         Example:
-            >>> from swan import TopK
-            >>> cache = KVCache(LayerPlan(TopK(64, 40), TopK(64, 24)), buffer=16, sinks=4)
-            >>> _ = cache.update(*torch.randn(2, 1, 2, 100, 64))
-            >>> cache.evict(30)
+            >>> import swan
+            >>> cache = KVCache(LayerPlan(*[swan.TopK(64, 40)] * 2), buffer=16, sinks=4)
+            >>> _, _ = cache.update(*torch.randn(2, 1, 2, 100, 64)), cache.evict(30)
             >>> cache.length, cache.history_length, cache.dropped
             (100, 50, 30)
         """
@@ -296,11 +296,7 @@ class KVCache(nn.Module):
 
     @torch.no_grad()
     def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Apply `fn` to the batch axis of all tensors: select, repeat or reorder rows.
-
-        Args:
-            fn: for instance ``lambda t: t.index_select(0, rows)``.
-        """
+        """Apply `fn`, such as ``lambda t: t.index_select(0, rows)``, to the batch axis of everything stored."""
         if self.state.k_recent is not None:
             self.state.apply_to_rows(fn)
 
