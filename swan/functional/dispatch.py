@@ -26,8 +26,8 @@ from swan.storage import Layout, Packed
 from swan.storage.packed import unpack_mixed
 
 __all__ = [
-    "Impl", "attend_kernel", "check_packed_impl", "dense_impl", "is_kernel", "one_call_serves", "pack_impl", "packed_impl",
-    "sdpa_gives_lse", "store_kernel", "unpack_kernel",
+    "Impl", "attend_kernel", "check_packed_impl", "dense_impl", "is_kernel", "one_call_serves", "pack_impl",
+    "packed_impl", "sdpa_gives_lse", "store_kernel", "unpack_kernel",
 ]  # fmt: skip
 
 Impl = Literal["auto", "reference", "sdpa", "flex", "compiled", "cpp", "triton"]
