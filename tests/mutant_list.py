@@ -350,8 +350,8 @@ MUTANTS = [
     Mutant(
         "tiles-repacked-over-the-first",
         HISTORY,
-        "target[:, :, start : start + source.shape[2]]",
-        "target[:, :, : source.shape[2]]",
+        "_put(new, tile, start)",
+        "_put(new, tile, 0)",
         OF_REPACK,
     ),
     Mutant("a-growing-history-has-no-room-ahead", HISTORY, "max(BLOCK, tokens // 32)", "tokens // 32", OF_BYTES),

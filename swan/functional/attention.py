@@ -202,7 +202,7 @@ def _in_tiles(
     tile = max(tokens, 1) if impl == "reference" else TILE
     wide = torch.promote_types(q.dtype, torch.float32)
     outputs: list[tuple[Tensor, Tensor]] = []
-    unpack_keys, unpack_values = unpack_kernel(impl, q, k), unpack_kernel(impl, q, v)
+    unpack_keys, unpack_values = unpack_kernel(impl, k), unpack_kernel(impl, v)
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
         tile_mask = None if mask is None else mask[..., start:stop]

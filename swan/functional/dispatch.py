@@ -151,9 +151,9 @@ def pack_impl(impl: Impl, x: Tensor, layout: Layout | None) -> Impl:
     return impl
 
 
-def unpack_kernel(impl: Impl, q: Tensor, packed: Packed) -> Callable[[Packed], Tensor]:
+def unpack_kernel(impl: Impl, packed: Packed) -> Callable[[Packed], Tensor]:
     """Return the function that unpacks a tile: for ``"auto"`` the kernel, where it runs, else tensor code."""
-    fits = q.device.type == "cpu" and packed.dtype != torch.float64 and attend_cpu.reads(packed.format)
+    fits = packed.device.type == "cpu" and packed.dtype != torch.float64 and attend_cpu.reads(packed.format)
     if impl != "auto" or not fits or (torch.is_grad_enabled() and _require_grad(*packed.tensors)):
         return unpack_mixed
     return pack_cpu.restore if cpu.built() else unpack_mixed

@@ -119,9 +119,8 @@ class History:
 
     def _write(self, k: Packed, v: Packed, place: int) -> None:
         assert self.state.k_history is not None and self.state.v_history is not None
-        for history, new in ((self.state.k_history, k), (self.state.v_history, v)):
-            for target, source in zip(history.tensors, new.tensors, strict=True):
-                target[:, :, place : place + source.shape[2]] = source
+        _put(self.state.k_history, k, place)
+        _put(self.state.v_history, v, place)
 
 
 class StaticHistory(History):
@@ -196,6 +195,11 @@ def _repacked(history: Packed, layout: Layout, stored: int) -> Packed:
     new = _resized(pack(unpack(history.tokens(0, 1)), layout).tokens(0, 0), history.shape[2])
     for start in range(0, stored, TILE):
         tile = pack(unpack(history.tokens(start, min(start + TILE, stored))), layout)
-        for target, source in zip(new.tensors, tile.tensors, strict=True):
-            target[:, :, start : start + source.shape[2]] = source
+        _put(new, tile, start)
     return new
+
+
+def _put(history: Packed, new: Packed, place: int) -> None:
+    """Write tokens into a history, from a place on."""
+    for target, source in zip(history.tensors, new.tensors, strict=True):
+        target[:, :, place : place + source.shape[2]] = source

@@ -33,6 +33,13 @@ class CacheState:
         first: the oldest column in the ring; the history has the columns from ``sinks + dropped`` to before it.
         padded: the most left padding of a row: after so many columns and the sinks, no row has a sink left to write.
         dropped: tokens after the sinks that the history does not keep.
+
+    Example:
+        >>> import swan
+        >>> cache = swan.KVCache(swan.LayerPlan(swan.TopK(64, 40), swan.TopK(64, 24)), buffer=16)
+        >>> _ = cache.update(*torch.randn(2, 1, 2, 100, 64))
+        >>> cache.state.k_recent.shape, cache.state.k_history.shape, cache.state.first
+        (torch.Size([1, 2, 20, 64]), (1, 2, 192, 64), 84)
     """
 
     k_recent: Tensor | None = None
@@ -66,11 +73,7 @@ class CacheState:
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replace each tensor by `fn` of it, one field after the other: only one of them exists twice."""
-        for name, value in vars(self).items():
-            if isinstance(value, Packed):
-                setattr(self, name, value.map(fn))
-            elif isinstance(value, Tensor):
-                setattr(self, name, fn(value))
+        self._replace(fn, lambda packed: packed.map(fn))
 
     def apply_to_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn` to all tensors with a batch axis: select, repeat or reorder rows."""
@@ -81,11 +84,7 @@ class CacheState:
 
         Packed values in the dtype of the cache follow it; codes and their scales keep theirs.
         """
-        for name, value in vars(self).items():
-            if isinstance(value, Packed):
-                setattr(self, name, _converted(value, fn))
-            elif isinstance(value, Tensor):
-                setattr(self, name, fn(value))
+        self._replace(fn, lambda packed: _converted(packed, fn))
 
     def to_dict(self, stored: int) -> dict[str, Tensor]:
         """Return tensors and counters by name, all as tensors, without room ahead of the `stored` history tokens."""
@@ -110,6 +109,13 @@ class CacheState:
         if plan_layer is not None and "k.plane0" in copies:
             self.k_history = _packed(copies, "k", plan_layer.keys)
             self.v_history = _packed(copies, "v", plan_layer.values)
+
+    def _replace(self, of_tensor: Callable[[Tensor], Tensor], of_packed: Callable[[Packed], Packed]) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Packed):
+                setattr(self, name, of_packed(value))
+            elif isinstance(value, Tensor):
+                setattr(self, name, of_tensor(value))
 
 
 @dataclass

@@ -33,6 +33,13 @@ class Visible:
         window: first column of each query's window ``[queries]``, or one for all.
         sinks: first tokens of each row that all its queries see dense.
         padding: left padding of each row ``[batch]``, or None.
+
+    Example:
+        >>> import swan
+        >>> cache = swan.KVCache(swan.LayerPlan(swan.TopK(64, 40), swan.TopK(64, 24)), buffer=16, prefill="windowed")
+        >>> visible = cache.update(*torch.randn(2, 1, 2, 100, 64))
+        >>> visible.recent_mask().shape, visible.history_mask().sum().item()  # query 20 is the first to see one packed
+        (torch.Size([1, 1, 100, 100]), 3240)
     """
 
     k_recent: Tensor

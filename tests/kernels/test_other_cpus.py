@@ -20,11 +20,13 @@ PLANS = [
     LayerPlan(Graded(((32, 6), (32, 5), (64, 3))), Graded(((128, 4),))),
     LayerPlan(Graded(((16, 8), (16, 2), (32, 1))), Graded(((24, 3), (8, 0)))),
     LayerPlan(Graded(((5, 6), (11, 4))), Graded(((7, 2), (20, 1), (13, 5)))),
+    LayerPlan(Graded(((8, 1),)), Graded(((8, 4),))),  # rows of a word, behind which a unit reads on
 ]
 TARGETS = {
     "aarch64": ("aarch64-linux-gnu-g++", ("-static",), ("qemu-aarch64",)),
     "here": ("c++", (), ()),
     "here, avx2": ("c++", ("-march=x86-64-v3",), ()),
+    "here, avx2, memory checked": ("c++", ("-march=x86-64-v3", "-g", "-fsanitize=address,undefined"), ()),
 }
 
 
@@ -50,8 +52,8 @@ def program(request, tmp_path_factory):
 
 @pytest.mark.parametrize("plan_layer", PLANS, ids=lambda p: f"{p.keys.groups}")
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_inner_loops(program, plan_layer, rows):
-    tokens = 150
+@pytest.mark.parametrize("tokens", [65, 150])
+def test_inner_loops(program, plan_layer, rows, tokens):
     d, dv = plan_layer.keys.d, plan_layer.values.d
     q = normal(0, 1, rows, 1, d) * d**-0.5
     packed = [

@@ -26,7 +26,8 @@ class Budget:
     """
 
     def __init__(self, nbytes: int, on_full: OnFull, warned: bool = False) -> None:
-        self.nbytes, self.on_full, self.warned = nbytes, on_full, warned
+        self.nbytes, self.warned = nbytes, warned
+        self.on_full: OnFull = on_full
         self.dense_itemsize = 0  # of layers that are not winnowed: they store tokens in the dtype in which they come
 
     def check_raise(self, cache: "SwanCache", plan: Plan) -> None:

@@ -17,7 +17,7 @@ from swan.integrations.transformers.attach import attachment_of, head_shape
 from swan.integrations.transformers.attention import computed_dtype
 from swan.integrations.transformers.budget import Budget, OnFull
 from swan.integrations.transformers.layers import StaticSwanLayer, SwanLayer, check_excluded, check_layers, layer_bytes
-from swan.integrations.transformers.levels import Dial, check_static, source_of
+from swan.integrations.transformers.levels import Dial, check_static, origin_of
 from swan.modules import KVCache
 from swan.modules.cache import Prefill
 from swan.modules.checks import check_room
@@ -110,7 +110,7 @@ class SwanCache(Cache):
     ) -> None:
         model = cast(PreTrainedModel, unwrapped(model))
         attachment = attachment_of(model)
-        source = source_of(plan, retention, budget, levels, attachment.plan)
+        origin = origin_of(plan, retention, budget, levels, attachment.plan)
         if on_full not in ("raise", "evict") or (on_full == "evict" and budget is None):
             raise ValueError(
                 f"on_full must be 'raise', or 'evict' with a budget; got {on_full!r} and budget={budget!r}"
@@ -123,7 +123,7 @@ class SwanCache(Cache):
         self.shapes = {index: head_shape(attention[index]) for index in sorted(attention)}
         excluded = [row for row, index in enumerate(self.shapes) if index in self.exclude]
         self.dial = Dial(attachment.calibration, excluded, buffer, sinks)
-        self.dial.start(source)
+        self.dial.start(origin)
         self.plan = self.dial.levels[0]
         self._config = model.config
         super().__init__(layers=self._new_layers())
@@ -166,9 +166,13 @@ class SwanCache(Cache):
         """The most bytes that the cache may hold, or None."""
         return None if self.byte_budget is None else self.byte_budget.nbytes
 
+    @property
+    def on_full(self) -> OnFull:
+        """The response of a full budget; ``"raise"`` where there is none."""
+        return "raise" if self.byte_budget is None else self.byte_budget.on_full
+
     def set_budget(self, nbytes: int | None, on_full: OnFull = "raise", warned: bool = False) -> None:
         """Set or lift the budget."""
-        self.on_full = on_full
         self.byte_budget = None if nbytes is None else Budget(nbytes, on_full, warned)
 
     @property

@@ -11,7 +11,7 @@ from swan.calibration import Calibration, Plan
 from swan.calibration.effects import Effects
 from swan.modules.checks import check_max_length
 
-__all__ = ["Dial", "Origin", "check_static", "source_of"]
+__all__ = ["Dial", "Origin", "check_static", "origin_of"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Origin:
     budgeted: bool = False
 
 
-def source_of(
+def origin_of(
     plan: Plan | float | None,
     retention: float | None,
     budget: object,
     levels: Sequence[float] | None,
     default: Plan | None,
 ) -> Origin:
-    """Resolve the source of plans: a plan, a retention (under either name), a budget, levels, or the default plan.
+    """Resolve the origin of plans: a plan, a retention (under either name), a budget, levels, or the default plan.
 
     Raises:
         TypeError: `plan` is neither a plan nor a number, which stands for the retention.
@@ -91,19 +91,19 @@ class Dial:
             masked = (t.index_fill(0, rows, math.nan) for t in (effects.keys, effects.values))
             self._competing = dataclasses.replace(self.calibration, effects=Effects(*masked))
 
-    def start(self, source: Origin) -> None:
-        """Make the levels from their source."""
-        if source.plan is not None:
-            plans = [source.plan]
-            self.buffer, self.sinks = source.plan.buffer, source.plan.sinks
-        elif source.budgeted:
+    def start(self, origin: Origin) -> None:
+        """Make the levels from their origin."""
+        if origin.plan is not None:
+            plans = [origin.plan]
+            self.buffer, self.sinks = origin.plan.buffer, origin.plan.sinks
+        elif origin.budgeted:
             plans = Plan.levels(self._competing, buffer=self.buffer, sinks=self.sinks)
         else:
-            plans = [self.plan(retention) for retention in source.retentions]
+            plans = [self.plan(retention) for retention in origin.retentions]
         if len(plans[0].layers) != len(self.calibration.layers):
             raise ValueError(f"the plan has {len(plans[0].layers)} layers, the model {len(self.calibration.layers)}")
         self.levels = [self._without_excluded(plan) for plan in plans]
-        self.retentions = list(source.retentions) or [self.levels[0].retention]
+        self.retentions = list(origin.retentions) or [self.levels[0].retention]
 
     def plan(self, retention: float) -> Plan:
         """Make the plan of any retention."""

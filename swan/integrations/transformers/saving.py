@@ -55,12 +55,9 @@ def load(cls: type["SwanCache"], path: str | Path, model: PreTrainedModel) -> "S
             f"{path} was filled in other bases; attach the model with the calibration that it was filled with"
         )
     now, *levels = (Plan.from_json(json.dumps(plan)) for plan in metadata["plans"])
-    settings = metadata["settings"]
-    if settings["prefill"] == "dense":  # the name of "chunk" in files of 0.1.0
-        settings["prefill"] = "chunk"
-    cache = cls(model, now, **settings)
+    cache = cls(model, now, **metadata["settings"])
     cache.dial.levels, cache.dial.retentions = levels, metadata["retentions"]
-    if metadata["budget"] and metadata["budget"][0] is not None:
+    if metadata["budget"] is not None:
         cache.set_budget(*metadata["budget"])
     attention, winnowed = attention_layers(model), cache.winnowed
     for index, (layer, (values, tensors)) in enumerate(zip(cache.layers, layers, strict=True)):

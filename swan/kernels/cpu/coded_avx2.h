@@ -55,7 +55,7 @@ class Coded {
 
   static int64_t units(const Source::Group& group) { return (group.size + UNIT - 1) / UNIT; }
 
-  // Rows of 64 tokens: in place, or copied where some are missing or the memory behind the last may be another's.
+  // Rows of 64 tokens: in place, or copied where some are missing or the memory behind them may be another's.
   struct Rows {
     const uint8_t *codes, *scales;
     int64_t code, scale;  // bytes from a token to the next
@@ -305,7 +305,7 @@ class Coded {
     for (int64_t t = begin; t < end; t += SPAN) {
       const int64_t count = std::min(SPAN, end - t);
       if (!any(seen, rows, t, count)) continue;
-      const bool last = t + SPAN >= end;
+      const bool last = t + SPAN + OVERREAD / 4 > end;  // a row has four bytes or more
       const Rows keys(k_, b, h, t, count, last, k_memory), values(v_, b, h, t, count, last, v_memory);
       int64_t u = 0;
       for (size_t g = 0; g < k_.coded.size(); u += units(k_.coded[g]), ++g)
