@@ -103,12 +103,23 @@ WAYS = {"16 bits": {"plan": Plan([LayerPlan(LEADING, LEADING)] * 30, buffer=64)}
 WAYS |= {"default": {"retention": 0.3, "buffer": 64}}
 
 
-def assert_as_good_as_the_same(found, expected, dense, bound):
+def assert_as_good_as_the_same(found, expected, bound):
     if bound is not None:
         assert greatest_difference(found, expected) <= bound
     assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.995
-    if found.shape[-2] > 200:  # most of what it sees is packed
-        assert (found - expected).abs().mean() < 0.05 * (dense - expected).abs().mean()
+
+
+def what_rounding_changes(run, model, expected):
+    """How far the logits of `run()` move, on average, where the embeddings move by a unit in their last place."""
+
+    def rounded(module, arguments, embeddings):
+        return embeddings * (1 + 2e-7 * torch.randn_like(embeddings))
+
+    hook = model.get_input_embeddings().register_forward_hook(rounded)
+    try:
+        return max((run() - expected).abs().mean() for _ in range(3))
+    finally:
+        hook.remove()
 
 
 @pytest.mark.slow
@@ -123,9 +134,14 @@ def test_a_padded_batch_of_eight(model, smollm2, way):
     batch = logits_of(model, SwanCache(model, prefill="windowed", **WAYS[way]), input_ids=ids, **inputs)
     for row, length in enumerate(lengths):
         alone = {"input_ids": texts[row : row + 1, :length]}
-        expected = logits_of(model, SwanCache(model, prefill="windowed", **WAYS[way]), **alone)
-        bound = None if way == "default" else float32_bound(model, **alone)
-        assert_as_good_as_the_same(batch[row : row + 1, -length:], expected, logits_of(model, **alone), bound)
+
+        def run(alone=alone):
+            return logits_of(model, SwanCache(model, prefill="windowed", **WAYS[way]), **alone)
+
+        expected, padded = run(), batch[row : row + 1, -length:]
+        assert_as_good_as_the_same(padded, expected, None if way == "default" else float32_bound(model, **alone))
+        if way == "default" and length > 200:  # most of what it sees is packed
+            assert (padded - expected).abs().mean() < 2 * what_rounding_changes(run, model, expected)
 
 
 @pytest.mark.slow
@@ -145,7 +161,7 @@ def test_a_chat_of_twenty_turns_is_one_long_prompt(model, smollm2, way):
     with torch.no_grad():
         last = [model(text[:, -1:], **{key: c}).logits for c in (cache, one)]
     bound = None if way == "default" else float32_bound(model, input_ids=text)
-    assert_as_good_as_the_same(*last, None, bound)
+    assert_as_good_as_the_same(*last, bound)
 
 
 @pytest.mark.slow
