@@ -183,8 +183,8 @@ MUTANTS = [
     Mutant(
         "rotation-is-its-inverse",
         ROTATION,
-        '"b h g t d, h d e -> b h g t e"',
-        '"b h g t d, h e d -> b h g t e"',
+        "basis.mT if inverse else basis",
+        "basis if inverse else basis.mT",
         OF_ROTATION,
     ),
     Mutant("fold-of-the-inverse", ROTATION, '"o h g d, h d e -> o h g e"', '"o h g d, h e d -> o h g e"', OF_ROTATION),
@@ -322,8 +322,22 @@ MUTANTS = [
     Mutant(
         "a-history-that-grows-begins-anew",
         HISTORY,
-        "self._reserve(after, before, k, v)",
-        "self._reserve(after, 0, k, v)",
+        "state.k_history = _resized(state.k_history, capacity)",
+        "state.k_history = _resized(state.k_history.tokens(0, 0), capacity)",
+        OF_CACHE,
+    ),
+    Mutant(
+        "kernel-packs-empty-slots",
+        CACHE,
+        "(length, first), state.padding, buffer.sinks",
+        "(length, 0), state.padding, buffer.sinks",
+        ("kernels/test_pack_cpu.py",),
+    ),
+    Mutant(
+        "kernel-puts-sinks-at-the-padding",
+        CACHE,
+        "(length, first), state.padding, buffer.sinks",
+        "(length, first), None, buffer.sinks",
         OF_CACHE,
     ),
     Mutant(

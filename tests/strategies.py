@@ -213,6 +213,6 @@ def assert_packed(found: Packed, x: Tensor, mixed: Tensor, rounding: Tensor | fl
         covers = step >= peak * (1 - 1e-6) - rounding
         smallest = step <= (peak + rounding) * 2 ** (1 / 8) * (1 + 1e-6)
         assert ((byte == 255) | (byte == 0) | (covers & smallest)).all()
-        limit = (2.0**-bits + unit(x.dtype) + 1e-6) * step + rounding
+        limit = (2.0**-bits + unit(x.dtype) + 1e-6) * step + rounding + torch.finfo(x.dtype).tiny * unit(x.dtype)
         assert (error <= limit)[(byte < 255).expand_as(error)].all()
         scale += 1

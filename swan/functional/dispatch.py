@@ -8,7 +8,7 @@ Only what sdpa and flex cannot give (a log-sum-exp, gradients) is refused elsewh
 |---|---|---|
 | `dense_attention` | sdpa; compiled for a log-sum-exp under autograd, in float64, or of values of another dimension | sdpa; compiled for a log-sum-exp |
 | `packed_attention`, `swan_attention` | cpp for up to 16 query rows of a KV head, layouts that it reads, no gradients; else tensor code in tiles | tensor code in tiles |
-| `pack`, `KVCache.update` | cpp for `Graded` layouts with groups below 16 bits, no gradients; else tensor code | tensor code |
+| `pack`, `KVCache.update` | cpp for `Graded` layouts, no gradients; else tensor code | tensor code |
 
 An `impl` that is named and cannot run raises an error that says why; it never becomes another.
 """  # noqa: E501
@@ -22,12 +22,12 @@ from torch import Tensor
 from swan.kernels import cpu
 from swan.kernels.cpu import attend as attend_cpu
 from swan.kernels.cpu import pack as pack_cpu
-from swan.storage import Layout, Packed
+from swan.storage import LayerPlan, Layout, Packed
 from swan.storage.packed import unpack_mixed
 
 __all__ = [
     "Impl", "attend_kernel", "check_packed_impl", "dense_impl", "is_kernel", "one_call_serves", "pack_impl",
-    "packed_impl", "sdpa_gives_lse", "store_kernel", "unpack_kernel",
+    "packed_impl", "sdpa_gives_lse", "store_kernel", "take_in_kernel", "unpack_kernel",
 ]  # fmt: skip
 
 Impl = Literal["auto", "reference", "sdpa", "flex", "compiled", "cpp", "triton"]
@@ -136,8 +136,8 @@ def pack_impl(impl: Impl, x: Tensor, layout: Layout | None) -> Impl:
         case "cpp":
             if not (pack_cpu.stores(layout) and _cpp_packs(x)):
                 raise ValueError(
-                    "impl='cpp' packs Graded layouts with groups below 16 bits, vectors of float32, bfloat16 or "
-                    f"float16 on a CPU, without gradients; not {x.dtype} on {x.device} in {layout}; use impl='auto'"
+                    "impl='cpp' packs Graded layouts, vectors of float32, bfloat16 or float16 on a CPU, without "
+                    f"gradients; not {x.dtype} on {x.device} in {layout}; use impl='auto'"
                 )
             _build_cpp()
         case "triton":
@@ -149,6 +149,18 @@ def pack_impl(impl: Impl, x: Tensor, layout: Layout | None) -> Impl:
         case _:
             pass
     return impl
+
+
+def take_in_kernel(impl: Impl, k: Tensor, v: Tensor, plan_layer: LayerPlan | None) -> Callable[..., None] | None:
+    """Return the kernel that takes new tokens into a cache in one call, or None: then buffer and history do.
+
+    Raises:
+        ValueError: `impl` is unknown, or cannot store the layouts here.
+        RuntimeError: it is ``"cpp"`` and the kernel cannot be built.
+    """
+    keys, values = (None, None) if plan_layer is None else (plan_layer.keys, plan_layer.values)
+    impls = [pack_impl(impl, k, keys), pack_impl(impl, v, values)]
+    return pack_cpu.take_in if plan_layer is not None and impls == ["cpp", "cpp"] else None
 
 
 def unpack_kernel(impl: Impl, packed: Packed) -> Callable[[Packed], Tensor]:

@@ -88,19 +88,29 @@ class DenseBuffer(nn.Module):
             The evicted tokens (sinks are never among them where no row is padded).
         """
         state = self.state
-        if state.k_recent is None:
-            self.allocate(k, v)
+        self.prepare(k, v, padding)
         assert state.k_recent is not None and state.v_recent is not None
-        if padding is not None:
-            self._set_padding(padding)
         if self._lacks_sinks():
             source = self._sink_source(k.shape[2], k.device)
             for stored, new in ((state.k_recent, k), (state.v_recent, v)):
                 _write_sinks(stored[:, :, : self.sinks], new, source)
         overwritten = [self._turn(t[:, :, self.sinks :], new) for t, new in ((state.k_recent, k), (state.v_recent, v))]
         evicted = self._evicted(*overwritten)
-        self._count(k.shape[2])
+        self.count(k.shape[2])
         return evicted
+
+    def prepare(self, k: Tensor, v: Tensor, padding: Tensor | None) -> None:
+        """Have memory for keys and values like these, and remember their padding."""
+        if self.state.k_recent is None:
+            self.allocate(k, v)
+        if padding is not None:
+            self._set_padding(padding)
+
+    def count(self, tokens: int) -> None:
+        """Count new tokens, and those that they push out."""
+        state = self.state
+        state.length = int(state.length) + tokens
+        state.first = max(int(state.first), state.length - self.size)
 
     def columns(self) -> Tensor:
         """Return the column of the token in each slot, ``[batch or 1, sinks + size]``; a token counts once.
@@ -166,11 +176,6 @@ class DenseBuffer(nn.Module):
         skip = min(max(leaving - overwritten, 0), k.shape[2])
         return Evicted(k[:, :, skip:], v[:, :, skip:], None)
 
-    def _count(self, tokens: int) -> None:
-        state = self.state
-        state.length = int(state.length) + tokens
-        state.first = max(int(state.first), state.length - self.size)
-
 
 class StaticBuffer(DenseBuffer):
     """A `DenseBuffer` for torch.compile: its counters are tensors, and no shape ever changes.
@@ -200,6 +205,13 @@ class StaticBuffer(DenseBuffer):
         state.padding = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
         keep_in_place(*state.tensors)
 
+    def count(self, tokens: int) -> None:
+        """Count new tokens, and those that they push out."""
+        length, first = self.state.length, self.state.first
+        assert isinstance(length, Tensor) and isinstance(first, Tensor)
+        length.add_(tokens)
+        first.copy_(torch.maximum(first, length - self.size))
+
     def crop(self, length: int) -> None:
         """Forget the tokens from column `length` on; tokens already evicted do not come back."""
         state = self.state
@@ -225,12 +237,6 @@ class StaticBuffer(DenseBuffer):
         column = state.length - self.size + torch.arange(k.shape[2], device=k.device)
         real = (column >= state.first) & (column >= self.sinks)
         return Evicted(k, v, torch.where(real, column - self.sinks, -1))
-
-    def _count(self, tokens: int) -> None:
-        length, first = self.state.length, self.state.first
-        assert isinstance(length, Tensor) and isinstance(first, Tensor)
-        length.add_(tokens)
-        first.copy_(torch.maximum(first, length - self.size))
 
 
 def ring_columns(last: int | Tensor, size: int, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from swan.functional.dispatch import Impl, check_packed_impl
+from swan.functional.dispatch import Impl, check_packed_impl, take_in_kernel
 from swan.modules import checks
 from swan.modules.buffer import DenseBuffer, StaticBuffer
 from swan.modules.history import History, StaticHistory
@@ -191,7 +191,7 @@ class KVCache(nn.Module):
         if not torch.compiler.is_compiling():
             self._check(k, v, padding)
         if impl != "auto":
-            self.history.packers(k, v, impl)  # raises an error, if it must, before anything is changed
+            take_in_kernel(impl, k, v, self.plan_layer)  # raises an error, if it must, before anything is changed
         return self._take_in(k, v, padding, impl)
 
     @torch.no_grad()
@@ -315,7 +315,7 @@ class KVCache(nn.Module):
         if queries > 1:
             alone = padding is None and state.is_empty() and (not windowed or queries <= buffer.size)
             recent = (k, v, None) if alone else recent_and_new(buffer, k, v)
-        self.history.append(buffer.push(k, v, padding), impl)
+        self._store(k, v, padding, impl, length, first)
         if recent is None:
             recent = recent_tokens(buffer)
         window, stop = window_starts(length, first, buffer.size, queries, k.device, windowed=windowed)
@@ -329,6 +329,21 @@ class KVCache(nn.Module):
             sinks=buffer.sinks,
             padding=state.padding,
         )
+
+    def _store(
+        self, k: Tensor, v: Tensor, padding: Tensor | None, impl: Impl, length: int | Tensor, first: int | Tensor
+    ) -> None:
+        """Write new tokens into buffer and history: by a kernel where there is one, else by each of them."""
+        state, buffer, history, queries = self.state, self.buffer, self.history, k.shape[2]
+        packs = isinstance(length, Tensor) or length + queries - buffer.size > history.start
+        kernel = take_in_kernel(impl, k, v, self.plan_layer) if packs else None
+        if kernel is None:
+            return history.append(buffer.push(k, v, padding), impl)
+        buffer.prepare(k, v, padding)
+        buffer.count(queries)
+        history.reserve(k, v)
+        recent, packed = (state.k_recent, state.v_recent), (state.k_history, state.v_history)
+        kernel(k, v, recent, packed, (length, first), state.padding, buffer.sinks, history.start)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination |= {prefix + name: t for name, t in self.state.to_dict(self.history_length).items()}

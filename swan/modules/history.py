@@ -71,11 +71,24 @@ class History:
             return
         pack_k, pack_v = self.packers(k, v, impl)
         after = self.length
-        before, skipped = max(after - tokens, 0), max(tokens - after, 0)  # the first ones may be dropped already
-        self._reserve(after, before, k, v)
+        skipped = max(tokens - after, 0)  # the first ones may be dropped already
+        self.reserve(k, v)
         for start in range(skipped, tokens, TILE):
             tile, place = slice(start, start + TILE), after - tokens + start
             self._write(pack_k(k[:, :, tile], plan_layer.keys), pack_v(v[:, :, tile], plan_layer.values), place)
+
+    def reserve(self, k: Tensor, v: Tensor) -> None:
+        """Have room for all tokens that the buffer has counted out; `k` and `v` are like them."""
+        state, plan_layer, tokens = self.state, self.plan_layer, self.length
+        if plan_layer is None or self.capacity >= tokens:
+            return
+        capacity = grown(tokens)
+        if state.k_history is None or state.v_history is None:
+            state.k_history = _empty(k, plan_layer.keys, capacity)
+            state.v_history = _empty(v, plan_layer.values, capacity)
+            return
+        state.k_history = _resized(state.k_history, capacity)
+        state.v_history = _resized(state.v_history, capacity)
 
     def until(self, column: int | None) -> tuple[Packed | None, Packed | None]:
         """Return keys and values before a column; for None all that there is room for."""
@@ -104,19 +117,6 @@ class History:
             state.k_history = _resized(state.k_history.tokens(start, stored), capacity) if remaining else None
             state.v_history = _resized(state.v_history.tokens(start, stored), capacity) if remaining else None
 
-    def _reserve(self, tokens: int, stored: int, k: Tensor, v: Tensor) -> None:
-        """Take room for so many tokens, the first of which are `stored`."""
-        state, plan_layer = self.state, self.plan_layer
-        if plan_layer is None or self.capacity >= tokens:
-            return
-        capacity = grown(tokens)
-        if state.k_history is None or state.v_history is None:
-            state.k_history = _empty(k, plan_layer.keys, capacity)
-            state.v_history = _empty(v, plan_layer.values, capacity)
-            return
-        state.k_history = _resized(state.k_history.tokens(0, stored), capacity)
-        state.v_history = _resized(state.v_history.tokens(0, stored), capacity)
-
     def _write(self, k: Packed, v: Packed, place: int) -> None:
         assert self.state.k_history is not None and self.state.v_history is not None
         _put(self.state.k_history, k, place)
@@ -143,6 +143,9 @@ class StaticHistory(History):
             self.state.k_history = _empty(k, self.plan_layer.keys, self.room + 1)
             self.state.v_history = _empty(v, self.plan_layer.values, self.room + 1)
             keep_in_place(*self.state.tensors)
+
+    def reserve(self, k: Tensor, v: Tensor) -> None:
+        """Do nothing: all the room there is was taken at once."""
 
     def append(self, evicted: Evicted, impl: Impl = "auto") -> None:
         """Pack tokens that the buffer hands over, each to its place."""

@@ -65,7 +65,7 @@ def variant() -> str:
 
 
 def operator(name: str) -> Any:
-    """Return the operator of a kernel (``"attend"`` or ``"pack"``) in the variant in use, once it is built."""
+    """Return the operator of a kernel (such as ``"attend"``) in the variant in use, once it is built."""
     return getattr(torch.ops.swan, f"{name}_cpu_{variant()}")
 
 
@@ -145,9 +145,15 @@ def build(name: str | None = None) -> None:
 
     @torch.library.register_fake(f"swan::pack_cpu_{name}")
     def _(x, layout, matrix):  # pyright: ignore
-        coded = [(size, bits) for size, bits in zip(layout[1::2], layout[2::2], strict=True) if 1 <= bits <= 8]
-        codes, scales = (x.new_empty(*x.shape[:3], n, dtype=torch.uint8) for n in (row_bytes(coded), len(coded)))
-        return codes, scales
+        groups = list(zip(layout[1::2], layout[2::2], strict=True))
+        coded = [(size, bits) for size, bits in groups if 1 <= bits <= 8]
+        whole = sum(size for size, bits in groups if bits == 16)
+        widths = [(row_bytes(coded), torch.uint8), (whole, x.dtype), (len(coded), torch.uint8)]
+        return [x.new_empty(*x.shape[:3], width, dtype=dtype) for width, dtype in widths if width]
+
+    @torch.library.register_fake(f"swan::take_in_cpu_{name}")
+    def _(*arguments):  # pyright: ignore
+        return None
 
     @torch.library.register_fake(f"swan::unpack_cpu_{name}")
     def _(planes, layout, tokens, like):  # pyright: ignore

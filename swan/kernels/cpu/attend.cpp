@@ -125,9 +125,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
     recent_v.emplace(source_of({none, dense[1], none, none}, {0, v.d, 16}));
     beside.emplace(*recent_k, *recent_v, mask_of(recent_seen), dense[0].size(2), workers, rows);
   }
-  std::optional<Mix> key_mix, value_mix;
-  if (mixes.size() && mixes[0].numel()) key_mix.emplace(mix_of(mixes[0], k, false));
-  if (mixes.size() && mixes[1].numel()) value_mix.emplace(mix_of(mixes[1], v, true));
+  const Mix key_mix = mixes.empty() ? Mix() : mix_of(mixes[0], k), value_mix = mixes.empty() ? Mix() : mix_of(mixes[1], v);
 
   const at::Tensor wide = q.to(at::kFloat).contiguous();
   std::vector<char> finite(workers * rows, true);  // of the others, integers would make numbers
@@ -139,7 +137,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
       if (beside) beside->query(row, x, static_cast<float>(scale));
       float mixed[MAX_DIM];
       std::copy_n(x, k.d, mixed);
-      if (key_mix) key_mix->apply(mixed);
+      key_mix.apply(mixed);
       history.query(row, mixed, static_cast<float>(scale));
     }
   });
@@ -182,7 +180,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
       if (most == NOTHING) continue;
       std::vector<float> sums(v.d);
       float total = history.add(row, most, sums.data());
-      if (value_mix) value_mix->apply(sums.data());
+      value_mix.undo(sums.data());
       if (beside) total += beside->add(row, most, sums.data());
       for (int64_t c = 0; c < v.d; ++c) to[row * v.d + c] = sums[c] / total;
       lse_to[row] = most + std::log(total);

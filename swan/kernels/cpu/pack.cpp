@@ -1,6 +1,6 @@
-// Vectors to the codes and scale bytes of a graded layout, and packed vectors back, on a CPU: each is read once and
-// written once.
+// Vectors to the bytes of a graded layout, and packed vectors back, on a CPU: each is read once and written once.
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -49,36 +49,132 @@ void write_group(const float* x, const Source::Group& group, float scale, uint8_
   }
 }
 
-// x: [batch, heads, tokens, d]; layout: 0, size, bits, size, bits, ...; mix: of the groups of few bits.
-std::tuple<at::Tensor, at::Tensor> pack(const at::Tensor& x, at::IntArrayRef layout, const at::Tensor& matrix) {
-  const at::Tensor none = at::empty({0}, x.options());
-  const Source to = source_of({none, none, none, none}, layout);
-  TORCH_CHECK(x.dim() == 4 && x.size(3) == to.d && !to.coded.empty(), "vectors do not fit the layout");
-  const auto& last = to.coded.back();
-  const int64_t bytes = row_bytes(last.byte + code_bytes(last.size, last.bits)), groups = to.coded.size();
-  const Mix mix = mix_of(matrix, to, false);
-  const at::Tensor dense = x.contiguous();
-  const int64_t count = x.size(0) * x.size(1) * x.size(2), size = dense.element_size();
-  at::Tensor codes = at::empty({x.size(0), x.size(1), x.size(2), bytes}, x.options().dtype(at::kByte));
-  at::Tensor scales = at::empty({x.size(0), x.size(1), x.size(2), groups}, x.options().dtype(at::kByte));
-  const auto* from = static_cast<const uint8_t*>(dense.const_data_ptr());
-  auto *rows = codes.mutable_data_ptr<uint8_t>(), *scale = scales.mutable_data_ptr<uint8_t>();
-  at::parallel_for(0, count, GRAIN, [&](int64_t begin, int64_t end) {
-    float vector[MAX_DIM];
-    for (int64_t v = begin; v < end; ++v) {
-      to_float(from + v * to.d * size, dense.scalar_type(), to.d, vector);
-      mix.apply(vector);
-      std::fill_n(rows + v * bytes, bytes, 0);
-      for (int64_t g = 0; g < groups; ++g) {
-        const auto& group = to.coded[g];
+uint8_t* row_of(const Plane& plane, int64_t b, int64_t h, int64_t t) { return const_cast<uint8_t*>(plane.row(b, h, t)); }
+
+// A tensor that is written to.
+Plane plane_to(const at::Tensor& t) {
+  at::assert_no_internal_overlap(t);
+  t.mutable_data_ptr();  // memory of its own, if it was shared until written to
+  return plane_of(t);
+}
+
+// The tensors that a graded layout stores, and how vectors are written there.
+class Target {
+ public:
+  // tensors: codes, whole numbers and scales, those that there are; matrix: the mix, or an empty tensor.
+  Target(at::TensorList tensors, at::IntArrayRef layout, const at::Tensor& matrix)
+      : to_({}, layout.data(), layout.size()), mix_(mix_of(matrix, to_)) {
+    const bool coded = !to_.coded.empty(), whole = !to_.dense.empty();
+    TORCH_CHECK(!to_.topk && tensors.size() == size_t(coded ? 2 : 0) + (whole ? 1 : 0), "expected a graded layout");
+    if (coded) to_.codes = plane_to(tensors.front()), to_.scales = plane_to(tensors.back()), to_.row = tensors[0].size(3);
+    if (whole) to_.whole = plane_to(tensors[coded ? 1 : 0]), to_.dtype = tensors[coded ? 1 : 0].scalar_type();
+    tokens_ = tensors[0].size(2);
+  }
+
+  int64_t d() const { return to_.d; }
+  int64_t tokens() const { return tokens_; }
+
+  // Stores a vector as a token.
+  void write(const uint8_t* from, c10::ScalarType dtype, int64_t b, int64_t h, int64_t t) const {
+    if (!to_.coded.empty()) {
+      float vector[MAX_DIM];
+      to_float(from, dtype, to_.d, vector);
+      mix_.apply(vector);
+      uint8_t *row = row_of(to_.codes, b, h, t), *scale = row_of(to_.scales, b, h, t);
+      std::fill_n(row, to_.row, 0);
+      for (const auto& group : to_.coded) {
         float peak = 0;
         for (int64_t c = group.start; c < group.start + group.size; ++c) peak = std::max(peak, std::abs(vector[c]));
-        const uint8_t byte = scale[v * groups + g] = scale_byte(peak);
-        write_group(vector + group.start, group, scales_of_bytes()[byte], rows + v * bytes);
+        *scale = scale_byte(peak);
+        write_group(vector + group.start, group, scales_of_bytes()[*scale++], row);
+      }
+    }
+    if (to_.dense.empty()) return;
+    uint8_t* numbers = row_of(to_.whole, b, h, t);
+    for (const auto& group : to_.dense)
+      numbers = std::copy_n(from + group.start * bytes_of(dtype), group.size * bytes_of(dtype), numbers);
+  }
+
+ private:
+  Source to_;
+  Mix mix_;
+  int64_t tokens_;
+};
+
+// x: [batch, heads, tokens, d]; layout: 0, size, bits, size, bits, ...; matrix: the mix, or empty. Returns what it stores.
+std::vector<at::Tensor> pack(const at::Tensor& x, at::IntArrayRef layout, const at::Tensor& matrix) {
+  const Source sizes({}, layout.data(), layout.size());
+  TORCH_CHECK(x.dim() == 4 && x.size(3) == sizes.d && sizes.d <= MAX_DIM, "vectors do not fit the layout");
+  const int64_t heads = x.size(1), count = x.size(2);
+  const auto plane = [&](int64_t width, c10::ScalarType dtype) {
+    return at::empty({x.size(0), heads, count, width}, x.options().dtype(dtype));
+  };
+  std::vector<at::Tensor> tensors;
+  if (!sizes.coded.empty()) {
+    const auto& last = sizes.coded.back();
+    tensors.push_back(plane(row_bytes(last.byte + code_bytes(last.size, last.bits)), at::kByte));
+  }
+  int64_t whole = 0;
+  for (const auto& group : sizes.dense) whole += group.size;
+  if (whole) tensors.push_back(plane(whole, x.scalar_type()));
+  if (!sizes.coded.empty()) tensors.push_back(plane(sizes.coded.size(), at::kByte));
+  const Target target(tensors, layout, matrix);
+  const at::Tensor dense = x.stride(3) == 1 ? x : x.contiguous();
+  const Plane from = plane_of(dense);
+  at::parallel_for(0, x.size(0) * heads * count, GRAIN, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / count / heads, h = i / count % heads, t = i % count;
+      target.write(from.row(b, h, t), x.scalar_type(), b, h, t);
+    }
+  });
+  return tensors;
+}
+
+// Keys or values of a cache: new tokens, sinks and ring, and the packed history.
+struct Side {
+  const at::Tensor dense;
+  const Plane from, recent;
+  const Target history;
+
+  Side(const at::Tensor& x, const at::Tensor& recent, at::TensorList history, at::IntArrayRef layout, const at::Tensor& matrix)
+      : dense(x.stride(3) == 1 ? x : x.contiguous()), from(plane_of(dense)), recent(plane_to(recent)),
+        history(history, layout, matrix) {
+    TORCH_CHECK(x.dim() == 4 && x.size(3) == this->history.d() && recent.size(3) == x.size(3) &&
+                    recent.scalar_type() == x.scalar_type() && recent.sizes().slice(0, 2).equals(x.sizes().slice(0, 2)),
+                "new tokens do not fit the cache");
+  }
+};
+
+// New tokens of a cache: each takes the slot of the oldest token of the ring, which is packed at its place in the history
+// if it is one that the history keeps. `counters`: tokens seen before, and the oldest column in the ring; `start`: the
+// column of the first token of the history.
+void take_in(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_recent, const at::Tensor& v_recent,
+             at::TensorList k_history, at::TensorList v_history, at::IntArrayRef k_layout, at::IntArrayRef v_layout,
+             at::TensorList mixes, at::TensorList counters, const std::optional<at::Tensor>& padding, int64_t sinks,
+             int64_t start) {
+  const Side sides[] = {{k, k_recent, k_history, k_layout, mixes[0]}, {v, v_recent, v_history, v_layout, mixes[1]}};
+  const int64_t heads = k.size(1), tokens = k.size(2), size = k_recent.size(2) - sinks;
+  const int64_t length = *counters[0].const_data_ptr<int64_t>(), first = *counters[1].const_data_ptr<int64_t>();
+  TORCH_CHECK(length + tokens - size - start <= sides[0].history.tokens(), "the history has no room for the new tokens");
+  const auto dtype = k.scalar_type();
+  const std::optional<at::Tensor> earlier = padding ? std::optional(padding->to(at::kLong).contiguous()) : padding;
+  const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(tokens, 1));
+  at::parallel_for(0, 2 * k.size(0) * heads, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Side& side = sides[i % 2];
+      const int64_t b = i / 2 / heads, h = i / 2 % heads, bytes = side.dense.size(3) * bytes_of(dtype);
+      const int64_t before = earlier ? earlier->const_data_ptr<int64_t>()[b] : 0;
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t column = length + t, oldest = column - size;
+        const uint8_t* from = side.from.row(b, h, t);
+        uint8_t* slot = row_of(side.recent, b, h, sinks + column % size);
+        if (oldest >= std::max(first, start)) side.history.write(slot, dtype, b, h, oldest - start);
+        std::copy_n(from, bytes, slot);
+        const int64_t place = column - before;
+        if (0 <= place && place < sinks) std::copy_n(from, bytes, row_of(side.recent, b, h, place));
       }
     }
   });
-  return {codes, scales};
 }
 
 // The first `tokens` of packed vectors, in the coordinates in which they are stored, as those of `like`'s dtype.
@@ -103,11 +199,17 @@ at::Tensor unpack(at::TensorList planes, at::IntArrayRef layout, int64_t tokens,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(swan, m) {
-  m.def(SWAN_OPERATOR(pack_cpu) "(Tensor x, int[] layout, Tensor matrix) -> (Tensor, Tensor)");
+  m.def(SWAN_OPERATOR(pack_cpu) "(Tensor x, int[] layout, Tensor matrix) -> Tensor[]");
+  m.def(
+      SWAN_OPERATOR(take_in_cpu)
+      "(Tensor k, Tensor v, Tensor(a!) k_recent, Tensor(b!) v_recent, Tensor(c!)[] k_history, Tensor(d!)[] v_history, "
+      "int[] k_layout, int[] v_layout, Tensor[] mixes, Tensor[] counters, Tensor? padding, SymInt sinks, SymInt start) "
+      "-> ()");
   m.def(SWAN_OPERATOR(unpack_cpu) "(Tensor[] planes, int[] layout, SymInt tokens, Tensor like) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(swan, CPU, m) {
   m.impl(SWAN_OPERATOR(pack_cpu), &pack);
+  m.impl(SWAN_OPERATOR(take_in_cpu), &take_in);
   m.impl(SWAN_OPERATOR(unpack_cpu), &unpack);
 }

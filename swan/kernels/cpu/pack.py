@@ -7,7 +7,7 @@ from swan.kernels import numbers_of, planes_of
 from swan.kernels.cpu import operator
 from swan.storage import Graded, Layout, Packed
 
-__all__ = ["restore", "store", "stores"]
+__all__ = ["restore", "store", "stores", "take_in"]
 
 
 def store(x: Tensor, layout: Layout) -> Packed:
@@ -27,12 +27,54 @@ def store(x: Tensor, layout: Layout) -> Packed:
     Source: arXiv:2511.18936.
     """
     assert isinstance(layout, Graded)
-    matrix = layout.mix(x.dtype, x.device)
-    assert matrix is not None  # some group is of few bits
-    codes, scales = operator("pack")(x, layout.numbers, matrix)
-    whole = [x[..., start:stop] for start, stop, bits in layout.stored if bits == 16]
-    planes = (codes, torch.cat(whole, dim=-1)) if whole else (codes,)
-    return Packed(planes, scales, None, layout, x.dtype)
+    tensors = operator("pack")(x, layout.numbers, _mix(x, layout))
+    coded = layout.row_bytes > 0
+    planes, scales = (tensors[:-1], tensors[-1]) if coded else (tensors, None)
+    return Packed(tuple(planes), scales, None, layout, x.dtype)
+
+
+def take_in(
+    k: Tensor,
+    v: Tensor,
+    recent: tuple[Tensor, Tensor],
+    history: tuple[Packed, Packed],
+    counters: tuple[int | Tensor, int | Tensor],
+    padding: Tensor | None,
+    sinks: int,
+    start: int,
+) -> None:
+    """Take new tokens into a cache, in place: `DenseBuffer.push` and `History.append` in one call.
+
+    Args:
+        k: keys ``[batch, kv_heads, tokens, d]``, float32, bfloat16 or float16, on a CPU.
+        v: values, likewise.
+        recent: keys and values of sinks and ring, ``[batch, kv_heads, sinks + size, d]``.
+        history: packed keys and values with room for the tokens that leave the ring.
+        counters: tokens seen before, and the oldest column in the ring.
+        padding: left padding of each row, or None.
+        sinks: first tokens of each row, which have slots of their own.
+        start: the column of the first token of the history.
+
+    Example:
+        ```python
+        take_in(k, v, (state.k_recent, state.v_recent), (state.k_history, state.v_history), (128, 0), None, 4, 4)
+        ```
+
+    Source: arXiv:2511.18936.
+    """
+    layouts = [packed.format for packed in history]
+    operator("take_in")(
+        k,
+        v,
+        *recent,
+        *([*packed.tensors] for packed in history),
+        *(numbers_of(layout) for layout in layouts),
+        [_mix(x, layout) for x, layout in zip((k, v), layouts, strict=True)],
+        [n if isinstance(n, Tensor) else torch.scalar_tensor(n, dtype=torch.long) for n in counters],
+        padding,
+        sinks,
+        start,
+    )
 
 
 def restore(packed: Packed) -> Tensor:
@@ -56,5 +98,11 @@ def restore(packed: Packed) -> Tensor:
 
 
 def stores(layout: Layout) -> bool:
-    """Tell if the kernel packs a layout: `Graded` with a group below 16 bits."""
-    return isinstance(layout, Graded) and layout.mixed
+    """Tell if the kernel packs a layout."""
+    return isinstance(layout, Graded)
+
+
+def _mix(x: Tensor, layout: Layout) -> Tensor:
+    """Return the matrix that mixes vectors, or an empty tensor."""
+    matrix = layout.mix(x.dtype, x.device)
+    return x.new_empty(0) if matrix is None else matrix

@@ -26,11 +26,12 @@ inline Source source_of(at::TensorList tensors, at::IntArrayRef layout) {
   return source;
 }
 
-// The mix of the groups of few bits, by a matrix [d, d].
-inline Mix mix_of(const at::Tensor& matrix, const Source& source, bool transposed) {
-  const at::Tensor m = matrix.contiguous();
-  const auto* data = static_cast<const uint8_t*>(m.const_data_ptr());
-  return Mix(data, m.scalar_type(), source.d, source.coded, transposed);
+// The mix of the groups of few bits, by a matrix [d, d] that outlives it, or by an empty tensor: none.
+inline Mix mix_of(const at::Tensor& matrix, const Source& source) {
+  if (!matrix.numel()) return {};
+  TORCH_CHECK(matrix.is_contiguous() && matrix.numel() == source.d * source.d, "expected a mix [d, d]");
+  const auto* data = static_cast<const uint8_t*>(matrix.const_data_ptr());
+  return Mix(data, matrix.scalar_type(), source.d, source.coded);
 }
 
 // One of the tensors that there are.
