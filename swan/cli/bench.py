@@ -26,6 +26,7 @@ from swan.cli.common import (
 from swan.cli.tables import Columns, Row, mebibytes, milliseconds, number, percent, print_table, ratio
 from swan.evaluation import bench as benchmarks
 from swan.evaluation.bench import FORMS, IMPLS, SHAPES, Setup
+from swan.evaluation.bench.common import instructions
 from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.figures import save
@@ -61,7 +62,7 @@ def decode(
         list[str] | None, typer.Option(help=f"Of {', '.join(IMPLS)} (repeat it); those of the device by default.")
     ] = None,
     dtype: Annotated[
-        list[Dtype] | None, typer.Option(help="Dtypes of the cache (repeat it); bfloat16, on a CPU float32 too.")
+        list[Dtype] | None, typer.Option(help="Dtypes of the cache (repeat it); bfloat16, on a CPU all.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Image file to draw.")] = None,
     json: JsonOption = False,
@@ -72,6 +73,8 @@ def decode(
         check_plot(plot)
         setup = Setup(batch=batch, buffer=buffer, **_shape(shape))
         bandwidth = memory_bandwidth(setup.device)
+        if not dtype and setup.device.type == "cpu":
+            dtype = [Dtype.float32, Dtype.bfloat16, Dtype.float16]  # CPUs differ in which they are fastest with
         dtypes = [layer_dtype(each) for each in dtype] if dtype else None
         chosen = _forms(form, retention)
         rows = benchmarks.bench_decode(lengths, setup, dtypes=dtypes, forms=chosen, impls=impl, bandwidth=bandwidth)
@@ -91,6 +94,9 @@ def decode(
     }
     _show(f"Attention of one decode step, {_about(setup)}", columns, rows)
     _say_bandwidth(bandwidth)
+    if setup.device.type == "cpu":
+        used = instructions(setup.device)
+        console.print(f"instructions: {used['variant']} in swan's kernels, {used['instruction_set']} in torch")
 
 
 @bench.command()

@@ -8,11 +8,12 @@ import torch
 from swan.evaluation.bench import FORMS, SHAPES, Setup, add_speedups, bench_decode, common, decode, plot_decode
 from swan.evaluation.figures import save
 from swan.evaluation.machine import TooLong, at_most, last_level_cache, machine, peak_bytes, time_calls, versions
+from swan.kernels import cpu
 from tests.compilers import needs_cxx
 
 COLUMNS = [
-    "what", "impl", "form", "retention", "length", "batch", "dtype", "median_ms", "spread", "bytes",
-    "bandwidth_fraction", "error", "speedup", "peak_bytes",
+    "what", "impl", "form", "retention", "length", "batch", "dtype", "variant", "instruction_set", "median_ms",
+    "spread", "bytes", "bandwidth_fraction", "error", "speedup", "peak_bytes",
 ]  # fmt: skip
 CPU = torch.device("cpu")
 TINY = Setup(heads=4, kv_heads=2, head_dim=32, buffer=16, dtype=torch.float32, device=CPU, repeats=3)
@@ -31,6 +32,7 @@ def test_rows_follow_the_schema(rows):
     for row in rows:
         assert list(row) == COLUMNS
         assert row["what"] == "decode"
+        assert row["variant"] == cpu.variant() and row["instruction_set"] == torch.backends.cpu.get_cpu_capability()
         assert (row["form"] == "dense") == (row["impl"] in decode.DENSE)
         assert row["median_ms"] > 0 and row["spread"] >= 0 and row["bandwidth_fraction"] > 0 and row["peak_bytes"] > 0
     json.dumps(rows, allow_nan=False)

@@ -118,4 +118,5 @@ def test_a_compiled_step():
     check(rows, "share", "formula")
     parts = ["rotate+update", "attend", "step"]
     assert [row["what"] for row in rows] == ["step", *parts, *parts, *["break-even"] * 2]
-    assert max(rows[3]["error"], rows[6]["error"]) < 1e-5
+    assert rows[3]["error"] < 1e-5
+    assert rows[6]["error"] < 4 * 2.0**-15  # queries and weights, which the kernel rounds to 15 bits (AVX2)

@@ -13,6 +13,7 @@ from swan.calibration import Plan
 from swan.evaluation.baselines import Float8
 from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.machine import TooLong, at_most, default_device, last_level_cache, time_calls
+from swan.kernels import cpu
 from swan.storage import Graded, LayerPlan, TopK
 
 __all__ = ["FORMS", "SHAPES", "Form", "Setup", "add_speedups", "check_forms", "forms_on", "reason_in"]
@@ -31,8 +32,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": {"heads": 9, "kv_heads": 3, "head_dim": 64},  # SmolLM2-135M
 }
 COLUMNS = (
-    "what", "impl", "form", "retention", "length", "batch", "dtype", "median_ms", "spread", "bytes",
-    "bandwidth_fraction", "error", "speedup", "peak_bytes",
+    "what", "impl", "form", "retention", "length", "batch", "dtype", "variant", "instruction_set", "median_ms",
+    "spread", "bytes", "bandwidth_fraction", "error", "speedup", "peak_bytes",
 )  # fmt: skip
 MOST_COPIES = 64
 WRONG = 0.1  # relative error from which on a result is wrong, in any dtype
@@ -111,7 +112,15 @@ class Setup:
     def row(self, what: str, impl: str, form: Form, length: int | None, **more: Any) -> dict[str, Any]:
         """Make a row in which nothing is measured yet."""
         about = {"what": what, "impl": impl, "form": form[0], "retention": form[1], "length": length}
-        return dict.fromkeys(COLUMNS) | about | {"batch": self.batch, "dtype": dtype_name(self.dtype)} | more
+        about |= {"batch": self.batch, "dtype": dtype_name(self.dtype), **instructions(self.device)}
+        return dict.fromkeys(COLUMNS) | about | more
+
+
+def instructions(device: torch.device) -> dict[str, str | None]:
+    """Name the variant of swan's CPU kernels, and the instruction set that torch uses, or the GPU's architecture."""
+    if device.type == "cuda":
+        return {"variant": None, "instruction_set": "sm_{}{}".format(*torch.cuda.get_device_capability(device))}
+    return {"variant": cpu.variant(), "instruction_set": torch.backends.cpu.get_cpu_capability()}
 
 
 def forms_on(device: torch.device) -> tuple[Form, ...]:

@@ -78,10 +78,12 @@ def bench_decode(
 
     Returns:
         One dict per row: ``what``, ``impl``, ``form`` (``"dense"`` for rivals), ``retention``, ``length``,
-        ``batch``, ``dtype``, ``median_ms``, ``spread`` (90th less 10th percentile, over the median),
+        ``batch``, ``dtype``, ``variant`` (of swan's CPU kernels), ``instruction_set`` (that torch uses, or the
+        architecture of the GPU), ``median_ms``, ``spread`` (90th less 10th percentile, over the median),
         ``bytes`` (what one step must read), ``bandwidth_fraction`` (bytes over the median time, of the
         bandwidth), ``error`` (relative, in the 2-norm), ``speedup`` (over the fastest dense row of that length
-        and batch) and ``peak_bytes`` (memory that a call takes for the time of its run, its result included).
+        and batch, in any dtype) and ``peak_bytes`` (memory that a call takes for the time of its run, its result
+        included).
         A row that could not run has the reason as text in ``error`` and None for what was not measured.
 
     Raises:
