@@ -157,6 +157,7 @@ def prefill(
         return print_json(_settings(setup, shape, lengths=lengths), rows)
     columns: Columns = {
         "cache": _label,
+        "impl": lambda row: row["impl"],
         "length": lambda row: str(row["length"]),
         "ms (spread)": milliseconds,
         "speedup": _speedup,

@@ -1,8 +1,8 @@
 """Time and memory that a prompt takes in one layer: swan beside dense attention alone."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from swan.evaluation.bench.decode import float64_attention
 from swan.evaluation.bench.step import Layer
 from swan.evaluation.machine import peak_bytes
 from swan.functional.attention import dense_attention
+from swan.functional.rotation import inverse_rotate, rotate
 from swan.modules import KVCache
+from swan.modules.cache import Prefill
 from swan.storage import LayerPlan
 
 __all__ = ["bench_prefill"]
@@ -27,8 +29,9 @@ def bench_prefill(
 ) -> list[dict[str, Any]]:
     """Time the taking in of a prompt in one layer, with random contents.
 
-    Dense is causal attention alone. swan rotates, stores (buffer, sinks and packed history), attends densely as that
-    does, and rotates the outputs back. The output of the last token is first compared with float64 attention.
+    Dense is causal attention alone. swan rotates, stores (buffer, sinks and packed history), attends, and rotates the
+    outputs back: in one way densely, as dense does, in the other as if token by token, each query to its own window
+    and to the packed tokens before. The output of the last token is first compared with float64 attention.
 
     Args:
         lengths: tokens of the prompt.
@@ -36,8 +39,8 @@ def bench_prefill(
         forms: as in `bench_decode`.
 
     Returns:
-        Rows as of `bench_decode`: ``impl`` is ``"sdpa"`` or ``"eager"``, ``bytes`` are what the cache then holds,
-        ``bandwidth_fraction`` is None.
+        Rows as of `bench_decode`: ``impl`` is ``"sdpa"`` for dense, for swan the `prefill` of the cache, ``"chunk"``
+        or ``"windowed"``; ``bytes`` are what the cache then holds, ``bandwidth_fraction`` is None.
 
     Raises:
         ValueError: an unknown form.
@@ -45,44 +48,47 @@ def bench_prefill(
     Example:
         >>> setup = Setup(heads=4, kv_heads=2, head_dim=32, buffer=16, repeats=3)
         >>> [row["form"] for row in bench_prefill([64], setup)]
-        ['dense', 'graded', 'topk']
+        ['dense', 'graded', 'graded', 'topk', 'topk']
     """
     setup = setup or Setup()
     check_forms(forms)
     rows: list[dict[str, Any]] = []
-    cases = [*itertools.product(lengths, [("dense", 1.0), *forms])]
-    for length, form in track(cases, "timing", show=setup.progress):
-        row = setup.row("prefill", "sdpa" if form[0] == "dense" else "eager", form, length)
+    ways = [("sdpa", ("dense", 1.0)), *((prefill, form) for form in forms for prefill in get_args(Prefill))]
+    for length, (impl, form) in track([*itertools.product(lengths, ways)], "timing", show=setup.progress):
+        row = setup.row("prefill", impl, form, length)
         with reason_in(row):
-            row |= _measured(setup, setup.plan_layer(*form), length)
+            row |= _measured(setup, impl, setup.plan_layer(*form), length)
         rows.append(row)
     add_speedups(rows)
     return rows
 
 
-def _measured(setup: Setup, layer: LayerPlan | None, length: int) -> dict[str, Any]:
-    q, k, v = setup.random(length, length)
-    run = _dense if layer is None else _swan(setup, layer)
-    out, nbytes = run(q, k, v)
-    error = relative_error(out[:, :, -1:], float64_attention(q[:, :, -1:], (k, v)))
-    del out
-    times = setup.timed(lambda inputs: run(*inputs), [(q, k, v)])
-    peak = peak_bytes(lambda: run(q, k, v), setup.device)
-    return times | {"bytes": nbytes, "error": error, "peak_bytes": peak}
-
-
-Run = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, int]]  # output, and bytes of the cache
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, int]:
-    return dense_attention(q, k, v, causal=True, impl="sdpa"), k.nbytes + v.nbytes
-
-
-def _swan(setup: Setup, layer: LayerPlan) -> Run:
+def _measured(setup: Setup, impl: str, layer: LayerPlan | None, length: int) -> dict[str, Any]:
+    inputs = q, k, v = setup.random(length, length)
     functions = Layer(setup)
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, int]:
-        cache = KVCache(layer, buffer=setup.buffer)
-        return functions.step(cache, (q, k, v)), cache.nbytes
+    def swan() -> tuple[Tensor, KVCache | None]:
+        cache = KVCache(layer, buffer=setup.buffer, prefill=cast(Prefill, impl))
+        return functions.step(cache, (q, k, v)), cache
 
-    return run
+    def dense() -> tuple[Tensor, KVCache | None]:
+        return dense_attention(q, k, v, causal=True, impl="sdpa"), None
+
+    run = dense if layer is None else swan
+    out, cache = run()
+    last = q[:, :, -1:]
+    windowed = cache is not None and cache.prefill == "windowed"
+    expected = _seen_packed(functions, last, cache) if windowed else float64_attention(last, (k, v))
+    error = relative_error(out[:, :, -1:], expected)
+    nbytes = k.nbytes + v.nbytes if cache is None else cache.nbytes
+    del out, cache
+    times = setup.timed(lambda _: run(), [inputs])
+    return times | {"bytes": nbytes, "error": error, "peak_bytes": peak_bytes(run, setup.device)}
+
+
+def _seen_packed(functions: Layer, q: Tensor, cache: KVCache) -> Tensor:
+    """Attend in float64 to what a cache stores."""
+    state, stored = cache.state, cache.history_length
+    history = [packed.tokens(0, stored) for packed in (state.k_history, state.v_history) if packed is not None]
+    out = float64_attention(rotate(q, functions.key_basis), (*history, state.k_recent, state.v_recent))
+    return inverse_rotate(out, functions.value_basis.double())
