@@ -77,8 +77,10 @@ def _measured(setup: Setup, impl: str, layer: LayerPlan | None, length: int) -> 
     run = dense if layer is None else swan
     out, cache = run()
     last = q[:, :, -1:]
-    windowed = cache is not None and cache.prefill == "windowed"
-    expected = _seen_packed(functions, last, cache) if windowed else float64_attention(last, (k, v))
+    if cache is not None and cache.prefill == "windowed":
+        expected = _seen_packed(functions, last, cache)
+    else:
+        expected = float64_attention(last, (k, v))
     error = relative_error(out[:, :, -1:], expected)
     nbytes = k.nbytes + v.nbytes if cache is None else cache.nbytes
     del out, cache
