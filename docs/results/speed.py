@@ -8,7 +8,7 @@ from tables import table
 from . import cells, data
 
 
-def decode_table() -> str:
+def decode_table(name: str = "decode-cpu") -> str:
     """List kernels and dense rivals at the attention of one decode step."""
     columns = (
         "cache, retention",
@@ -35,7 +35,7 @@ def decode_table() -> str:
             f"{row['error']:.0e}",
             f"{row['peak_bytes'] / 1e6:.2f}",
         ]
-        for row in sorted(data.rows_of("decode-cpu"), key=lambda row: row["dtype"])
+        for row in sorted(data.rows_of(name), key=lambda row: row["dtype"])
         if row["median_ms"] is not None and row["impl"] != "tiles"
     ]
     return table(columns, rows, "lll" + "r" * 7)
@@ -54,8 +54,8 @@ def decode_plot() -> str:
     )
 
 
-def steps_table() -> str:
-    """List whole decode steps of a layer, with the parts of those of swan."""
+def steps_table(name: str = "step-cpu") -> str:
+    """List whole compiled decode steps of a layer, with the parts of those of swan."""
     columns = (
         "tokens",
         "cache, retention",
@@ -65,11 +65,11 @@ def steps_table() -> str:
         "speed-up",
     )
     rows = []
-    for dense in data.rows_of("step-cpu", what="step", impl="sdpa"):
+    for dense in data.rows_of(name, what="step", impl="sdpa"):
         length, time = dense["length"], f"{dense['median_ms']:.2f}"
         rows.append([f"{length}", "dense", time, "", "", "1.00"])
         parts = [
-            data.layer_step(length, what)
+            data.row_of(name, length=length, what=what, impl="compiled")
             for what in ("step", "rotate+update", "attend")
         ]
         rows.append(
@@ -83,7 +83,7 @@ def steps_table() -> str:
     return table(columns, rows, "rlrrrr")
 
 
-def model_table() -> str:
+def model_table(name: str = "model-cpu") -> str:
     """List tokens per second and memory of a whole model."""
     columns = (
         "cache",
@@ -111,7 +111,7 @@ def model_table() -> str:
             f"{row['growth_counted'] / 1024:.1f}",
             cells.percent(row["agreement"]),
         ]
-        for row in data.rows_of("model-cpu")
+        for row in data.rows_of(name)
     ]
     return table(columns, rows, "ll" + "r" * 8)
 
@@ -133,17 +133,18 @@ def capacity_table() -> str:
     return table(columns, rows, "rlrrrr")
 
 
-def prefill_table() -> str:
+def prefill_table(name: str = "prefill-cpu") -> str:
     """List time and memory of taking in a prompt."""
-    columns = ("tokens", "cache, retention", "ms", "cache, MB", "peak MB")
+    columns = ("tokens", "cache, retention", "prefill", "ms", "cache, MB", "peak MB")
     rows = [
         [
             f"{row['length']}",
             cells.cache(row),
+            "" if row["form"] == "dense" else row["impl"],
             f"{row['median_ms']:.0f}",
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['peak_bytes'] / 1e6:.0f}",
         ]
-        for row in data.rows_of("prefill-cpu")
+        for row in data.rows_of(name)
     ]
-    return table(columns, rows, "rlrrr")
+    return table(columns, rows, "rllrrr")
