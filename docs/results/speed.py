@@ -135,7 +135,14 @@ def capacity_table() -> str:
 
 def prefill_table(name: str = "prefill-cpu") -> str:
     """List time and memory of taking in a prompt."""
-    columns = ("tokens", "cache, retention", "prefill", "ms", "cache, MB", "peak MB")
+    columns = (
+        "tokens",
+        "cache, retention",
+        "prefill",
+        "ms",
+        "cache, MB",
+        "peak MB",
+    )
     rows = [
         [
             f"{row['length']}",
