@@ -86,6 +86,14 @@ def test_each_level_compiles_once(levels, layers, graphs, compiled):
     assert close(model, torch.cat(found, dim=1), torch.cat(expected, dim=1), {"input_ids": ids})
 
 
+def test_nothing_is_traced_that_an_older_torch_does_not_trace(compiled, monkeypatch):
+    monkeypatch.setattr(torch.amp, "is_autocast_available", torch.compiler.disable(torch.amp.is_autocast_available))
+    model, ids = attached(num_hidden_layers=1), TEXT["input_ids"]
+    cache = static(model, retention=0.33, max_length=100)
+    logits_of(model, cache, input_ids=ids[:, :1])
+    decode(model, torch.compile(model, **compiled), cache, ids[:, 1:3])
+
+
 @slow
 @pytest.mark.parametrize("settings", [{"retention": 1.0}, {"plan": EXACT}], ids=["everything", "top-k"])
 def test_sliding_layers_compile_as_transformers_has_them(settings, graphs, compiled):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from swan.calibration.capture import CHANGE_SCORES, given
+from swan.compiling import constant_result
 from swan.functional.rotation import inverse_rotate, rotate
 from swan.modules import KVCache
 
@@ -81,8 +82,13 @@ def swan_attention_forward(
 def computed_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which attention is computed: under autocast norms and RoPE may have left another."""
     device_type = x.device.type
-    casting = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    casting = _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if casting else x.dtype
+
+
+@constant_result  # torch.compile of torch 2.11 does not trace what it asks
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _padding(cache: KVCache, mask: Tensor | None, queries: int) -> Tensor | None:
