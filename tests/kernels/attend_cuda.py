@@ -1,0 +1,182 @@
+"""The kernels of swan/kernels/cuda/attend.cu run on a CPU, as the library will launch them on a GPU."""
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import swan.kernels.cuda
+from swan import Graded, Packed
+from swan.storage.packed import mixing
+from tests.kernels.cuda_on_cpu import build, struct, unwritten
+
+SOURCE = Path(swan.kernels.cuda.__file__).parent / "attend.cu"
+TILE, ROWS = 32, 8
+NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names]
+
+
+class Plane(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *fields(ctypes.c_int64, "batch", "head")]
+
+
+class Planes(ctypes.Structure):
+    _fields_ = fields(Plane, "codes", "scales", "whole")
+
+
+class Dense(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *fields(ctypes.c_int64, "batch", "head", "token")]
+
+
+class Mask(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *fields(ctypes.c_int64, "batch", "head", "query", "token")]
+
+
+class AttendArguments(ctypes.Structure):
+    _fields_ = [
+        ("q", ctypes.c_void_p),
+        *fields(ctypes.c_int64, "q_batch", "q_head", "q_query"),
+        ("k_mix", ctypes.c_void_p),
+        *fields(Planes, "k", "v"),
+        *fields(Dense, "recent_k", "recent_v"),
+        *fields(Mask, "mask", "recent_mask"),
+        *fields(ctypes.c_void_p, "first", "end", "partial", "lse"),
+        *fields(ctypes.c_int, "tokens", "recent", "splits", "span", "kv_heads", "groups", "queries"),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class MergeArguments(ctypes.Structure):
+    _fields_ = [
+        *fields(ctypes.c_void_p, "partial", "lse", "v_mix", "out", "out_lse"),
+        *fields(ctypes.c_int, "splits", "parts", "rows"),
+    ]
+
+
+def macros(k: Graded, v: Graded, dtype: torch.dtype, **others: Any) -> dict[str, Any]:
+    """The macros of a pair of layouts."""
+    lists = {
+        name: "{" + ",".join(f"{{{size},{bits}}}" for size, bits in layout.groups) + "}"
+        for name, layout in (("K_GROUPS", k), ("V_GROUPS", v))
+    }
+    return {**lists, "D": k.d, "DV": v.d, "DTYPE": NAMES[dtype], **others}
+
+
+def shared_bytes(k: Graded, v: Graded, warps: int = 4, stages: int = 3) -> int:
+    """Shared memory of a program: tiles, their scales, numbers of each query row; or sums to merge.
+
+    Queries stand in the last stage, and behind it, before it is filled.
+    """
+    k_scales, v_scales = (sum(bits < 16 for _, _, bits in layout.stored) for layout in (k, v))
+    stage = TILE * sum(layout.vector_bytes() for layout in (k, v))
+    tiles = warps * (stages * stage + TILE * (k_scales + v_scales) * 4) + (1 + k_scales) * ROWS * 4
+    queries = (stages - 1) * warps * stage + ROWS * (k.d + 4) * 4
+    recent = ROWS * (k.d + 4 + 1) * 4
+    return max(tiles, queries, recent, warps * ROWS * (2 + v.d) * 4)
+
+
+def room_of(x: Tensor) -> Tensor:
+    """The same tokens in a tensor with room for a multiple of 64, where the rest is no number."""
+    batch, heads, tokens, width = x.shape
+    room = torch.empty(batch, heads, max(-(-tokens // 64), 1) * 64, width, dtype=x.dtype)
+    room.view(torch.uint8).fill_(255)
+    room[:, :, :tokens] = x
+    return room
+
+
+def planes(x: Packed) -> dict[str, Any]:
+    tensors = [room_of(t) for t in x.planes]
+    codes = tensors[0] if x.scales is not None else None
+    whole = tensors[-1] if any(bits == 16 for _, _, bits in x.format.stored) else None
+    scales = None if x.scales is None else room_of(x.scales)
+    return {name: strided(t, "batch", "head") for name, t in (("codes", codes), ("scales", scales), ("whole", whole))}
+
+
+def strided(x: Tensor | None, *axes: str) -> Mapping[str, Any]:
+    """A tensor and its strides in bytes, 0 where an axis has one element."""
+    if x is None:
+        return {"data": None}
+    sizes = [0 if n == 1 else s * x.element_size() for n, s in zip(x.shape, x.stride(), strict=True)]
+    return {"data": x, **dict(zip(axes, sizes, strict=False))}
+
+
+@dataclass
+class Recent:
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+
+
+def attend(
+    q: Tensor,
+    k: Packed,
+    v: Packed,
+    scale: float,
+    splits: int = 1,
+    recent: Recent | None = None,
+    mask: Tensor | None = None,
+    first: Tensor | None = None,
+    end: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run both kernels; returns the output [batch, heads, queries, dv] and the natural log-sum-exp."""
+    assert isinstance(k.format, Graded) and isinstance(v.format, Graded)
+    batch, heads, queries, _ = q.shape
+    kv_heads, tokens, dv = k.shape[1], k.shape[2], v.shape[3]
+    splits = splits if tokens else 0
+    rows, parts = heads // kv_heads * queries, splits + (recent is not None)
+    span = -(-tokens // max(splits, 1) // TILE) * TILE
+    warps, stages = others.get("WARPS", 4), others.get("STAGES", 3)
+    kernels = build(SOURCE, macros(k.format, v.format, q.dtype, **others))
+    partial = unwritten(torch.empty(batch * kv_heads, parts, rows, dv))
+    lse = unwritten(torch.empty(batch * kv_heads, parts, rows))
+    arguments = struct(
+        AttendArguments,
+        q=q,
+        q_batch=q.stride(0),
+        q_head=q.stride(1),
+        q_query=q.stride(2),
+        k_mix=mixing(k),
+        k=planes(k),
+        v=planes(v),
+        recent_k=strided(recent and recent.keys, "batch", "head", "token"),
+        recent_v=strided(recent and recent.values, "batch", "head", "token"),
+        mask=strided(mask, "batch", "head", "query", "token"),
+        recent_mask=strided(recent and recent.mask, "batch", "head", "query", "token"),
+        first=first,
+        end=end,
+        partial=partial,
+        lse=lse,
+        tokens=tokens,
+        recent=recent.keys.shape[2] if recent else 0,
+        splits=splits,
+        span=span,
+        kv_heads=kv_heads,
+        groups=heads // kv_heads,
+        queries=queries,
+        scale=scale,
+    )
+    grid = parts, batch * kv_heads, -(-rows // ROWS)
+    kernels.launch("attend", grid, warps * 32, shared_bytes(k.format, v.format, warps, stages), arguments)
+    out = torch.empty(batch, heads, queries, dv, dtype=torch.float32 if others.get("OUT_FLOAT", 1) else q.dtype)
+    out_lse = torch.empty(batch, heads, queries)
+    merge = struct(
+        MergeArguments,
+        partial=partial,
+        lse=lse,
+        v_mix=mixing(v),
+        out=unwritten(out),
+        out_lse=unwritten(out_lse),
+        splits=splits,
+        parts=parts,
+        rows=rows,
+    )
+    kernels.launch("merge", (batch * kv_heads, rows), dv, dv * 4, merge)
+    return out, out_lse
