@@ -144,6 +144,9 @@ class KiviHistory(History):
         """Codes, scales and offsets, and the tokens that wait."""
         return [t for group in self.coded for t in group] + list(self.waiting or ())
 
+    def kernel(self, k: Tensor, v: Tensor, impl: Impl) -> None:
+        """Return None: no kernel stores this rival's codes."""
+
     def append(self, evicted: Evicted, impl: Impl = "auto") -> None:
         """Code tokens, as soon as there are 32 of them."""
         k, v, _ = evicted

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from swan.functional.dispatch import Impl, check_packed_impl, take_in_kernel
+from swan.functional.dispatch import Impl, check_packed_impl
 from swan.modules import checks
 from swan.modules.buffer import DenseBuffer, StaticBuffer
 from swan.modules.history import History, StaticHistory
@@ -191,7 +191,7 @@ class KVCache(nn.Module):
         if not torch.compiler.is_compiling():
             self._check(k, v, padding)
         if impl != "auto":
-            take_in_kernel(impl, k, v, self.plan_layer)  # raises an error, if it must, before anything is changed
+            self.history.kernel(k, v, impl)  # raises an error, if it must, before anything is changed
         return self._take_in(k, v, padding, impl)
 
     @torch.no_grad()
@@ -336,7 +336,7 @@ class KVCache(nn.Module):
         """Write new tokens into buffer and history: by a kernel where there is one, else by each of them."""
         state, buffer, history, queries = self.state, self.buffer, self.history, k.shape[2]
         packs = isinstance(length, Tensor) or length + queries - buffer.size > history.start
-        kernel = take_in_kernel(impl, k, v, self.plan_layer) if packs else None
+        kernel = history.kernel(k, v, impl) if packs else None
         if kernel is None:
             return history.append(buffer.push(k, v, padding), impl)
         buffer.prepare(k, v, padding)

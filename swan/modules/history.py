@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from swan.compiling import keep_in_place
-from swan.functional.dispatch import Impl, pack_impl, store_kernel
+from swan.functional.dispatch import Impl, pack_impl, store_kernel, take_in_kernel
 from swan.functional.packing import pack
 from swan.modules.buffer import Evicted
 from swan.modules.state import CacheState
@@ -62,6 +62,14 @@ class History:
         """
         layouts = (None, None) if self.plan_layer is None else (self.plan_layer.keys, self.plan_layer.values)
         return store_kernel(pack_impl(impl, k, layouts[0])), store_kernel(pack_impl(impl, v, layouts[1]))
+
+    def kernel(self, k: Tensor, v: Tensor, impl: Impl) -> Callable[..., None] | None:
+        """Return the kernel that stores new tokens in buffer and history; None where the buffer hands them to `append`.
+
+        Raises:
+            ValueError: `impl` is unknown, or cannot store the layouts here.
+        """
+        return take_in_kernel(impl, k, v, self.plan_layer)
 
     def append(self, evicted: Evicted, impl: Impl = "auto") -> None:
         """Pack tokens that the buffer hands over; it has counted them out, so `length` has them already."""
