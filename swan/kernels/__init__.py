@@ -28,6 +28,12 @@ def numbers_of(layout: Layout) -> list[int] | None:
     return None
 
 
+def matrix_of(x: Tensor, layout: Layout) -> Tensor:
+    """Return the matrix that mixes vectors like `x` in a layout, or an empty tensor where there is none."""
+    matrix = layout.mix(x.dtype, x.device)
+    return x.new_empty(0) if matrix is None else matrix
+
+
 def planes_of(packed: Packed) -> list[Tensor]:
     """Return codes, values in the dtype of the cache, scales, positions; empty tensors where there are none."""
     codes = whole = empty = packed.planes[0].new_empty(0)

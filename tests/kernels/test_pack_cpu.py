@@ -95,6 +95,16 @@ def test_takes_tokens_in_as_buffer_and_history_do(data, seed, dtype, static):
             each.evict(evict) if evict else None
 
 
+def test_a_tensor_that_was_saved_for_a_backward_pass_is_not_changed_in_silence():
+    cache = KVCache(LayerPlan(Graded(((16, 4),)), Graded(((16, 4),))), buffer=4, sinks=0)
+    cache.update(*torch.randn(2, 1, 1, 9, 16))
+    visible = cache.update(*torch.randn(2, 1, 1, 1, 16))
+    scores = torch.randn(1, 1, 1, 16, requires_grad=True) * visible.k_recent
+    cache.update(*torch.randn(2, 1, 1, 1, 16), impl="cpp")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        scores.sum().backward()
+
+
 def test_a_full_history_is_not_written_past():
     layer = LayerPlan(Graded(((16, 4),)), Graded(((16, 4),)))
     cache = KVCache(layer, buffer=2, sinks=0, static=True, max_length=4)

@@ -116,7 +116,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
   const auto seen = side_by_side(mask), recent_seen = side_by_side(recent_mask);
   Side history(k, v, mask_of(seen), tokens, workers, rows);
   std::vector<at::Tensor> dense;
-  for (const at::Tensor& t : recent) dense.push_back(t.stride(3) == 1 ? t : t.contiguous());
+  for (const at::Tensor& t : recent) dense.push_back(with_dense_rows(t));
   std::optional<Source> recent_k, recent_v;
   std::optional<Side> beside;
   if (!dense.empty()) {

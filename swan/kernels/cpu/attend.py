@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from swan.kernels import Recent, numbers_of, planes_of
+from swan.kernels import Recent, matrix_of, numbers_of, planes_of
 from swan.kernels.cpu import operator
 from swan.storage import Layout, Packed
-from swan.storage.packed import mixing
 
 __all__ = ["MOST_ROWS", "attend", "reads"]
 
@@ -49,7 +48,7 @@ def attend(
     arguments = q, planes_of(k), keys, planes_of(v), values, k.planes[0].shape[2], mask, scale
     if recent is None:
         return operator("attend")(*arguments, [], [], None)
-    mixes = [q.new_empty(0) if matrix is None else matrix for matrix in (mixing(k), mixing(v))]
+    mixes = [matrix_of(q, packed.format) for packed in (k, v)]
     return operator("attend")(*arguments, mixes, [recent.keys, recent.values], recent.mask)
 
 

@@ -66,6 +66,7 @@ class Target {
       : to_({}, layout.data(), layout.size()), mix_(mix_of(matrix, to_)) {
     const bool coded = !to_.coded.empty(), whole = !to_.dense.empty();
     TORCH_CHECK(!to_.topk && tensors.size() == size_t(coded ? 2 : 0) + (whole ? 1 : 0), "expected a graded layout");
+    TORCH_CHECK(to_.d <= MAX_DIM, "at most ", MAX_DIM, " coordinates");
     if (coded) to_.codes = plane_to(tensors.front()), to_.scales = plane_to(tensors.back()), to_.row = tensors[0].size(3);
     if (whole) to_.whole = plane_to(tensors[coded ? 1 : 0]), to_.dtype = tensors[coded ? 1 : 0].scalar_type();
     tokens_ = tensors[0].size(2);
@@ -104,7 +105,7 @@ class Target {
 // x: [batch, heads, tokens, d]; layout: 0, size, bits, size, bits, ...; matrix: the mix, or empty. Returns what it stores.
 std::vector<at::Tensor> pack(const at::Tensor& x, at::IntArrayRef layout, const at::Tensor& matrix) {
   const Source sizes({}, layout.data(), layout.size());
-  TORCH_CHECK(x.dim() == 4 && x.size(3) == sizes.d && sizes.d <= MAX_DIM, "vectors do not fit the layout");
+  TORCH_CHECK(x.dim() == 4 && x.size(3) == sizes.d, "vectors do not fit the layout");
   const int64_t heads = x.size(1), count = x.size(2);
   const auto plane = [&](int64_t width, c10::ScalarType dtype) {
     return at::empty({x.size(0), heads, count, width}, x.options().dtype(dtype));
@@ -119,7 +120,7 @@ std::vector<at::Tensor> pack(const at::Tensor& x, at::IntArrayRef layout, const 
   if (whole) tensors.push_back(plane(whole, x.scalar_type()));
   if (!sizes.coded.empty()) tensors.push_back(plane(sizes.coded.size(), at::kByte));
   const Target target(tensors, layout, matrix);
-  const at::Tensor dense = x.stride(3) == 1 ? x : x.contiguous();
+  const at::Tensor dense = with_dense_rows(x);
   const Plane from = plane_of(dense);
   at::parallel_for(0, x.size(0) * heads * count, GRAIN, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -137,7 +138,7 @@ struct Side {
   const Target history;
 
   Side(const at::Tensor& x, const at::Tensor& recent, at::TensorList history, at::IntArrayRef layout, const at::Tensor& matrix)
-      : dense(x.stride(3) == 1 ? x : x.contiguous()), from(plane_of(dense)), recent(plane_to(recent)),
+      : dense(with_dense_rows(x)), from(plane_of(dense)), recent(plane_to(recent)),
         history(history, layout, matrix) {
     TORCH_CHECK(x.dim() == 4 && x.size(3) == this->history.d() && recent.size(3) == x.size(3) &&
                     recent.scalar_type() == x.scalar_type() && recent.sizes().slice(0, 2).equals(x.sizes().slice(0, 2)),
@@ -152,6 +153,7 @@ void take_in(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_recen
              at::TensorList k_history, at::TensorList v_history, at::IntArrayRef k_layout, at::IntArrayRef v_layout,
              at::TensorList mixes, at::TensorList counters, const std::optional<at::Tensor>& padding, int64_t sinks,
              int64_t start) {
+  TORCH_CHECK(v.sizes().slice(0, 3).equals(k.sizes().slice(0, 3)), "keys and values do not fit each other");
   const Side sides[] = {{k, k_recent, k_history, k_layout, mixes[0]}, {v, v_recent, v_history, v_layout, mixes[1]}};
   const int64_t heads = k.size(1), tokens = k.size(2), size = k_recent.size(2) - sinks;
   const int64_t length = *counters[0].const_data_ptr<int64_t>(), first = *counters[1].const_data_ptr<int64_t>();

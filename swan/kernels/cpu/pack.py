@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from swan.kernels import numbers_of, planes_of
+from swan.kernels import matrix_of, numbers_of, planes_of
 from swan.kernels.cpu import operator
 from swan.storage import Graded, Layout, Packed
 
@@ -27,7 +27,7 @@ def store(x: Tensor, layout: Layout) -> Packed:
     Source: arXiv:2511.18936.
     """
     assert isinstance(layout, Graded)
-    tensors = operator("pack")(x, layout.numbers, _mix(x, layout))
+    tensors = operator("pack")(x, layout.numbers, matrix_of(x, layout))
     coded = layout.row_bytes > 0
     planes, scales = (tensors[:-1], tensors[-1]) if coded else (tensors, None)
     return Packed(tuple(planes), scales, None, layout, x.dtype)
@@ -69,12 +69,16 @@ def take_in(
         *recent,
         *([*packed.tensors] for packed in history),
         *(numbers_of(layout) for layout in layouts),
-        [_mix(x, layout) for x, layout in zip((k, v), layouts, strict=True)],
+        [matrix_of(x, layout) for x, layout in zip((k, v), layouts, strict=True)],
         [n if isinstance(n, Tensor) else torch.scalar_tensor(n, dtype=torch.long) for n in counters],
         padding,
         sinks,
         start,
     )
+    if not torch.compiler.is_compiling():
+        # Who saved one of these for a backward pass is told that it changed, as torch's own functions tell.
+        written = [*recent, *history[0].tensors, *history[1].tensors]
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
 def restore(packed: Packed) -> Tensor:
@@ -100,9 +104,3 @@ def restore(packed: Packed) -> Tensor:
 def stores(layout: Layout) -> bool:
     """Tell if the kernel packs a layout."""
     return isinstance(layout, Graded)
-
-
-def _mix(x: Tensor, layout: Layout) -> Tensor:
-    """Return the matrix that mixes vectors, or an empty tensor."""
-    matrix = layout.mix(x.dtype, x.device)
-    return x.new_empty(0) if matrix is None else matrix

@@ -16,6 +16,9 @@ inline Plane plane_of(const at::Tensor& t) {
   return {static_cast<const uint8_t*>(t.const_data_ptr()), t.stride(0) * size, t.stride(1) * size, t.stride(2) * size};
 }
 
+// A tensor [batch, heads, tokens, width] as it is if its last axis is dense, else a copy.
+inline at::Tensor with_dense_rows(const at::Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); }
+
 // tensors: codes, whole, scales, positions, each a tensor or an empty one.
 inline Source source_of(at::TensorList tensors, at::IntArrayRef layout) {
   Planes planes{plane_of(tensors[0]), plane_of(tensors[1]), plane_of(tensors[2]), plane_of(tensors[3])};
