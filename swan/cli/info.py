@@ -11,12 +11,12 @@ from swan.evaluation.downloads import cache_folder
 from swan.evaluation.dtypes import dtype_name, native_dtypes
 from swan.evaluation.machine import default_device, machine, package_version, versions
 from swan.evaluation.models import MODELS, model_path
-from swan.kernels import cpu
+from swan.kernels import cpu, cuda
 
 DEFAULT_MODEL = "smollm2-135m"
 EXTRAS = {  # packages beside torch, and the extra that brings each
     "transformers": "hf", "accelerate": "hf", "gguf": "hf", "ninja": "cpp", "typer": "cli", "matplotlib": "plot",
-    "triton": "", "optimum-quanto": "rivals", "hqq": "rivals", "lm-eval": "lm-eval",
+    "cuda-core": "cuda", "optimum-quanto": "rivals", "hqq": "rivals", "lm-eval": "lm-eval",
 }  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def info(json: JsonOption = False) -> None:
         "models": list(MODELS),
         "default_model": {"name": DEFAULT_MODEL, "folder": str(folder), "fetched": folder.is_dir()},
     }
-    rows = [*(_cpu_kernel(name) for name in cpu.variants()), _triton_kernel()]
+    rows = [*(_cpu_kernel(name) for name in cpu.variants()), _cuda_kernel()]
     if json:
         return print_json(settings, rows)
     about = machine()
@@ -77,12 +77,11 @@ def _cpu_kernel(name: str) -> dict[str, Any]:
     return row | {"state": "not built yet; compiled when it is first used"}
 
 
-def _triton_kernel() -> dict[str, Any]:
-    """Describe the kernels for GPUs, which triton compiles as they are called."""
-    has_triton, has_gpu = package_version("triton") is not None, torch.cuda.is_available()
-    reason = None if has_triton and has_gpu else "no GPU" if has_triton else "no triton: pip install triton"
-    state = "compiled when called with impl='triton'" if reason is None else f"not usable: {reason}"
-    return {"kernel": "triton", "built": False, "file": None, "state": state}
+def _cuda_kernel() -> dict[str, Any]:
+    """Describe the kernels for NVIDIA GPUs, which are compiled when they are first launched."""
+    reason = cuda.missing("cuda") if torch.cuda.is_available() else "no GPU"
+    state = "compiled when they are first used" if reason is None else f"not usable: {reason}"
+    return {"kernel": "cuda", "built": False, "file": None, "state": state}
 
 
 def _section(title: str, lines: dict[str, str]) -> None:

@@ -11,3 +11,4 @@ from swan.functional.rotation import fold_value_rotation as fold_value_rotation
 from swan.functional.rotation import inverse_rotate as inverse_rotate
 from swan.functional.rotation import random_rotation as random_rotation
 from swan.functional.rotation import rotate as rotate
+from swan.kernels import Seen as Seen

@@ -14,14 +14,13 @@ from swan.functional import reference
 from swan.functional.dense import flex, sdpa, sdpa_with_lse, tensor_code, with_causal
 from swan.functional.dispatch import (
     Impl,
-    attend_kernel,
     dense_impl,
     is_kernel,
     one_call_serves,
     packed_impl,
     unpack_kernel,
 )
-from swan.kernels import Recent
+from swan.kernels import Recent, Seen, calls
 from swan.storage import Packed
 from swan.storage.packed import mixing
 
@@ -90,7 +89,7 @@ def dense_attention(
     if not torch.compiler.is_compiling():
         _check(q, k, v, mask)
     factor = _factor(q, scale)
-    impl = dense_impl(impl, q, k, v, return_lse)
+    impl = dense_impl(impl, q, k, v, mask is not None or causal, return_lse)
     if k.shape[2] == 0:
         out, lse = _attention_to_nothing(q, v.shape[-1])
     elif impl == "reference":
@@ -116,7 +115,7 @@ def packed_attention(
     k: Packed,
     v: Packed,
     *,
-    mask: Tensor | None = ...,
+    mask: Tensor | Seen | None = ...,
     scale: float | None = ...,
     impl: Impl = ...,
     return_lse: Literal[False] = ...,
@@ -127,7 +126,7 @@ def packed_attention(
     k: Packed,
     v: Packed,
     *,
-    mask: Tensor | None = ...,
+    mask: Tensor | Seen | None = ...,
     scale: float | None = ...,
     impl: Impl = ...,
     return_lse: Literal[True],
@@ -137,7 +136,7 @@ def packed_attention(
     k: Packed,
     v: Packed,
     *,
-    mask: Bool[Tensor, "batch_or_1 heads_or_1 queries tokens"] | None = None,
+    mask: Bool[Tensor, "batch_or_1 heads_or_1 queries tokens"] | Seen | None = None,
     scale: float | None = None,
     impl: Impl = "auto",
     return_lse: bool = False,
@@ -152,11 +151,11 @@ def packed_attention(
         q: rotated queries.
         k: packed rotated keys, of the shape ``[batch, kv_heads, tokens, d]``.
         v: packed rotated values, ``[batch, kv_heads, tokens, dv]``.
-        mask: True where a query sees a token.
+        mask: True where a query sees a token; or a `Seen`, the same as numbers.
         scale: factor of the scores, ``d ** -0.5`` by default.
-        impl: ``"cpp"`` (a kernel for CPUs), ``"triton"`` (one for GPUs), or as in `dense_attention`, for each tile;
-            FlexAttention cannot read packed tensors. ``"auto"`` takes cpp on a CPU where it reads the layouts and is
-            built, for up to 16 query rows of each KV head, else tiles.
+        impl: ``"cpp"`` (a kernel for CPUs), ``"cuda"`` (one for NVIDIA GPUs), or as in `dense_attention`, for each
+            tile; FlexAttention cannot read packed tensors. ``"auto"`` takes the kernel of the device where it reads the
+            layouts and is built, for up to 16 query rows of each KV head on a CPU and 256 on a GPU, else tiles.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -165,7 +164,7 @@ def packed_attention(
     Raises:
         ValueError: shapes do not fit, ``impl="flex"``, or a kernel that does not read the layouts or run on the device.
         TypeError: keys or values are not `Packed`, dtypes differ, or the mask is not boolean.
-        RuntimeError: ``impl="cpp"`` and the kernel cannot be built.
+        RuntimeError: `impl` names a kernel that cannot be built.
 
     Example:
         >>> from swan import TopK, pack
@@ -180,13 +179,11 @@ def packed_attention(
     if not torch.compiler.is_compiling():
         _check(q, k, v, mask)
     impl = packed_impl(impl, q, k, v)
-    key_mix, value_mix = mixing(k), mixing(v)
-    mixed_q = q if key_mix is None else q @ key_mix
     if is_kernel(impl):
-        out, lse = attend_kernel(impl)(mixed_q, k, v, mask, _factor(q, scale))
+        out, lse = calls.attend(q, k, v, mask, _factor(q, scale))
     else:
-        out, lse = _in_tiles(mixed_q, k, v, mask, scale, impl)
-    out = (out if value_mix is None else out @ value_mix.mT.to(out.dtype)).to(q.dtype)
+        out, lse = _in_tiles(q, k, v, mask, scale, impl)
+    out = out.to(q.dtype)
     return (out, lse) if return_lse else out
 
 
@@ -195,10 +192,13 @@ def _factor(q: Tensor, scale: float | None) -> float:
 
 
 def _in_tiles(
-    q: Tensor, k: Packed, v: Packed, mask: Tensor | None, scale: float | None, impl: Impl
+    q: Tensor, k: Packed, v: Packed, mask: Tensor | Seen | None, scale: float | None, impl: Impl
 ) -> tuple[Tensor, Tensor]:
-    """Attend tile by tile to unpacked tokens, in mixed coordinates; the output is at least in float32."""
-    tokens = k.shape[2]
+    """Attend tile by tile to unpacked tokens; the output is at least in float32."""
+    tokens, key_mix, value_mix = k.shape[2], mixing(k), mixing(v)
+    q = q if key_mix is None else q @ key_mix
+    if isinstance(mask, Seen):
+        mask = mask.mask(tokens).expand(-1, -1, q.shape[2], -1)
     tile = max(tokens, 1) if impl == "reference" else TILE
     wide = torch.promote_types(q.dtype, torch.float32)
     outputs: list[tuple[Tensor, Tensor]] = []
@@ -211,7 +211,8 @@ def _in_tiles(
         outputs.append((out.to(wide), lse))
         if len(outputs) * q.shape[2] >= TILE:  # many queries: their outputs, too, stay within a tile
             outputs = [merge_attention(outputs)]
-    return merge_attention(outputs or [_attention_to_nothing(q, v.format.d)])
+    out, lse = merge_attention(outputs or [_attention_to_nothing(q, v.format.d)])
+    return out if value_mix is None else out @ value_mix.mT.to(out.dtype), lse
 
 
 def merge_attention(
@@ -258,7 +259,7 @@ def swan_attention(
     k_buffer: Float[Tensor, "batch kv_heads recent d"],
     v_buffer: Float[Tensor, "batch kv_heads recent dv"],
     *,
-    history_mask: Bool[Tensor, "batch_or_1 heads_or_1 queries tokens"] | None = None,
+    history_mask: Bool[Tensor, "batch_or_1 heads_or_1 queries tokens"] | Seen | None = None,
     buffer_mask: Bool[Tensor, "batch_or_1 heads_or_1 queries recent"] | None = None,
     scale: float | None = None,
     impl: Impl = "auto",
@@ -275,7 +276,7 @@ def swan_attention(
         v_history: packed values ``[batch, kv_heads, tokens, dv]``, or None.
         k_buffer: dense keys of the recent tokens: buffer and sinks, in any order.
         v_buffer: dense values of the recent tokens.
-        history_mask: True where a query sees a history token.
+        history_mask: True where a query sees a history token; or a `Seen`, the same as numbers.
         buffer_mask: True where a query sees a recent token.
         scale: factor of the scores, ``d ** -0.5`` by default.
         impl: as in `packed_attention`; a kernel over packed tokens needs a history.
@@ -286,7 +287,7 @@ def swan_attention(
     Raises:
         ValueError: shapes do not fit, only one of the histories is given, or `impl` cannot compute this.
         TypeError: dtypes differ, or a mask is not boolean.
-        RuntimeError: ``impl="cpp"`` and the kernel cannot be built.
+        RuntimeError: `impl` names a kernel that cannot be built.
 
     Example:
         >>> from swan import TopK, pack
@@ -309,7 +310,7 @@ def swan_attention(
             _check(q, k_history, v_history, history_mask)
             _check(q, k_buffer, v_buffer, buffer_mask)
         tokens = Recent(k_buffer, v_buffer, buffer_mask)
-        out, _ = attend_kernel(impl)(q, k_history, v_history, history_mask, _factor(q, scale), tokens)
+        out, _ = calls.attend(q, k_history, v_history, history_mask, _factor(q, scale), tokens)
         return out.to(q.dtype)
     history = packed_attention(q, k_history, v_history, mask=history_mask, scale=scale, impl=impl, return_lse=True)
     recent_impl: Impl = "auto" if is_kernel(impl) else impl
@@ -342,6 +343,11 @@ def _check(q: Any, k: Any, v: Any, mask: Any) -> None:
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
     if mask is None:
+        return
+    if isinstance(mask, Seen):
+        for name, numbers, count in (("first", mask.first, batch), ("end", mask.end, queries)):
+            if numbers is not None and (numbers.numel() not in (1, count) or numbers.dtype != torch.int64):
+                raise ValueError(f"Seen needs {name} with {count} numbers of int64, or one, got {numbers}")
         return
     if mask.dtype != torch.bool:
         raise TypeError(f"the mask must be boolean (True = visible), got {mask.dtype}")

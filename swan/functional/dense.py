@@ -43,6 +43,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sca
     attention = torch.nn.functional.scaled_dot_product_attention
     if causal:
         return attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if q.device.type == "cuda" and mask is None:  # there the kernels without masks read each key once for a group
+        return attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     rows = attention(_group_rows(q, k.shape[1]), k, v, attn_mask=_group_mask(mask, q, k.shape[1]), scale=scale)
     out = rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2])
     # Torch's kernels differ in their output for a query that sees nothing; here it is zero.
@@ -50,16 +52,20 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sca
 
 
 def sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend by torch's kernel for CPUs, which gives a log-sum-exp.
+    """Attend by those of torch's kernels that give a log-sum-exp.
 
     Raises:
         ValueError: not for tensors like these.
     """
-    if not sdpa_gives_lse(q, v):
+    if not sdpa_gives_lse(q, v, mask is not None):
         raise ValueError(
-            "impl='sdpa' gives a log-sum-exp only on the CPU, for keys and values of one head dimension, not in "
-            f"float64 (device {q.device.type}, {q.shape[-1]} and {v.shape[-1]}, {q.dtype}); use impl='compiled'"
+            "impl='sdpa' gives a log-sum-exp for keys and values of one head dimension, on a CPU not in float64, on a "
+            "GPU in bfloat16 and float16 without a mask "
+            f"(device {q.device.type}, {q.shape[-1]} and {v.shape[-1]}, {q.dtype}); use impl='compiled'"
         )
+    if q.device.type == "cuda":
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+        return out, lse
     bias, row_mask = None, _group_mask(mask, q, k.shape[1])
     if row_mask is not None:
         bias = torch.zeros_like(row_mask, dtype=q.dtype).masked_fill(~row_mask, -math.inf)

@@ -23,9 +23,9 @@ def pack(x: Float[Tensor, "batch heads tokens d"], layout: Layout, *, impl: Impl
     Args:
         x: ``[batch, heads, tokens, d]``, float32, bfloat16 or float16.
         layout: a `TopK`, `Graded` or other `Layout` of the same ``d``.
-        impl: ``"cpp"`` (a kernel for CPUs), ``"triton"`` (one for GPUs), ``"compiled"`` (tensor code of the layout);
-            ``"auto"`` takes cpp on a CPU where it knows the layout and is built, else compiled. They agree but for
-            numbers within rounding of the edge of a step.
+        impl: ``"cpp"`` (a kernel for CPUs), ``"cuda"`` (one for NVIDIA GPUs), ``"compiled"`` (tensor code of the
+            layout); ``"auto"`` takes the kernel of the device where it knows the layout and is built, else compiled.
+            They agree but for numbers within rounding of the edge of a step.
 
     Returns:
         The stored tensors.

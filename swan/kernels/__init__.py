@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from swan.storage import Graded, Layout, Packed, TopK
@@ -13,6 +14,41 @@ class Recent(NamedTuple):
     keys: Tensor
     values: Tensor
     mask: Tensor | None
+
+
+class Seen(NamedTuple):
+    """The packed tokens that queries see, as numbers: kernels read no more than these.
+
+    Where packed token ``i`` is column ``start + i`` of the sequence, query ``q`` of row ``b`` sees the columns from
+    ``first[b]`` to before ``end[q]``.
+
+    Attributes:
+        first: ``[batch]``, int64; or None: all from the first packed one.
+        end: ``[queries]``, or one for all, int64; or None: all to the last packed one.
+        start: the column of the first packed token.
+
+    Example:
+        >>> Seen(None, torch.tensor([12, 13]), start=10).mask(4)[0, 0].int()
+        tensor([[1, 1, 0, 0],
+                [1, 1, 1, 0]], dtype=torch.int32)
+    """
+
+    first: Tensor | None
+    end: Tensor | None
+    start: int
+
+    def mask(self, tokens: int) -> Tensor:
+        """Return the same as booleans ``[batch or 1, 1, queries or 1, tokens]``.
+
+        Raises:
+            ValueError: neither `first` nor `end` is given: all is seen, and needs no mask.
+        """
+        bounds = [t for t in (self.first, self.end) if t is not None]
+        if not bounds:
+            raise ValueError("give first or end; where neither is there, queries see all, and there is no mask")
+        columns = torch.arange(tokens, device=bounds[0].device) + self.start
+        after = columns >= 0 if self.first is None else columns >= self.first.view(-1, 1, 1, 1)
+        return after if self.end is None else after & (columns < self.end.view(1, 1, -1, 1))
 
 
 def numbers_of(layout: Layout) -> list[int] | None:

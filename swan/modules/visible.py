@@ -7,6 +7,7 @@ from torch import Tensor
 
 from swan.functional.attention import dense_attention, swan_attention
 from swan.functional.dispatch import Impl, is_kernel
+from swan.kernels import Seen
 from swan.modules.buffer import DenseBuffer, ring_columns
 from swan.storage import Packed
 
@@ -38,7 +39,7 @@ class Visible:
         >>> import swan
         >>> cache = swan.KVCache(swan.LayerPlan(swan.TopK(64, 40), swan.TopK(64, 24)), buffer=16, prefill="windowed")
         >>> visible = cache.update(*torch.randn(2, 1, 2, 100, 64))
-        >>> visible.recent_mask().shape, visible.history_mask().sum().item()  # query 20 is the first to see one packed
+        >>> visible.recent_mask().shape, visible.history_mask().mask(80).sum().item()  # query 20 sees one packed
         (torch.Size([1, 1, 100, 100]), 3240)
     """
 
@@ -59,24 +60,26 @@ class Visible:
         """True where the queries see nothing but their own chunk."""
         return self.columns is None and self.queries > 1
 
-    def history_mask(self, mask: Tensor | None = None) -> Tensor | None:
-        """Mask packed tokens, ``[batch or 1, heads or 1, queries, tokens]``: True where a query sees one; None: all.
+    def history_mask(self, mask: Tensor | None = None) -> Tensor | Seen | None:
+        """Say which packed tokens each query sees: as numbers if there is no mask; None: all.
 
         Args:
             mask: boolean over the whole sequence, ``[batch or 1, heads or 1, queries, columns]``; False hides a token.
+
+        Returns:
+            With a mask a boolean one over the packed tokens, ``[batch or 1, heads or 1, queries, tokens]``.
         """
         if self.k_history is None:
             return None
-        if mask is None and isinstance(self.window, int) and self.padding is None:
-            return None
-        columns = torch.arange(self.k_history.shape[2], device=self.k_recent.device) + self.start
-        window = self.window if isinstance(self.window, int) else self.window.view(1, 1, -1, 1)
-        visible = columns[None, None, None] < window
-        if self.padding is not None:
-            visible = visible & (columns >= self.padding[:, None] + self.sinks)[:, None, None]
+        # Where the window is a number, no packed token is behind it.
+        first = None if self.padding is None else self.padding + self.sinks
+        end = None if isinstance(self.window, int) else self.window
+        seen = None if first is None and end is None else Seen(first, end, self.start)
         if mask is None:
-            return visible.expand(-1, -1, self.queries, -1)
-        return at_columns(mask, columns[None]) & visible
+            return seen
+        tokens = self.k_history.shape[2]
+        inside = at_columns(mask, torch.arange(tokens, device=mask.device)[None] + self.start)
+        return inside if seen is None else inside & seen.mask(tokens)
 
     def recent_mask(self, mask: Tensor | None = None) -> Tensor | None:
         """Mask the dense tokens, as `history_mask` masks the packed ones."""

@@ -140,7 +140,7 @@ def test_info(monkeypatch, tmp_path):
     assert result["settings"]["cache_folder"] == str(tmp_path / "cache")
     assert result["settings"]["default_model"]["fetched"] is False
     assert result["settings"]["native_dtypes"][0] == "float32"
-    assert [row["kernel"] for row in result["rows"]] == [*(f"cpp {name}" for name in cpu.variants()), "triton"]
+    assert [row["kernel"] for row in result["rows"]] == [*(f"cpp {name}" for name in cpu.variants()), "cuda"]
     assert not any(row["built"] for row in result["rows"])
     shown = run("info").stdout
     for said in ("torch", torch.__version__, "native dtypes", "in use", "cpp generic", str(tmp_path / "cache")):

@@ -111,7 +111,7 @@ def test_what_is_timed_if_nothing_is_asked_for(monkeypatch):
     rows = [(row["form"], row["impl"]) for row in bench_decode([40, 8193], TINY, forms=[("fp8", 0.5)])]
     dense = [("dense", impl) for impl in ("sdpa", "sdpa-gqa", "flex")]
     assert rows == [*dense, ("fp8", "tiles"), ("fp8", "compiled"), *dense, ("fp8", "tiles")]
-    assert decode.kernel_on(CPU) == "cpp" and decode.kernel_on(torch.device("cuda")) == "triton"
+    assert decode.kernel_on(CPU) == "cpp" and decode.kernel_on(torch.device("cuda")) == "cuda"
     assert common.forms_on(CPU) == FORMS and common.forms_on(torch.device("cuda"))[-1][0] == "fp8"
     assert all(set(shape) == {"heads", "kv_heads", "head_dim"} for shape in SHAPES.values())
 

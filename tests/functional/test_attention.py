@@ -278,7 +278,7 @@ PACKED = pack(K, TopK(16, 8))
         ((Q, K, V), {"mask": MASK[0]}, ValueError, r"mask \[2 or 1, 4 or 1, 3, 5\], got \[4, 3, 5\]"),
         ((Q, K, V), {"mask": MASK[:, :2]}, ValueError, r"got \[2, 2, 3, 5\]"),
         ((Q, K, V), {"mask": MASK[..., :4]}, ValueError, r"got \[2, 4, 3, 4\]"),
-        ((Q, K, V), {"impl": "triton"}, ValueError, "auto, reference, sdpa, flex, compiled, got 'triton'"),
+        ((Q, K, V), {"impl": "cuda"}, ValueError, "auto, reference, sdpa, flex, compiled, got 'cuda'"),
         ((Q, K, V), {"impl": "sdpa", "return_lse": True}, ValueError, r"16 and 8, .*use impl='compiled'"),
         ((Q, K, V), {"impl": "flex", "return_lse": True}, ValueError, "no log-sum-exp on the CPU"),
         ((Q.clone().requires_grad_(), K, V), {"impl": "flex"}, ValueError, "flex' is for inference"),

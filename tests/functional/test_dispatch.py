@@ -47,10 +47,14 @@ def test_an_unknown_one_is_refused_with_the_list(call):
             lambda: dense_attention(Q, K, K, impl="cpp"),
             "must be one of auto, reference, sdpa, flex, compiled, got 'cpp'",
         ),
-        (lambda: pack(K, LAYOUT, impl="sdpa"), "must be one of auto, compiled, cpp, triton, got 'sdpa'"),
+        (lambda: pack(K, LAYOUT, impl="sdpa"), "must be one of auto, compiled, cpp, cuda, got 'sdpa'"),
         (lambda: packed_attention(Q, PACKED, PACKED, impl="flex"), "cannot read packed tensors"),
         (lambda: swan_attention(Q, None, None, K, K, impl="cpp"), "there is no history; use impl='auto'"),
-        (lambda: swan_attention(Q, None, None, K, K, impl="triton"), "there is no history; use impl='auto'"),
+        (lambda: swan_attention(Q, None, None, K, K, impl="cuda"), "there is no history; use impl='auto'"),
+        (lambda: packed_attention(Q, PACKED, PACKED, impl="cuda"), "needs tensors on an NVIDIA GPU, these are on cpu"),
+        (lambda: pack(K, LAYOUT, impl="cuda"), "needs tensors on an NVIDIA GPU, these are on cpu"),
+        (lambda: pack(K, LAYOUT, impl="triton"), "impl='triton' is gone: .* whose name is impl='cuda'"),
+        (lambda: packed_attention(Q, PACKED, PACKED, impl="triton"), "impl='triton' is gone"),
         (lambda: pack(K, TopK(16, 4), impl="cpp"), "packs Graded layouts"),
     ],
 )
@@ -79,8 +83,8 @@ def test_a_refused_call_changes_nothing(call):
 @needs_cxx
 def test_auto_follows_its_table():
     cpu.build()
-    assert dispatch.dense_impl("auto", Q, K, K, return_lse=False) == "sdpa"
-    assert dispatch.dense_impl("auto", Q.double(), K.double(), K.double(), return_lse=True) == "compiled"
+    assert dispatch.dense_impl("auto", Q, K, K, masked=False, return_lse=False) == "sdpa"
+    assert dispatch.dense_impl("auto", Q.double(), K.double(), K.double(), masked=False, return_lse=True) == "compiled"
     assert dispatch.packed_impl("auto", Q, PACKED, PACKED) == "cpp"
     assert dispatch.packed_impl("auto", torch.randn(1, 4, 9, 16), PACKED, PACKED) == "auto"  # 18 rows: tiles
     assert dispatch.packed_impl("auto", Q.clone().requires_grad_(), PACKED, PACKED) == "auto"
@@ -98,6 +102,6 @@ def test_a_cache_that_has_no_history_yet_attends_densely():
 
 def test_what_packs_is_chosen_when_something_is_packed(monkeypatch):
     """The kernel may have to be compiled first, which a prompt shorter than the buffer does not wait for."""
-    monkeypatch.setattr(cpu, "built", lambda: pytest.fail("nothing is packed yet"))
+    monkeypatch.setattr(cpu, "built", lambda _: pytest.fail("nothing is packed yet"))
     cache = KVCache(PLAN, buffer=32)
     cache(torch.randn(1, 4, 9, 16), K, K)

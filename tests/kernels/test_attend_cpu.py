@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from swan import Graded, TopK, pack, packed_attention, swan_attention, unpack
 from swan.functional import reference
-from swan.kernels import Recent, cpu
-from swan.kernels.cpu import attend as attend_cpu
+from swan.kernels import Recent, Seen, calls, cpu
 from swan.storage.packed import mixing, unpack_mixed
 from tests.strategies import (
     DTYPES,
@@ -45,6 +44,12 @@ def wide(packed):
     return unpack_mixed(dataclasses.replace(packed, dtype=torch.float64)).double()
 
 
+def mix(packed):
+    """The matrix that mixes a layout's coordinates, in float64."""
+    matrix = mixing(packed)
+    return (torch.eye(packed.format.d) if matrix is None else matrix).double()
+
+
 def is_exact(dtype) -> bool:
     """Tell whether nothing is rounded beyond the dtype: with AVX-512 in float32, and through tiles of floats."""
     return (dtype == torch.float32 and cpu.variant() != "avx2") or cpu.variant() == "generic"
@@ -71,11 +76,12 @@ def check(seed, dtype, head_counts, queries, tokens, keys, values, kind):
         mask = torch.rand(2, head_counts[0], queries, tokens, generator=torch.Generator().manual_seed(seed)) > 0.5
         mask[0, 0, 0] = False
         mask = mask[:, :1] if kind == "same for all heads" else mask
-    expected, expected_lse = reference.dense_attention(q.double(), wide(k), wide(v), mask=mask)
-    out, lse = attend_cpu.attend(q, k, v, mask, q.shape[-1] ** -0.5)
+    mixed = q.double() @ mix(k)
+    expected, expected_lse = reference.dense_attention(mixed, wide(k), wide(v), mask=mask)
+    out, lse = calls.attend(q, k, v, mask, q.shape[-1] ** -0.5)
     assert out.dtype == torch.float32
-    limit, lse_limit = bounds(q, k, v)
-    assert_within(out, expected, limit)
+    limit, lse_limit = bounds(mixed.to(dtype), k, v)
+    assert_within(out.double() @ mix(v), expected, limit)  # in the coordinates in which values are stored
     assert_lse_within(lse, expected_lse, lse_limit)
 
 
@@ -126,15 +132,14 @@ def test_history_and_recent_tokens_together(seed, dtype, head_counts, queries, t
     recent_mask[0] = False
     mask, recent_mask = (mask, recent_mask) if masked else (None, None)
 
-    key_mix, value_mix = (torch.eye(x.format.d) if mixing(x) is None else mixing(x) for x in (k, v))
-    mixed = q.double() @ key_mix.double()
+    mixed = q.double() @ mix(k)
     parts = [
-        reference.dense_attention(mixed, wide(k), wide(v) @ value_mix.double().mT, mask=mask),
+        reference.dense_attention(mixed, wide(k), wide(v) @ mix(v).mT, mask=mask),
         reference.dense_attention(q.double(), k_recent.double(), v_recent.double(), mask=recent_mask),
     ]
     expected, expected_lse = reference.merge_attention(parts)
 
-    out, lse = attend_cpu.attend(q, k, v, mask, keys.d**-0.5, Recent(k_recent, v_recent, recent_mask))
+    out, lse = calls.attend(q, k, v, mask, keys.d**-0.5, Recent(k_recent, v_recent, recent_mask))
     limit, lse_limit = bounds(mixed.to(dtype), k, v) if tokens else (0.0, 0.0)
     lse_limit += lse_bound(q, k_recent)
     largest = max(float(v_recent.abs().max()), values.d**0.5 * float(wide(v).abs().max()) if tokens else 0.0)
@@ -180,25 +185,61 @@ def test_what_does_not_fit_one_call_is_merged(monkeypatch):
     layout = Graded(((64, 4),))
     q, k, v = qkv(0, 1, (4, 2), 1, 90, 64, 64, torch.float32)
     history = pack(k[:, :, :80], layout), pack(v[:, :, :80], layout)
-    calls = []
-    attend = attend_cpu.attend
-    monkeypatch.setattr(attend_cpu, "attend", lambda *a: calls.append(len(a)) or attend(*a))
+    counts, attend = [], calls.attend
+    monkeypatch.setattr(calls, "attend", lambda *a: counts.append(len(a)) or attend(*a))
     for heads in (2, 1):  # as many KV heads as the history has, and fewer
         recent = k[:, :heads, 80:], v[:, :heads, 80:]
         assert_close(swan_attention(q, *history, *recent), together(q, *history, *recent))
     k_recent, v_recent = (t[:, :, 80:].clone().requires_grad_() for t in (k, v))
     swan_attention(q, *history, k_recent, v_recent).sum().backward()
-    assert calls == [6, 5, 5]
+    assert counts == [6, 5, 5]
     assert k_recent.grad is not None and v_recent.grad is not None
     with pytest.raises(ValueError, match="keys hold 80 tokens and values 79"):
         swan_attention(q, history[0], history[1].tokens(0, 79), k[:, :, 80:], v[:, :, 80:])
+
+
+@given(
+    st.none() | st.lists(st.integers(0, 200), min_size=2, max_size=2),
+    st.none() | st.lists(st.integers(0, 200), min_size=3, max_size=3) | st.integers(0, 200),
+    st.integers(0, 40),
+)
+def test_tokens_seen_as_numbers(first, end, start):
+    """The same as the booleans that the numbers mean, in one call of the kernel and in tiles of tensor code."""
+    if first is None and end is None:
+        return
+    q, k, v = qkv(1, 2, (4, 2), 3, 150, 64, 64, torch.float32)
+    k, v = pack(k, Graded(((64, 4),))), pack(v, Graded(((64, 5),)))
+    seen = Seen(*(None if n is None else torch.tensor(n) for n in (first, end)), start)
+    mask = seen.mask(150).expand(-1, -1, 3, -1)
+    for b in range(mask.shape[0]):
+        for i in range(3):
+            low = 0 if first is None else first[b] - start
+            high = 150 if end is None else (end if isinstance(end, int) else end[i]) - start
+            assert mask[b, 0, i].tolist() == [low <= t < high for t in range(150)]
+    found, lse = packed_attention(q, k, v, mask=seen, impl="cpp", return_lse=True)
+    expected, expected_lse = packed_attention(q, k, v, mask=mask, impl="cpp", return_lse=True)
+    assert_close(found, expected.double())
+    assert_lse_within(lse, expected_lse.double(), 1e-4)
+    tiles = packed_attention(q, k, v, mask=seen, impl="compiled")
+    assert_close(tiles, packed_attention(q, k, v, mask=mask, impl="compiled").double())
+
+
+def test_numbers_of_seen_tokens_that_do_not_fit_are_refused():
+    q, k, v = qkv(1, 2, (4, 2), 3, 150, 64, 64, torch.float32)
+    k, v = pack(k, Graded(((64, 4),))), pack(v, Graded(((64, 5),)))
+    wrong = Seen(torch.zeros(3, dtype=torch.long), None, 0), Seen(None, torch.zeros(2, dtype=torch.long), 0)
+    for seen in (*wrong, Seen(torch.zeros(2), None, 0)):
+        with pytest.raises(ValueError, match=r"Seen needs (first|end) with"):
+            packed_attention(q, k, v, mask=seen)
+    with pytest.raises(ValueError, match="queries see all"):
+        Seen(None, None, 0).mask(3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_queries_that_are_not_finite_show(value):
     q, k, v = qkv(0, 1, (4, 2), 1, 90, 64, 64, torch.bfloat16)
     q[0, 1, 0, 3] = value
-    out, lse = attend_cpu.attend(q, pack(k, Graded(((64, 4),))), pack(v, Graded(((64, 4),))), None, 1.0)
+    out, lse = calls.attend(q, pack(k, Graded(((64, 4),))), pack(v, Graded(((64, 4),))), None, 1.0)
     assert not out[0, 1].isfinite().any() and lse[0, 1].isnan()
     assert out[0, [0, 2, 3]].isfinite().all()
 
@@ -212,7 +253,7 @@ def test_tokens_and_sizes_of_whole_spans():
 def test_no_tokens():
     q, k, v = qkv(0, 1, (4, 2), 1, 0, 64, 64, torch.float32)
     layout = Graded(((64, 4),))
-    out, lse = attend_cpu.attend(q, pack(k, layout), pack(v, layout), None, 1.0)
+    out, lse = calls.attend(q, pack(k, layout), pack(v, layout), None, 1.0)
     assert torch.equal(out, torch.zeros(1, 4, 1, 64))
     assert (lse == -math.inf).all()
 
@@ -221,10 +262,11 @@ def test_large_scores():
     """Scores of hundreds, of which one token has all the weight."""
     q, k, v = qkv(0, 1, (4, 2), 1, 300, 64, 64, torch.float32)
     k, v = pack(30 * k, Graded(((64, 8),))), pack(v, Graded(((64, 4),)))
-    assert largest_score(q, wide(k)) > 200
-    expected, _ = reference.dense_attention(q.double(), wide(k), wide(v))
-    out, _ = attend_cpu.attend(q, k, v, None, 64**-0.5)
-    assert_within(out, expected, bounds(q, k, v)[0])
+    mixed = q.double() @ mix(k)
+    assert largest_score(mixed, wide(k)) > 200
+    expected, _ = reference.dense_attention(mixed, wide(k), wide(v))
+    out, _ = calls.attend(q, k, v, None, 64**-0.5)
+    assert_within(out.double() @ mix(v), expected, bounds(mixed.float(), k, v)[0])
 
 
 def test_views_of_a_larger_history():
@@ -233,9 +275,7 @@ def test_views_of_a_larger_history():
     whole = pack(k, Graded(((16, 8), (48, 3)))), pack(v, TopK(64, 20))
     views = [packed.tokens(30, 130) for packed in whole]
     copies = [packed.map(torch.Tensor.contiguous) for packed in views]
-    for found, expected in zip(
-        attend_cpu.attend(q, *views, None, 0.1), attend_cpu.attend(q, *copies, None, 0.1), strict=True
-    ):
+    for found, expected in zip(calls.attend(q, *views, None, 0.1), calls.attend(q, *copies, None, 0.1), strict=True):
         assert torch.equal(found, expected)
 
 
@@ -258,8 +298,8 @@ def test_what_it_cannot_read_is_refused():
     q, k, v = qkv(0, 1, (4, 2), 1, 9, 32, 32, torch.float32)
     indexed, fine = pack(k, TopK(32, 5, positions="index")), pack(v, TopK(32, 5))
     for keys, values in ((indexed, fine), (fine, indexed)):
-        with pytest.raises(ValueError, match=r"reads Graded, and TopK with a bitmap, .* not .*; use impl='auto'"):
+        with pytest.raises(ValueError, match=r"attends to Graded, and TopK with a bitmap, .* not .*; use impl='auto'"):
             packed_attention(q, keys, values, impl="cpp")
     exact = dataclasses.replace(fine, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"with torch\.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"not to .* with torch\.float64;"):
         packed_attention(q.double(), exact, exact, impl="cpp")

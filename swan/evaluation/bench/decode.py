@@ -38,7 +38,7 @@ DENSE: dict[str, Callable[..., Tensor]] = {
     "sdpa-gqa": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True),
     "flex": lambda q, k, v: dense_attention(q, k, v, impl="flex"),
 }
-KERNELS = ("cpp", "triton")
+KERNELS = ("cpp", "cuda")
 IMPLS = (*DENSE, *KERNELS, "tiles", "compiled")
 MOST_UNROLLED = 8192  # tokens up to which the tiles of a compiled row are unrolled if nobody asks
 CHECKED_ROWS = 4
@@ -70,7 +70,7 @@ def bench_decode(
             values and a bitmap, ``"leading"``, or ``"fp8"`` (8-bit floats, cast a tile at a time: a rival).
             By default `FORMS`, on CUDA fp8 too.
         impls: dense rivals ``"sdpa"`` (query groups as rows of their KV head), ``"sdpa-gqa"``, ``"flex"``; for
-            swan ``"cpp"`` (the CPU kernel), ``"triton"`` (the CUDA kernel), ``"tiles"`` (tensor code, unpacked a
+            swan ``"cpp"`` (the CPU kernel), ``"cuda"`` (the CUDA kernel), ``"tiles"`` (tensor code, unpacked a
             tile at a time), ``"compiled"`` (torch.compile of that, fullgraph, static shapes) or any other `impl`
             of `swan_attention`. By default all that the device has; compiled, which unrolls the tiles, up to 8192
             tokens.
@@ -169,7 +169,7 @@ def plot_decode(rows: Sequence[dict[str, Any]], title: str) -> "Figure":
 
 def kernel_on(device: torch.device) -> str:
     """Name the kernel of a device over packed planes."""
-    return "triton" if device.type == "cuda" else "cpp"
+    return "cuda" if device.type == "cuda" else "cpp"
 
 
 def _impls_for(length: int, device: torch.device) -> list[str]:

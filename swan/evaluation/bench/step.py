@@ -29,7 +29,7 @@ __all__ = ["Layer", "bench_step", "break_even"]
 
 STEP_FORMS: tuple[Form, ...] = (("graded", 0.27), ("topk", 0.5), ("leading", 0.5))
 STEP_IMPLS = ("eager", "compiled")
-ALL_IMPLS = (*STEP_IMPLS, "triton")
+ALL_IMPLS = (*STEP_IMPLS, "cuda")
 Token = tuple[Tensor, Tensor, Tensor]  # q, k, v
 
 
@@ -52,7 +52,7 @@ def bench_step(
         setup: the layer, and how it is timed.
         forms: as in `bench_decode`.
         impls: ``"eager"`` (a cache that grows), ``"compiled"`` (torch.compile, fullgraph, a static cache), or
-            ``"triton"`` (compiled likewise, with the kernels for GPUs).
+            ``"cuda"`` (compiled likewise, with the kernels for GPUs).
 
     Returns:
         Rows as of `bench_decode`, without ``bandwidth_fraction`` and ``peak_bytes``, and with ``share`` (of the
@@ -62,7 +62,7 @@ def bench_step(
           that of the result;
         - eager ``"rotate"`` (queries, keys, values and the output), ``"update"``, ``"attend"``, and ``"rest"`` (the
           step less these);
-        - compiled and triton ``"rotate+update"`` (one function), and ``"attend"`` (the step less that: the compiler
+        - compiled and cuda ``"rotate+update"`` (one function), and ``"attend"`` (the step less that: the compiler
           fuses);
         - ``"break-even"``: ``length`` from which on a step takes less time than dense, between two of the lengths
           on a straight line, with ``formula``, what `break_even` counts for as many coordinates as the bytes of the
@@ -197,7 +197,7 @@ def _compiled(setup: Setup, layer: LayerPlan, length: int, impl: Impl = "auto") 
     }
 
 
-_STEPS = {"eager": _eager, "compiled": _compiled, "triton": functools.partial(_compiled, impl="triton")}
+_STEPS = {"eager": _eager, "compiled": _compiled, "cuda": functools.partial(_compiled, impl="cuda")}
 
 
 def _token(setup: Setup) -> Token:

@@ -17,10 +17,19 @@ from typing import Any
 import torch
 
 from swan.compiling import constant_result
+from swan.kernels import numbers_of
+from swan.storage import Graded, Layout
 from swan.storage.codes import row_bytes
 
-__all__ = ["build", "built", "instruction_sets", "library", "missing", "operator", "variant", "variants"]
+__all__ = [
+    "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "build", "built", "instruction_sets",
+    "library", "missing", "operator", "packs", "require", "restores", "variant", "variants",
+]  # fmt: skip
 
+IMPL = "cpp"
+MOST_ROWS = 16  # query rows of a KV head up to which the kernel is faster than tiles of tensor code
+ATTENDS = "Graded, and TopK with a bitmap, with queries of float32, bfloat16 or float16 on a CPU"
+PACKS = "Graded layouts, vectors of float32, bfloat16 or float16 on a CPU, without gradients"
 FOLDER = Path(__file__).parent
 SOURCES, HEADERS = (sorted(FOLDER.glob(pattern)) for pattern in ("*.cpp", "*.h"))
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
@@ -64,15 +73,45 @@ def variant() -> str:
     return name
 
 
+def attends(dtype: torch.dtype, *layouts: Layout) -> bool:
+    """Tell if the kernel attends to layouts of keys and values, with queries of a dtype: to `ATTENDS`."""
+    return dtype != torch.float64 and all([numbers_of(layout) is not None for layout in layouts])
+
+
+def attends_dense(_dtype: torch.dtype) -> bool:
+    """Tell if the kernel attends to dense tokens beside a history too, of a dtype to which it attends."""
+    return True
+
+
+def packs(dtype: torch.dtype, layout: Layout) -> bool:
+    """Tell if the kernel packs vectors of a dtype in a layout: in `PACKS`."""
+    return dtype != torch.float64 and isinstance(layout, Graded)
+
+
+def restores(dtype: torch.dtype, layout: Layout) -> bool:
+    """Tell if the kernel unpacks vectors of a dtype from a layout."""
+    return attends(dtype, layout)
+
+
 def operator(name: str) -> Any:
     """Return the operator of a kernel (such as ``"attend"``) in the variant in use, once it is built."""
     return getattr(torch.ops.swan, f"{name}_cpu_{variant()}")
 
 
 @constant_result
-def built() -> bool:
+def built(_device: torch.device | None = None) -> bool:
     """Build the kernels at the first call, also while torch.compile traces; return whether they are there."""
     return _built_once(variant())
+
+
+def require(device: torch.device) -> None:
+    """Have the kernels built.
+
+    Raises:
+        RuntimeError: they cannot be built; the message says why.
+    """
+    if not built(device):  # compiled code reads this once
+        build()
 
 
 @functools.cache
@@ -139,7 +178,7 @@ def build(name: str | None = None) -> None:
         _compile(name, file)
 
     @torch.library.register_fake(f"swan::attend_cpu_{name}")
-    def _(q, k, k_layout, v, v_layout, tokens, mask, scale, mixes, recent, recent_mask):  # pyright: ignore
+    def _(q, k, k_layout, v, v_layout, *_):  # pyright: ignore
         dv = v_layout[1] if v_layout[0] else sum(v_layout[1::2])
         return q.new_empty(*q.shape[:3], dv, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 

@@ -72,7 +72,7 @@ struct Side {
   int64_t part(int64_t row, int64_t split) const { return (row / rows_ * splits + split) * rows_ + row % rows_; }
 };
 
-Mask mask_of(const std::optional<at::Tensor>& mask) {
+Mask view_of(const std::optional<at::Tensor>& mask) {
   if (!mask) return {};
   const auto stride = [&](int axis) { return mask->size(axis) == 1 ? 0 : mask->stride(axis); };
   return {mask->const_data_ptr<bool>(), stride(0), stride(1), stride(2)};
@@ -100,13 +100,43 @@ void check(const at::Tensor& q, const Source& k, const Source& v, at::TensorList
   TORCH_CHECK(fits(recent_mask, recent[0].size(2)), "the mask of the recent tokens does not fit");
 }
 
+// What sequences see from a column on (`first` [batch], or all) and queries before one (`end` [queries], or one), as a
+// mask over tokens from column `start` on. Tokens that no query sees are cut off.
+std::optional<at::Tensor> mask_of(const std::optional<at::Tensor>& first, const std::optional<at::Tensor>& end,
+                                  int64_t start, int64_t batch, int64_t queries, int64_t& tokens) {
+  if (!first && !end) return {};
+  const auto numbers = [&](const std::optional<at::Tensor>& x, int64_t otherwise, int64_t count) {
+    std::vector<int64_t> found{otherwise};
+    if (x) {
+      TORCH_CHECK(x->numel() == 1 || x->numel() == count, "first needs a column for each sequence, end for each query");
+      const at::Tensor flat = x->to(at::kLong).contiguous();
+      found.assign(flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel());
+    }
+    for (int64_t& n : found) n = std::clamp<int64_t>(n - start, 0, tokens);
+    return found;
+  };
+  const auto firsts = numbers(first, start, batch), ends = numbers(end, start + tokens, queries);
+  tokens = *std::max_element(ends.begin(), ends.end());
+  const int64_t rows = firsts.size(), columns = ends.size();
+  at::Tensor mask = at::zeros({rows, 1, columns, tokens}, at::kBool);
+  for (int64_t b = 0; b < rows; ++b)
+    for (int64_t i = 0; i < columns; ++i) {
+      bool* row = mask.mutable_data_ptr<bool>() + (b * columns + i) * tokens;
+      if (firsts[b] < ends[i]) std::fill(row + firsts[b], row + ends[i], true);
+    }
+  return mask.expand({rows, 1, queries, tokens});
+}
+
 // `mixes`: of keys and values, each a matrix or an empty tensor; `recent`: keys and values as they are, or nothing.
 std::tuple<at::Tensor, at::Tensor> attend(
     const at::Tensor& q, at::TensorList k_planes, at::IntArrayRef k_layout, at::TensorList v_planes,
-    at::IntArrayRef v_layout, int64_t tokens, const std::optional<at::Tensor>& mask, double scale, at::TensorList mixes,
-    at::TensorList recent, const std::optional<at::Tensor>& recent_mask) {
+    at::IntArrayRef v_layout, int64_t tokens, const std::optional<at::Tensor>& given, double scale, at::TensorList mixes,
+    at::TensorList recent, const std::optional<at::Tensor>& recent_mask, const std::optional<at::Tensor>& first,
+    const std::optional<at::Tensor>& end, int64_t start) {
   const Source k = source_of(k_planes, k_layout), v = source_of(v_planes, v_layout);
-  check(q, k, v, k_planes, v_planes, tokens, mask, recent, recent_mask);
+  check(q, k, v, k_planes, v_planes, tokens, given, recent, recent_mask);
+  TORCH_CHECK(!given || (!first && !end), "give a mask, or numbers");
+  const auto mask = given ? given : mask_of(first, end, start, q.size(0), q.size(2), tokens);
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), kv_heads = any_of(k_planes).size(1);
   const int64_t groups = heads / kv_heads, rows = groups * queries, workers = batch * kv_heads;
 
@@ -114,7 +144,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
     return m && m->stride(3) != 1 ? std::optional(m->contiguous()) : m;
   };
   const auto seen = side_by_side(mask), recent_seen = side_by_side(recent_mask);
-  Side history(k, v, mask_of(seen), tokens, workers, rows);
+  Side history(k, v, view_of(seen), tokens, workers, rows);
   std::vector<at::Tensor> dense;
   for (const at::Tensor& t : recent) dense.push_back(with_dense_rows(t));
   std::optional<Source> recent_k, recent_v;
@@ -123,9 +153,9 @@ std::tuple<at::Tensor, at::Tensor> attend(
     const at::Tensor none = at::empty({0}, q.options());
     recent_k.emplace(source_of({none, dense[0], none, none}, {0, k.d, 16}));
     recent_v.emplace(source_of({none, dense[1], none, none}, {0, v.d, 16}));
-    beside.emplace(*recent_k, *recent_v, mask_of(recent_seen), dense[0].size(2), workers, rows);
+    beside.emplace(*recent_k, *recent_v, view_of(recent_seen), dense[0].size(2), workers, rows);
   }
-  const Mix key_mix = mixes.empty() ? Mix() : mix_of(mixes[0], k), value_mix = mixes.empty() ? Mix() : mix_of(mixes[1], v);
+  const Mix key_mix = mix_of(mixes[0], k), value_mix = mix_of(mixes[1], v);
 
   const at::Tensor wide = q.to(at::kFloat).contiguous();
   std::vector<char> finite(workers * rows, true);  // of the others, integers would make numbers
@@ -195,7 +225,8 @@ TORCH_LIBRARY_FRAGMENT(swan, m) {
   m.def(
       SWAN_OPERATOR(attend_cpu)
       "(Tensor q, Tensor[] k, int[] k_layout, Tensor[] v, int[] v_layout, SymInt tokens, Tensor? mask, "
-      "float scale, Tensor[] mixes, Tensor[] recent, Tensor? recent_mask) -> (Tensor, Tensor)");
+      "float scale, Tensor[] mixes, Tensor[] recent, Tensor? recent_mask, Tensor? first, Tensor? end, SymInt start) "
+      "-> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(swan, CPU, m) {

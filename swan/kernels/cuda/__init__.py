@@ -1,6 +1,90 @@
 """The kernels for NVIDIA GPUs: CUDA sources, compiled at run time by NVRTC for the GPU at hand, without nvcc."""
 
-from swan.kernels.cuda.build import compiled, missing
-from swan.kernels.cuda.launch import Kernel
+import functools
+import warnings
+from typing import Any
 
-__all__ = ["Kernel", "compiled", "missing"]
+import torch
+
+from swan.compiling import constant_result
+from swan.kernels.cuda.build import missing, not_built
+from swan.storage import Graded, Layout
+
+__all__ = [
+    "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "built", "missing", "operator", "packs",
+    "require", "restores", "say_slow",
+]  # fmt: skip
+
+IMPL = "cuda"
+MOST_ROWS = 256  # query rows of a KV head up to which the kernel, which reads tokens anew for each 8, beats tiles
+ATTENDS = (
+    "Graded layouts of groups of 16, 32, ... coordinates, with queries of bfloat16, float16 or, if no group has 16 "
+    "bits, float32 on an NVIDIA GPU"
+)
+PACKS = "Graded layouts, vectors of float32, bfloat16 or float16 on an NVIDIA GPU, without gradients"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def attends(dtype: torch.dtype, *layouts: Layout) -> bool:
+    """Tell if the kernel attends to layouts of keys and values, with queries of a dtype: to `ATTENDS`."""
+    return dtype in DTYPES and all([_reads(dtype, layout) for layout in layouts])
+
+
+def _reads(dtype: torch.dtype, layout: Layout) -> bool:
+    if not isinstance(layout, Graded):
+        return False
+    return all([size % 16 == 0 and (bits < 16 or dtype != torch.float32) for size, bits in layout.groups])
+
+
+def attends_dense(dtype: torch.dtype) -> bool:
+    """Tell if the kernel attends to dense tokens beside a history too, of a dtype to which it attends."""
+    return dtype != torch.float32
+
+
+def packs(dtype: torch.dtype, layout: Layout) -> bool:
+    """Tell if the kernel packs vectors of a dtype in a layout: in `PACKS`."""
+    return dtype in DTYPES and isinstance(layout, Graded)
+
+
+def restores(dtype: torch.dtype, layout: Layout) -> bool:
+    """Tell if the kernel unpacks vectors of a dtype from a layout."""
+    return attends(dtype, layout)
+
+
+def operator(name: str) -> Any:
+    """Return the operator of a kernel (such as ``"attend"``), once they are `built`."""
+    return getattr(torch.ops.swan, f"{name}_cuda")
+
+
+def require(device: torch.device) -> None:
+    """Have the operators; their kernels are compiled when they are launched.
+
+    Raises:
+        RuntimeError: they cannot be compiled here, or not for the GPU.
+    """
+    if reason := missing(device):
+        raise RuntimeError(not_built(reason))
+    import swan.kernels.cuda.operators  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+
+@constant_result
+@functools.cache
+def built(device: torch.device) -> bool:
+    """Do as `require`, also while torch.compile traces; return whether the operators are there, and warn if not."""
+    try:
+        require(device)
+    except RuntimeError as error:
+        say_slow(str(error))
+        return False
+    return True
+
+
+@constant_result
+@functools.cache
+def say_slow(reason: str) -> None:
+    """Warn, once for each reason, that tensor code serves on a GPU."""
+    warnings.warn(
+        f"{reason}; so swan uses tensor code on this GPU, which takes tens to hundreds of times as long as its kernels",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -24,7 +24,7 @@ OPTIONS = {"std": "c++17", "device_as_default_execution_space": True, "ptxas_opt
 LEAST = (8, 0)  # compute capability: cp.async, and mma.sync with bfloat16
 
 
-def missing(device: torch.device | int | None = None) -> str | None:
+def missing(device: torch.device | int | str | None = None) -> str | None:
     """Say what is missing to compile the kernels, and to run them on a device if one is given, or None."""
     if reason := _no_nvrtc() or (None if device is None else _unfit(device)):
         return reason
@@ -55,7 +55,7 @@ def _no_nvrtc() -> str | None:
         return "there is no NVRTC, which CUDA builds of torch bring along (else: pip install nvidia-cuda-nvrtc)"
 
 
-def _unfit(device: torch.device | int) -> str | None:
+def _unfit(device: torch.device | int | str) -> str | None:
     """Say why nothing can be compiled for a GPU, or None."""
     if torch.version.hip:
         return "this torch is built for ROCm, and the kernels for NVIDIA GPUs"

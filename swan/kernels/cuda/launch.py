@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from swan.kernels.cuda.build import arch_of, compiled
 
@@ -63,13 +64,13 @@ class Kernel:
         self._argument = _Argument(self.struct.size)
         self._loaded: dict[int, _Loaded] = {}
 
-    def launch(self, device: int, grid: tuple[int, int, int], *values: float) -> None:
+    def launch(self, device: int, grid: tuple[int, int, int], *values: Tensor | float | None) -> None:
         """Launch programs on a device, on torch's current stream there.
 
         Args:
             device: index of the device.
             grid: programs along x, y and z.
-            values: of the struct's fields; for tensors, their `data_ptr`.
+            values: of the struct's fields; tensors for pointers, or None for null.
 
         Raises:
             RuntimeError: the kernel cannot be built or loaded, or the driver refuses the launch.
@@ -78,7 +79,8 @@ class Kernel:
             with torch.cuda.device(device):
                 return self.launch(device, grid, *values)
         loaded = self._loaded.get(device) or self.load(device)
-        self.struct.pack_into(self._argument.content, 0, *values)
+        numbers = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in values]
+        self.struct.pack_into(self._argument.content, 0, *numbers)
         stream = torch._C._cuda_getCurrentRawStream(device)
         driver = _driver()
         launch = (loaded.function, *grid, self.threads, 1, 1, self.shared, stream, self._argument.address, 0)

@@ -1,0 +1,173 @@
+"""Calls of the kernels over packed tokens: for each one operator, for eager and compiled code, on every device."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swan.kernels import Recent, Seen, cpu, cuda, matrix_of, numbers_of, planes_of
+from swan.storage import Graded, Layout, Packed
+
+__all__ = ["attend", "kernels_on", "restore", "store", "take_in"]
+
+KERNELS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}  # by type of device
+
+
+def kernels_on(device: torch.device) -> Any:
+    """Return the package of kernels for a device, `swan.kernels.cpu` or `swan.kernels.cuda`, or None."""
+    return KERNELS.get(device.type)
+
+
+def attend(
+    q: Tensor,
+    k: Packed,
+    v: Packed,
+    seen: Tensor | Seen | None,
+    scale: float,
+    recent: Recent | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Attend with few queries to a packed history, and to recent tokens beside it, in one softmax.
+
+    This is `packed_attention`, and with `recent` all of `swan_attention`. Queries are mixed, and outputs mixed back, in
+    the kernel.
+
+    On a CPU threads take KV heads and stretches of tokens. Where keys and values are both coded (`Graded`, no group of
+    16 bits) and the CPU has AVX2, or AVX-512 with VBMI and VNNI (up to 4 groups), each token is read once for four
+    query rows: scores are products of codes with queries rounded to two bytes of their largest coordinate, outputs sums
+    of codes with weights $p_j s_j$ rounded to 15 bits of their largest in 64 tokens (with AVX-512 in float32 four
+    bytes, and not rounded). Else each token is unpacked to floats, once for all rows.
+
+    On a GPU a program takes a KV head, a stretch of tokens and eight query rows, and tensor cores multiply: codes with
+    queries rounded to half precision, and values with weights $p_j s_j$ rounded to bfloat16.
+
+    Args:
+        q: ``[batch, heads, queries, d]``, float32, bfloat16 or float16.
+        k: packed keys, in a layout to which the kernels of the device attend.
+        v: packed values, likewise.
+        seen: the tokens that queries see: booleans ``[batch or 1, heads or 1, queries, tokens]``, or numbers; None:
+            all. Stretches that no query sees are not read.
+        scale: factor of the scores.
+        recent: recent tokens beside the history.
+
+    Returns:
+        Output ``[batch, heads, queries, dv]``, float32 on a CPU, in the dtype of `q` on a GPU, and natural log-sum-exp
+        ``[batch, heads, queries]``, float32.
+
+    Example:
+        ```python
+        out, lse = attend(q, pack(k, Graded(((64, 4),))), pack(v, Graded(((64, 4),))), None, 64**-0.5)
+        ```
+
+    Source: the split over the history is Dao et al., Flash-Decoding; the method arXiv:2511.18936.
+    """
+    mask, span = (None, seen) if isinstance(seen, Seen) else (seen, Seen(None, None, 0))
+    return _operator("attend", q)(
+        q,
+        planes_of(k),
+        numbers_of(k.format),
+        planes_of(v),
+        numbers_of(v.format),
+        k.planes[0].shape[2],
+        mask,
+        scale,
+        [matrix_of(q, packed.format) for packed in (k, v)],
+        [] if recent is None else [recent.keys, recent.values],
+        None if recent is None else recent.mask,
+        *span,
+    )
+
+
+def store(x: Tensor, layout: Layout) -> Packed:
+    """Pack as `Graded.pack` does, but by the kernel: values within rounding of the edge of a step may differ.
+
+    Args:
+        x: ``[batch, heads, tokens, d]``, float32, bfloat16 or float16; gradients are lost.
+        layout: a `Graded` layout.
+
+    Returns:
+        The stored tensors.
+
+    Example:
+        >>> from swan.kernels import cpu
+        >>> packed = store(torch.randn(1, 2, 5, 64), Graded(((16, 5), (48, 3)))) if cpu.built() else None
+
+    Source: arXiv:2511.18936.
+    """
+    assert isinstance(layout, Graded)
+    tensors = _operator("pack", x)(x, layout.numbers, matrix_of(x, layout))
+    coded = layout.row_bytes > 0
+    planes, scales = (tensors[:-1], tensors[-1]) if coded else (tensors, None)
+    return Packed(tuple(planes), scales, None, layout, x.dtype)
+
+
+def take_in(
+    k: Tensor,
+    v: Tensor,
+    recent: tuple[Tensor, Tensor],
+    history: tuple[Packed, Packed],
+    counters: tuple[int | Tensor, int | Tensor],
+    padding: Tensor | None,
+    sinks: int,
+    start: int,
+) -> None:
+    """Take new tokens into a cache, in place: `DenseBuffer.push` and `History.append` in one call.
+
+    Args:
+        k: keys ``[batch, kv_heads, tokens, d]``, float32, bfloat16 or float16.
+        v: values, likewise.
+        recent: keys and values of sinks and ring, ``[batch, kv_heads, sinks + size, d]``.
+        history: packed keys and values with room for the tokens that leave the ring.
+        counters: tokens seen before, and the oldest column in the ring.
+        padding: left padding of each row, or None.
+        sinks: first tokens of each row, which have slots of their own.
+        start: the column of the first token of the history.
+
+    Example:
+        ```python
+        take_in(k, v, (state.k_recent, state.v_recent), (state.k_history, state.v_history), (128, 0), None, 4, 4)
+        ```
+
+    Source: arXiv:2511.18936.
+    """
+    layouts = [packed.format for packed in history]
+    _operator("take_in", k)(
+        k,
+        v,
+        *recent,
+        *([*packed.tensors] for packed in history),
+        *(numbers_of(layout) for layout in layouts),
+        [matrix_of(x, layout) for x, layout in zip((k, v), layouts, strict=True)],
+        [n if isinstance(n, Tensor) else torch.scalar_tensor(n, dtype=torch.long) for n in counters],
+        padding,
+        sinks,
+        start,
+    )
+    if not torch.compiler.is_compiling():
+        # Who saved one of these for a backward pass is told that it changed, as torch's own functions tell.
+        written = [*recent, *history[0].tensors, *history[1].tensors]
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+
+
+def restore(packed: Packed) -> Tensor:
+    """Unpack as `swan.storage.packed.unpack_mixed` does: in mixed coordinates.
+
+    Args:
+        packed: on a CPU, in a layout to which its kernel attends, of float32, bfloat16 or float16.
+
+    Returns:
+        ``[batch, heads, tokens, d]`` in the dtype of the vectors.
+
+    Example:
+        ```python
+        keys = restore(packed.tokens(0, 1024))
+        ```
+
+    Source: arXiv:2511.18936.
+    """
+    like = packed.planes[0].new_empty(0, dtype=packed.dtype)
+    return _operator("unpack", like)(planes_of(packed), numbers_of(packed.format), packed.planes[0].shape[2], like)
+
+
+def _operator(name: str, x: Tensor) -> Any:
+    return kernels_on(x.device).operator(name)

@@ -1,0 +1,149 @@
+"""The operator that attends on an NVIDIA GPU: what its kernels are compiled for, and how they are launched."""
+
+import functools
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swan.kernels.cuda.device import arrivals, index_of, limits
+from swan.kernels.cuda.launch import Kernel
+from swan.kernels.cuda.layouts import Groups, coded, groups_of, in_room, macros, vector_bytes
+
+__all__ = ["attend"]
+
+SOURCE = Path(__file__).parent / "attend.cu"
+TILE, ROWS = 32, 8  # tokens of a tile, which a warp reads at a time, and query rows of a program: as in the source
+SHAPES = ((4, 3), (4, 2), (2, 3), (2, 2), (1, 2))  # warps of a program, and tiles of each in shared memory
+# The struct AttendArguments of arguments.cuh, in the notation of `struct`.
+PLANE, DENSE, MASK = "Q2q", "Q3q", "Q4q"
+ARGUMENTS = f"Q3q2Q{PLANE * 6}{DENSE * 2}{MASK * 2}2Q2q5Q7if"
+NO_PLANE, NO_DENSE, NO_MASK = (None, 0, 0), (None, 0, 0, 0), (None, 0, 0, 0, 0)
+
+
+class Pair(NamedTuple):
+    """The kernels of a pair of layouts on a GPU."""
+
+    attend: Kernel
+    merge: Kernel
+    warps: int
+    programs: int  # that run on the GPU at the same time
+
+
+def attend(
+    q: Tensor,
+    k: list[Tensor],
+    k_layout: list[int],
+    v: list[Tensor],
+    v_layout: list[int],
+    tokens: int,
+    mask: Tensor | None,
+    scale: float,
+    mixes: list[Tensor],
+    recent: list[Tensor],
+    recent_mask: Tensor | None,
+    first: Tensor | None,
+    end: Tensor | None,
+    start: int,
+) -> tuple[Tensor, Tensor]:
+    """Attend as `swan.kernels.calls.attend` says, on torch's current stream."""
+    batch, heads, queries, _ = q.shape
+    kv_heads = next(plane for plane in k if plane.ndim == 4).shape[1]
+    keys, values = groups_of(k_layout), groups_of(v_layout)
+    dv, groups, workers = sum(size for size, _ in values), heads // kv_heads, batch * kv_heads
+    out, lse = q.new_empty(batch, heads, queries, dv), q.new_empty(batch, heads, queries, dtype=torch.float32)
+    beside = recent[0].shape[2] if recent else 0
+    if not tokens and not beside:
+        return out.zero_(), lse.fill_(-math.inf)
+
+    index, rows = index_of(q), groups * queries
+    eighths = -(-rows // ROWS)
+    pair = _pair(keys, values, q.dtype, index)
+    splits = _splits(tokens, pair.warps, pair.programs // (workers * eighths))
+    parts = splits + (beside > 0)
+    partial = q.new_empty(workers * parts * rows * dv, dtype=torch.float32)
+    partial_lse = q.new_empty(workers * parts * rows, dtype=torch.float32)
+    arrived = arrivals(index, workers * eighths)
+    if q.stride(3) != 1 or any(stride % 2 for stride in q.stride()[:3]) or q.data_ptr() % 4:  # numbers go in pairs
+        q = q.clone(memory_format=torch.contiguous_format)
+    k, v = ([plane if plane.ndim == 1 else in_room(plane, tokens) for plane in planes] for planes in (k, v))
+    recent = [_with_rows(x) for x in recent] if beside else []
+    arguments: tuple[Any, ...] = (
+        q, *q.stride()[:3], *(mix if mix.numel() else None for mix in mixes), *_planes(k), *_planes(v),
+        *((*_dense(recent[0]), *_dense(recent[1])) if beside else NO_DENSE * 2), *_mask(mask), *_mask(recent_mask),
+        first, end, int(end is not None and end.numel() > 1), start, partial, partial_lse, out, lse, arrived,
+        tokens, beside, splits, _span(tokens, splits), kv_heads, groups, queries, scale,
+    )  # fmt: skip
+    pair.attend.launch(index, (parts, workers, eighths), *arguments)
+    if arrived is None:
+        pair.merge.launch(index, (workers, rows, 1), *arguments)
+    return out, lse
+
+
+@functools.cache
+def _pair(keys: Groups, values: Groups, dtype: torch.dtype, index: int) -> Pair:
+    """Choose the shape of programs for layouts on a GPU: the first of which two fit on a processor, or else one."""
+    d, dv = (sum(size for size, _ in groups) for groups in (keys, values))
+    found, most = limits(index), 2 if d + dv > 256 else 4  # programs on a processor: what registers allow
+    sizes = [shared_bytes(keys, values, dtype.itemsize, *shape) for shape in SHAPES]
+    fits = [found.programs(size) for size in sizes]
+    chosen = next(i for least in (2, 1) for i, count in enumerate(fits) if count >= least)
+    warps, stages = SHAPES[chosen]
+    defines = macros(keys, values, dtype) | {"WARPS": warps, "STAGES": stages, "PROGRAMS": most}
+    attend = Kernel(SOURCE, "attend", defines, ARGUMENTS, warps * 32, sizes[chosen])
+    merge = Kernel(SOURCE, "merge", defines, ARGUMENTS, -(-dv // 32) * 32, dv * 4)
+    return Pair(attend, merge, warps, found.processors * min(most, fits[chosen]))
+
+
+def shared_bytes(keys: Groups, values: Groups, itemsize: int, warps: int, stages: int) -> int:
+    """Count the shared memory of a program: tiles, their scales, numbers of each query row; or sums to merge.
+
+    Queries stand in the last stage of tiles, and behind it, before it is filled.
+    """
+    d, dv = (sum(size for size, _ in groups) for groups in (keys, values))
+    stage = warps * TILE * sum(vector_bytes(groups, itemsize) for groups in (keys, values))
+    scales = warps * TILE * len(coded(keys) + coded(values)) * 4
+    tiles = stages * stage + scales + (1 + len(coded(keys))) * ROWS * 4
+    queries = (stages - 1) * stage + ROWS * (d + 4) * 4
+    recent = ROWS * (d + 4 + 1) * 4
+    sums = warps * ROWS * (2 + dv) * 4
+    return max(tiles, queries, recent, sums)
+
+
+def _splits(tokens: int, warps: int, programs: int) -> int:
+    """Split a history so that programs fill the GPU, as long as each of their warps has a tile."""
+    return min(max(programs, 1), -(-tokens // (warps * TILE)))
+
+
+def _span(tokens: int, splits: int) -> int:
+    """Count the tokens of a split, whole tiles."""
+    return -(-tokens // max(splits, 1) // TILE) * TILE
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """Return dense tokens whose rows lie at multiples of 16 bytes, where a kernel reads them; or a copy of them."""
+    places = x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3])
+    return x if x.stride(3) == 1 and not any(place % 16 for place in places) else x.contiguous().clone()
+
+
+def _planes(planes: list[Tensor]) -> tuple[Any, ...]:
+    codes, whole, scales, _ = planes
+    return (*_plane(codes), *_plane(scales), *_plane(whole))
+
+
+def _plane(x: Tensor) -> tuple[Any, ...]:
+    size = x.element_size()
+    return NO_PLANE if x.ndim == 1 else (x, x.stride(0) * size, x.stride(1) * size)
+
+
+def _dense(x: Tensor) -> tuple[Any, ...]:
+    size, (batch, head, token, _) = x.element_size(), x.stride()
+    return x, batch * size, head * size, token * size
+
+
+def _mask(mask: Tensor | None) -> tuple[Any, ...]:
+    if mask is None:
+        return NO_MASK
+    return mask, *(0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True))

@@ -1,0 +1,41 @@
+"""The kernels as operators of torch: `torch.ops.swan.attend_cuda` and the others, once this module is imported."""
+
+# ruff: noqa: E501
+# pyright: reportUnknownMemberType=false
+
+import torch
+
+from swan.kernels.cuda.attend import attend
+from swan.kernels.cuda.layouts import empty_planes, groups_of
+from swan.kernels.cuda.pack import pack, take_in
+
+__all__ = ["LIBRARY"]
+
+LIBRARY = torch.library.Library("swan", "FRAGMENT")
+LIBRARY.define(
+    "attend_cuda(Tensor q, Tensor[] k, int[] k_layout, Tensor[] v, int[] v_layout, SymInt tokens, Tensor? mask, float scale, "
+    "Tensor[] mixes, Tensor[] recent, Tensor? recent_mask, Tensor? first, Tensor? end, SymInt start) -> (Tensor, Tensor)"
+)
+LIBRARY.define("pack_cuda(Tensor x, int[] layout, Tensor matrix) -> Tensor[]")
+LIBRARY.define(
+    "take_in_cuda(Tensor k, Tensor v, Tensor(a!) k_recent, Tensor(b!) v_recent, Tensor(c!)[] k_history, Tensor(d!)[] v_history, "
+    "int[] k_layout, int[] v_layout, Tensor[] mixes, Tensor[] counters, Tensor? padding, SymInt sinks, SymInt start) -> ()"
+)
+for name, function in (("attend_cuda", attend), ("pack_cuda", pack), ("take_in_cuda", take_in)):
+    LIBRARY.impl(name, function, "CUDA")
+
+
+@torch.library.register_fake("swan::attend_cuda", lib=LIBRARY)
+def _(q, k, k_layout, v, v_layout, *_):  # pyright: ignore
+    dv = sum(v_layout[1::2])
+    return q.new_empty(*q.shape[:3], dv), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("swan::pack_cuda", lib=LIBRARY)
+def _(x, layout, matrix):  # pyright: ignore
+    return empty_planes(x, groups_of(layout))
+
+
+@torch.library.register_fake("swan::take_in_cuda", lib=LIBRARY)
+def _(*_):  # pyright: ignore
+    return None

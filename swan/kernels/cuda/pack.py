@@ -1,0 +1,102 @@
+"""The operators that pack vectors and take tokens into a cache on an NVIDIA GPU, and how kernels are launched."""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swan.kernels.cuda.device import index_of
+from swan.kernels.cuda.launch import Kernel
+from swan.kernels.cuda.layouts import Groups, coded, empty_planes, groups_of, macros
+
+__all__ = ["pack", "take_in"]
+
+SOURCE = Path(__file__).parent / "pack.cu"
+MANY = 8  # vectors that a program packs where there are many: as in the source
+# The structs PackArguments and TakeInArguments of the source, in the notation of `struct`.
+PLANE = "Q3q"
+PACKED = f"{PLANE * 3}Qq"
+PACK, TAKE_IN = f"{PLANE}{PACKED}2i", f"{(PLANE * 2 + PACKED) * 2}2Q2qQq3i0Q"
+NO_PLANE = (None, 0, 0, 0)
+
+
+class Kernels(NamedTuple):
+    """The kernels of a pair of layouts."""
+
+    pack: Kernel
+    take_in: Kernel
+    take_in_many: Kernel
+
+
+def pack(x: Tensor, layout: list[int], matrix: Tensor) -> list[Tensor]:
+    """Pack vectors on torch's current stream; return codes, numbers of 16 bits and scales, those that there are."""
+    groups, tokens = groups_of(layout), x.shape[2]
+    planes = empty_planes(x, groups)
+    if x.numel():
+        x = _with_rows(x)
+        grid, arguments = (-(-tokens // MANY), x.shape[1], x.shape[0]), (*_plane(x), *_packed(planes, groups, matrix))
+        _kernels(groups, groups, x.dtype).pack.launch(index_of(x), grid, *arguments, tokens, 0)
+    return planes
+
+
+def take_in(
+    k: Tensor,
+    v: Tensor,
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_history: list[Tensor],
+    v_history: list[Tensor],
+    k_layout: list[int],
+    v_layout: list[int],
+    mixes: list[Tensor],
+    counters: list[Tensor],
+    padding: Tensor | None,
+    sinks: int,
+    start: int,
+) -> None:
+    """Take new tokens into a cache, in place, as `swan.kernels.calls.take_in` says, on torch's current stream."""
+    batch, heads, tokens, _ = k.shape
+    if not k.numel():
+        return
+    keys, values = groups_of(k_layout), groups_of(v_layout)
+    k, v = _with_rows(k), _with_rows(v)
+    on_device = counters[0].device == k.device
+    at = [counter if on_device else None for counter in counters]
+    numbers = [0 if on_device else int(counter) for counter in counters]
+    kernels, many = _kernels(keys, values, k.dtype), tokens > 1
+    (kernels.take_in_many if many else kernels.take_in).launch(
+        index_of(k), (-(-tokens // MANY) if many else 1, heads, 2 * batch),
+        *_plane(k), *_plane(k_recent), *_packed(k_history, keys, mixes[0]),
+        *_plane(v), *_plane(v_recent), *_packed(v_history, values, mixes[1]),
+        *at, *numbers, padding, start,
+        tokens, k_recent.shape[2] - sinks, sinks,
+    )  # fmt: skip
+
+
+@functools.cache
+def _kernels(keys: Groups, values: Groups, dtype: torch.dtype) -> Kernels:
+    defines, widest = macros(keys, values, dtype), max(sum(size for size, _ in groups) for groups in (keys, values))
+    threads = -(-2 * widest // 32) * 32
+
+    def kernel(name: str, arguments: str, vectors: int) -> Kernel:
+        return Kernel(SOURCE, name, defines, arguments, threads, 37 * vectors * widest)
+
+    return Kernels(kernel("pack", PACK, MANY), kernel("take_in", TAKE_IN, 1), kernel("take_in_many", TAKE_IN, MANY))
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _plane(x: Tensor) -> tuple[Any, ...]:
+    return x, *x.stride()[:3]
+
+
+def _packed(planes: list[Tensor], groups: Groups, matrix: Tensor) -> tuple[Any, ...]:
+    """Return the struct of what a layout stores: its planes, its mix, and the tokens that there is room for."""
+    left = iter(planes)
+    few, whole = len(coded(groups)) > 0, any(bits == 16 for _, bits in groups)
+    codes, numbers, scales = (_plane(next(left)) if there else NO_PLANE for there in (few, whole, few))
+    return *codes, *numbers, *scales, matrix if matrix.numel() else None, planes[0].shape[2]
