@@ -12,7 +12,7 @@ from torch import Tensor
 import swan.kernels.cuda
 from swan import Graded, Packed
 from swan.storage.packed import mixing
-from tests.kernels.cuda_on_cpu import build, struct, unwritten
+from tests.kernels.cuda_on_cpu import build, struct, unwritten, writable
 
 SOURCE = Path(swan.kernels.cuda.__file__).parent / "attend.cu"
 TILE, ROWS = 32, 8
@@ -43,20 +43,15 @@ class AttendArguments(ctypes.Structure):
     _fields_ = [
         ("q", ctypes.c_void_p),
         *fields(ctypes.c_int64, "q_batch", "q_head", "q_query"),
-        ("k_mix", ctypes.c_void_p),
+        *fields(ctypes.c_void_p, "k_mix", "v_mix"),
         *fields(Planes, "k", "v"),
         *fields(Dense, "recent_k", "recent_v"),
         *fields(Mask, "mask", "recent_mask"),
-        *fields(ctypes.c_void_p, "first", "end", "partial", "lse"),
+        *fields(ctypes.c_void_p, "first", "end"),
+        *fields(ctypes.c_int64, "end_query", "origin"),
+        *fields(ctypes.c_void_p, "partial", "lse", "out", "out_lse", "arrived"),
         *fields(ctypes.c_int, "tokens", "recent", "splits", "span", "kv_heads", "groups", "queries"),
         ("scale", ctypes.c_float),
-    ]
-
-
-class MergeArguments(ctypes.Structure):
-    _fields_ = [
-        *fields(ctypes.c_void_p, "partial", "lse", "v_mix", "out", "out_lse"),
-        *fields(ctypes.c_int, "splits", "parts", "rows"),
     ]
 
 
@@ -124,9 +119,27 @@ def attend(
     mask: Tensor | None = None,
     first: Tensor | None = None,
     end: Tensor | None = None,
+    origin: int = 0,
+    *,
+    last_merges: bool = False,
+    in_turns: bool = False,
+    source: Path = SOURCE,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Run both kernels; returns the output [batch, heads, queries, dv] and the natural log-sum-exp."""
+    """Run the kernels; returns the output [batch, heads, queries, dv] and the natural log-sum-exp.
+
+    Args:
+        q, k, v, scale: queries, keys, values, and the factor of scores.
+        splits: of the history.
+        recent: tokens that are dense.
+        mask: of the packed tokens.
+        first, end: columns, see `AttendArguments`; `end` has one element for all queries, or one for each.
+        origin: the column of the first packed token.
+        last_merges: the last program of some rows merges their parts, rather than a second kernel.
+        in_turns: programs take turns.
+        source: the file.
+        others: macros.
+    """
     assert isinstance(k.format, Graded) and isinstance(v.format, Graded)
     batch, heads, queries, _ = q.shape
     kv_heads, tokens, dv = k.shape[1], k.shape[2], v.shape[3]
@@ -134,9 +147,12 @@ def attend(
     rows, parts = heads // kv_heads * queries, splits + (recent is not None)
     span = -(-tokens // max(splits, 1) // TILE) * TILE
     warps, stages = others.get("WARPS", 4), others.get("STAGES", 3)
-    kernels = build(SOURCE, macros(k.format, v.format, q.dtype, **others))
+    kernels = build(source, macros(k.format, v.format, q.dtype, **others))
     partial = unwritten(torch.empty(batch * kv_heads, parts, rows, dv))
     lse = unwritten(torch.empty(batch * kv_heads, parts, rows))
+    out, out_lse = torch.empty(batch, heads, queries, dv, dtype=q.dtype), torch.empty(batch, heads, queries)
+    eighths = -(-rows // ROWS)
+    arrived = torch.zeros(eighths, batch * kv_heads, dtype=torch.int32)
     arguments = struct(
         AttendArguments,
         q=q,
@@ -144,6 +160,7 @@ def attend(
         q_head=q.stride(1),
         q_query=q.stride(2),
         k_mix=mixing(k),
+        v_mix=mixing(v),
         k=planes(k),
         v=planes(v),
         recent_k=strided(recent and recent.keys, "batch", "head", "token"),
@@ -152,8 +169,13 @@ def attend(
         recent_mask=strided(recent and recent.mask, "batch", "head", "query", "token"),
         first=first,
         end=end,
+        end_query=0 if end is None or len(end) == 1 else end.stride(0),
+        origin=origin,
         partial=partial,
         lse=lse,
+        out=unwritten(out),
+        out_lse=unwritten(out_lse),
+        arrived=writable(arrived) if last_merges else None,
         tokens=tokens,
         recent=recent.keys.shape[2] if recent else 0,
         splits=splits,
@@ -163,20 +185,10 @@ def attend(
         queries=queries,
         scale=scale,
     )
-    grid = parts, batch * kv_heads, -(-rows // ROWS)
-    kernels.launch("attend", grid, warps * 32, shared_bytes(k.format, v.format, warps, stages), arguments)
-    out = torch.empty(batch, heads, queries, dv, dtype=torch.float32 if others.get("OUT_FLOAT", 1) else q.dtype)
-    out_lse = torch.empty(batch, heads, queries)
-    merge = struct(
-        MergeArguments,
-        partial=partial,
-        lse=lse,
-        v_mix=mixing(v),
-        out=unwritten(out),
-        out_lse=unwritten(out_lse),
-        splits=splits,
-        parts=parts,
-        rows=rows,
-    )
-    kernels.launch("merge", (batch * kv_heads, rows), dv, dv * 4, merge)
+    grid = parts, batch * kv_heads, eighths
+    shared = shared_bytes(k.format, v.format, warps, stages)
+    kernels.launch("attend", grid, warps * 32, shared, arguments, in_turns=in_turns)
+    if not last_merges:
+        kernels.launch("merge", (batch * kv_heads, rows), -(-dv // 32) * 32, dv * 4, arguments)
+    assert (arrived == 0).all()
     return out, out_lse

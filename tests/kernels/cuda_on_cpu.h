@@ -228,6 +228,7 @@ inline float exp2_(float x) {  // ex2.approx.ftz
   const float y = exp2f(x);
   return y < FLT_MIN ? 0 : y;
 }
+inline void prefetch(const void*) {}
 inline uint32_t pack2(float x, float y) {
   return cuda_on_cpu::to_bf16(x) | static_cast<uint32_t>(cuda_on_cpu::to_bf16(y)) << 16;
 }

@@ -6,6 +6,7 @@ The kernel rounds queries to half precision and weights to two bytes. Each error
 
 import dataclasses
 import math
+import shutil
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def score_bound(q: Tensor, k: Packed, scale: float) -> float:
     return largest * abs(scale)
 
 
-def visible(q: Tensor, tokens: int, mask, first, end) -> Tensor | None:
+def visible(q: Tensor, tokens: int, mask=None, first=None, end=None, origin=0) -> Tensor | None:
     if mask is None and first is None and end is None:
         return None
     batch, heads, queries, _ = q.shape
@@ -85,9 +86,9 @@ def visible(q: Tensor, tokens: int, mask, first, end) -> Tensor | None:
     if mask is not None:
         seen &= mask
     if first is not None:
-        seen &= torch.arange(tokens) >= first[:, None, None, None]
+        seen &= torch.arange(tokens) + origin >= first[:, None, None, None]
     if end is not None:
-        seen &= torch.arange(tokens) < end[:, None]
+        seen &= torch.arange(tokens) + origin < end[:, None]
     return seen
 
 
@@ -131,9 +132,30 @@ def bounds(q, k, v, scale, recent, parts, magnitude) -> tuple[Tensor, float]:
 
 
 def check(
-    keys, values, dtype, heads, queries, tokens, splits=1, recent=None, *, batch=1, scale=None, seen=None, **others
+    keys,
+    values,
+    dtype,
+    heads,
+    queries,
+    tokens,
+    splits=1,
+    recent=None,
+    *,
+    batch=1,
+    scale=None,
+    seen=None,
+    same=False,
+    **others,
 ):
-    """Both kernels against float64. `recent` is a number of tokens; `seen` the arguments that are masks."""
+    """The kernels against float64.
+
+    Args:
+        keys, values, dtype, heads, queries, tokens, splits, batch, scale: what they are given.
+        recent: a number of tokens.
+        seen: the arguments that are masks, and the column of the first packed token.
+        same: the results are also, to the bit, those of two kernels.
+        others: see `attend`.
+    """
     d = keys.d
     scale = d**-0.5 if scale is None else scale
     count = tokens + (recent or 0)
@@ -143,12 +165,13 @@ def check(
     seen = dict(seen or {})
     beside = Recent(k[:, :, tokens:], v[:, :, tokens:], seen.pop("recent_mask", None)) if recent else None
     out, lse = attend(q, *history, scale, splits, beside, **seen, **others)
-    masks = visible(q, tokens, *(seen.get(name) for name in ("mask", "first", "end")))
+    if same:
+        assert all(map(torch.equal, (out, lse), attend(q, *history, scale, splits, beside, **seen)))
+    masks = visible(q, tokens, **seen)
     parts = parts_of(q, *history, scale, beside, masks)
     expected, expected_lse, magnitude = expected_of(q, parts, scale)
     limit, lse_limit = bounds(q, *history, scale, beside, parts, magnitude)
-    if out.dtype != torch.float32:
-        limit = limit + 2.0**-8 * expected.abs()
+    limit = limit + 2.0**-8 * expected.abs()  # the rounding of outputs
     assert_within(out.double(), expected, limit)
     assert_lse_within(lse, expected_lse, lse_limit)
     # Tokens are independent, so errors of 2**-9 of each weight give an error of 2**-9 of the output or less, as norms.
@@ -209,6 +232,14 @@ MASKS = {
     "end": {"end": torch.tensor([64, 3, 200])},
     "end before all": {"end": torch.tensor([0, 96, 130])},
     "first and end": {"first": torch.tensor([70, 5]), "end": torch.tensor([80, 60, 161])},
+    "one end": {"end": torch.tensor([77])},
+    "end with a stride": {"end": torch.arange(12)[4::3] * 20},
+    "columns": {"first": torch.tensor([70, 5]), "end": torch.tensor([80, 60, 161]), "origin": 20},
+    "late columns": {
+        "first": torch.tensor([0, 2**40 + 40]),
+        "end": 2**40 + torch.tensor([9, 70, 900]),
+        "origin": 2**40 + 5,
+    },
     "mask": {"mask": some(0, 2, 4, 3, 200)},
     "the same mask": {"mask": some(1, 1, 1, 3, 200)},
     "one query's mask": {"mask": some(2, 2, 1, 1, 200).expand(2, 1, 3, 200)},
@@ -281,9 +312,33 @@ def test_queries_that_are_not_finite_show(value):
     assert out[0, [0, 2, 3]].isfinite().all() and lse[0, [0, 2, 3]].isfinite().all()
 
 
+MERGES = {
+    "splits": {"heads": (4, 2), "queries": 1, "tokens": 700, "splits": 20},
+    "recent tokens too": {"heads": (4, 1), "queries": 3, "tokens": 130, "splits": 3, "recent": 9},
+    "one part": {"heads": (1, 1), "queries": 1, "tokens": 20, "splits": 1},
+    "recent tokens alone": {"heads": (2, 2), "queries": 1, "tokens": 0, "splits": 1, "recent": 30},
+}
+
+
 @needs_cxx
-def test_outputs_in_the_dtype():
-    check(*SMALL, torch.float16, (4, 1), 1, 90, 1, 9, OUT_FLOAT=0)
+@pytest.mark.parametrize("in_turns", [False, True])
+@pytest.mark.parametrize("case", MERGES.values(), ids=MERGES)
+def test_the_last_program_merges(case, in_turns):
+    """To the bit as the second kernel does, whichever program is the last one."""
+    check(*SMALL, torch.float16, **case, batch=2, last_merges=True, in_turns=in_turns, same=True)
+
+
+@needs_cxx
+@pytest.mark.parametrize("fence", [0, 1])
+def test_the_last_program_waits_for_what_others_wrote(fence, tmp_path):
+    for file in SOURCE.parent.glob("*.cu*"):
+        shutil.copy(file, tmp_path)
+    parts = (tmp_path / "merge.cuh").read_text().split("__threadfence();")
+    assert len(parts) == 3
+    parts[fence : fence + 2] = ["".join(parts[fence : fence + 2])]
+    (tmp_path / "merge.cuh").write_text("__threadfence();".join(parts))
+    with pytest.raises(AssertionError, match=r"race: .* not ordered after .* programs? "):
+        check(*SMALL, torch.float16, (4, 1), 1, 90, 2, last_merges=True, source=tmp_path / SOURCE.name)
 
 
 @needs_nvrtc

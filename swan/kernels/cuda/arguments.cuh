@@ -1,4 +1,4 @@
-// The structs that the kernels of attend.cu take.
+// The struct that both kernels of attend.cu take.
 #pragma once
 
 #include "layout.cuh"
@@ -28,25 +28,28 @@ struct Mask {
 };
 
 struct AttendArguments {
-  const Number* q;  // [batch, heads, queries, D]; strides in numbers, even
-  int64_t q_batch, q_head, q_query;
-  const Number* k_mix;  // [D, D], or null
+  const Number* q;                   // [batch, heads, queries, D]
+  int64_t q_batch, q_head, q_query;  // strides in numbers, even
+  const Number *k_mix, *v_mix;       // [D, D] and [DV, DV], or null
   Planes k, v;
   Dense recent_k, recent_v;
   Mask mask, recent_mask;
-  const int64_t* first;  // [batch]: the first packed token that a sequence sees; or null
-  const int64_t* end;    // [queries]: packed tokens before it are seen; or null
-  float* partial;        // [batch * kv_heads, parts, rows, DV], values in mixed coordinates but in the recent part
-  float* lse;            // [batch * kv_heads, parts, rows], in base 2
+  // Columns: of the first packed token that a sequence sees, [batch], and before which packed tokens are seen, [queries].
+  // Each may be null.
+  const int64_t *first, *end;
+  int64_t end_query, origin;  // stride of `end` between queries (0: one for all); the column of packed token 0
+  // What programs find, [batch * kv_heads, parts, rows, DV] and [batch * kv_heads, parts, rows]. A part is a split, or
+  // the recent tokens; values are in mixed coordinates but in that one. Logarithms are in base 2.
+  float *partial, *lse;
+  Number* out;     // [batch, heads, queries, DV], contiguous
+  float* out_lse;  // [batch, heads, queries], natural logarithm
+  // [eighths of rows, batch * kv_heads]: programs of these rows that have written their part, the last of which merges
+  // all; zeros before and after a launch. If it is null, `merge` is launched after `attend`.
+  uint32_t* arrived;
   int tokens, recent, splits, span;  // span: tokens of a split, a multiple of 32
   int kv_heads, groups, queries;     // groups: query heads of a KV head
   float scale;
-};
 
-struct MergeArguments {
-  const float *partial, *lse;  // as attend leaves them
-  const Number* v_mix;         // [DV, DV], or null
-  void* out;                   // [batch, heads, queries, DV], float32 or the dtype
-  float* out_lse;              // [batch, heads, queries], natural
-  int splits, parts, rows;     // parts: splits, and one more if there are recent tokens
+  __device__ int parts() const { return splits + (recent > 0); }
+  __device__ int rows() const { return groups * queries; }  // of a KV head
 };

@@ -2,18 +2,15 @@
 //
 // `attend`: a program (block) has a span of the history, or the recent tokens, of one KV head, for up to 8 query rows
 // of it. Each warp streams tiles of 32 tokens of its own (cp.async) with its own running softmax; warps merge at the
-// end. `merge` merges spans, takes the values' mix off, and adds the recent tokens.
+// end. The parts of programs are merged by the last program that writes one, or by a second kernel, `merge`.
 // The reference of the softmax moves only when a score exceeds it by more than 8 (in base 2), which is rare.
 //
 // Macros: K_GROUPS, V_GROUPS, D, DV (layout.cuh); DTYPE, bfloat16 or float16, of queries, recent tokens and groups of
-// 16 bits; OUT_FLOAT, whether the output is float32; WARPS and STAGES of a program, and PROGRAMS on a processor.
+// 16 bits, and of outputs; WARPS and STAGES of a program, and PROGRAMS on a processor.
 
-#include "arguments.cuh"
+#include "merge.cuh"
 #include "products.cuh"
 
-#ifndef OUT_FLOAT
-#define OUT_FLOAT 1
-#endif
 #ifndef WARPS
 #define WARPS 4
 #endif
@@ -26,10 +23,8 @@
 
 constexpr int TILE = 32;   // tokens
 constexpr int RECENT_TILE = 16;  // these go to registers at once
-constexpr int ROWS = 8;    // query rows of a program
 constexpr int EARLY = 8;   // by how much a score exceeds the reference of the softmax before that moves
-#define NOTHING __uint_as_float(0xff800000u)  // -infinity, for which there is no constant without headers
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+constexpr float LOG2_E = 1.44269504f;
 constexpr int Q_ROW = D + 4;  // floats of a query row in shared memory: rows are in different banks
 
 // Planes of a tile in shared memory, one after the other. Stages of all warps are together: the last ones, which are
@@ -44,9 +39,9 @@ constexpr int SCALES = TILE * (Keys::layout.scales + Values::layout.scales);  //
 // The tokens that query rows see.
 struct Sight {
   const Mask& mask;
-  int first, end;            // no row sees others
-  const int64_t* query_end;  // of each query, beside that; or null
-  int all_until;             // if there is no mask, all rows see the tokens from the first to before it
+  int first, end;  // no row sees others
+  bool ends;       // queries may have ends of their own
+  int all_until;   // if there is no mask, all rows see the tokens from the first to before it
 };
 
 struct Place {
@@ -261,12 +256,17 @@ __device__ __forceinline__ void add_values(Running<L>& run, const Tile& tile, in
   });
 }
 
+// The packed token of a column; 0 or `stop` if it is before or behind those.
+__device__ __forceinline__ int token_of(const AttendArguments& a, int64_t column, int stop) {
+  return static_cast<int>(min(max(column - a.origin, int64_t(0)), int64_t(stop)));
+}
+
 // Which of a lane's scores of column 2t + c are of tokens that the row sees: bit i is token_of_row(g) + 8 i.
 __device__ __forceinline__ uint32_t seen_by(const Sight& sight, const AttendArguments& a, const Place& at, int token,
                                             int column, int count) {
   if (column >= at.rows) return ~0u;
   const int row = at.first_row + column, query = row % a.queries, head = at.kv_head * a.groups + row / a.queries;
-  const int end = sight.query_end ? static_cast<int>(min(sight.query_end[query], int64_t(sight.end))) : sight.end;
+  const int end = sight.ends ? token_of(a, a.end[query * a.end_query], sight.end) : sight.end;
   const Mask& m = sight.mask;
   const uint8_t* mask = m.data + at.batch * m.batch + head * m.head + query * m.query;
   uint32_t seen = 0;
@@ -379,7 +379,7 @@ __device__ __forceinline__ void write_part(Running<L>& run, const AttendArgument
     }
   });
   __syncthreads();
-  const int64_t rows = int64_t(a.groups) * a.queries, to = (at.head * gridDim.x + part) * rows + at.first_row;
+  const int64_t to = (at.head * a.parts() + part) * a.rows() + at.first_row;
   for (int i = threadIdx.x; i < at.rows * DV; i += WARPS * 32) {
     float x = 0;
     for (int k = 0; k < WARPS; ++k) x += sums[(k * DV + i % DV) * ROWS + i / DV];
@@ -423,14 +423,13 @@ __device__ __forceinline__ void decode_scales(const uint8_t* bytes, float* to, i
 
 // What rows see of the packed tokens before `stop`. Tokens behind the last that some row sees are not read.
 __device__ __forceinline__ Sight sight_of_history(const AttendArguments& a, const Place& at, int stop) {
-  const auto until_stop = [&](int64_t token) { return static_cast<int>(min(max(token, int64_t(0)), int64_t(stop))); };
-  const int first = a.first ? until_stop(a.first[at.batch]) : 0;
+  const int first = a.first ? token_of(a, a.first[at.batch], stop) : 0;
   int least = stop, most = a.end ? 0 : stop;
   for (int i = 0; a.end && i < at.rows; ++i) {
-    const int end = until_stop(a.end[(at.first_row + i) % a.queries]);
+    const int end = token_of(a, a.end[(at.first_row + i) % a.queries * a.end_query], stop);
     least = min(least, end), most = max(most, end);
   }
-  return {a.mask, first, most, a.end, least};
+  return {a.mask, first, most, a.end != nullptr, least};
 }
 
 __device__ __forceinline__ void attend_history(const AttendArguments& a, const Place& at, int split, uint8_t* shared) {
@@ -501,7 +500,7 @@ __device__ __forceinline__ void attend_recent(const AttendArguments& a, const Pl
   Queries<RecentKeys> q;
   q.load(rows, rows + ROWS * Q_ROW, warp == 0, a.scale, g, t);
   __syncthreads();
-  const Sight sight{a.recent_mask, 0, a.recent, nullptr, a.recent};
+  const Sight sight{a.recent_mask, 0, a.recent, false, a.recent};
   const uint8_t* k = a.recent_k.data + at.batch * a.recent_k.batch + at.kv_head * a.recent_k.head;
   const uint8_t* v = a.recent_v.data + at.batch * a.recent_v.batch + at.kv_head * a.recent_v.head;
   Running<RecentValues> run;
@@ -517,66 +516,19 @@ __device__ __forceinline__ void attend_recent(const AttendArguments& a, const Pl
 // Grid: splits, and one more if there are recent tokens; batch * kv_heads; eights of query rows.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) attend(const AttendArguments a) {
   extern __shared__ __align__(16) uint8_t shared[];
-  const int head = blockIdx.y, first_row = blockIdx.z * ROWS, rows = min(a.groups * a.queries - first_row, ROWS);
+  const int head = blockIdx.y, first_row = blockIdx.z * ROWS, rows = min(a.rows() - first_row, ROWS);
   const Place at{head / a.kv_heads, head % a.kv_heads, first_row, rows, head};
   if (static_cast<int>(blockIdx.x) < a.splits)
     attend_history(a, at, blockIdx.x, shared);
   else
     attend_recent(a, at, shared);
+  float* history = reinterpret_cast<float*>(shared);
+  if (a.arrived && is_last(a, reinterpret_cast<uint32_t*>(history + ROWS * DV)))
+    merge_rows<ROWS>(a, head, first_row, rows, history, WARPS);
 }
 
-// Merging -------------------------------------------------------------------------------------------------------------
-
-// Coordinate c of a sum over the history, x [DV], with the mix taken off: x mix^T.
-__device__ __forceinline__ float unmixed(const float* x, const Number* mix, int c) {
-  float sum = x[c];
-  unrolled<Values::layout.count>([&](auto n) {
-    constexpr Span span = Values::layout.spans[n];
-    if (!span.coded() || c < span.start || c >= span.start + span.size) return;
-    const uint4* row = reinterpret_cast<const uint4*>(mix + c * DV + span.start);
-    sum = 0;
-#pragma unroll 4
-    for (int i = 0; i < span.size / 8; ++i) {
-      const uint4 m = row[i];
-      const float* part = x + span.start + 8 * i;
-      sum += part[0] * Number::low(m.x) + part[1] * Number::high(m.x);
-      sum += part[2] * Number::low(m.y) + part[3] * Number::high(m.y);
-      sum += part[4] * Number::low(m.z) + part[5] * Number::high(m.z);
-      sum += part[6] * Number::low(m.w) + part[7] * Number::high(m.w);
-    }
-  });
-  return sum;
-}
-
-// Grid: batch * kv_heads, query rows; a thread for each coordinate, or several coordinates.
-extern "C" __global__ void merge(const MergeArguments a) {
+// Grid: batch * kv_heads, query rows; DV threads, rounded up to whole warps.
+extern "C" __global__ void merge(const AttendArguments a) {
   extern __shared__ __align__(16) uint8_t shared[];
-  float* history = reinterpret_cast<float*>(shared);  // [DV]
-  const int64_t first = (int64_t(blockIdx.x) * a.parts) * a.rows + blockIdx.y;  // of the row's parts
-  const int64_t row = int64_t(blockIdx.x) * a.rows + blockIdx.y;
-  const auto lse = [&](int part) { return a.lse[first + int64_t(part) * a.rows]; };
-  const auto partial = [&](int part, int c) { return a.partial[(first + int64_t(part) * a.rows) * DV + c]; };
-  float top = NOTHING, total = 0;
-  for (int i = 0; i < a.parts; ++i) top = fmaxf(top, lse(i));
-  const float m = top == NOTHING ? 0 : top;
-  for (int i = 0; i < a.parts; ++i) total += exp2_(lse(i) - m);
-  const float by = 1 / (total == 0 ? 1 : total);
-  for (int c = threadIdx.x; c < DV; c += blockDim.x) {
-    float sum = 0;
-#pragma unroll 4
-    for (int i = 0; i < a.splits; ++i) sum += exp2_(lse(i) - m) * partial(i, c);
-    history[c] = sum;
-  }
-  __syncthreads();
-  for (int c = threadIdx.x; c < DV; c += blockDim.x) {
-    float sum = a.v_mix ? unmixed(history, a.v_mix, c) : history[c];
-    if (a.splits < a.parts) sum += exp2_(lse(a.splits) - m) * partial(a.splits, c);
-    sum *= by;
-#if OUT_FLOAT
-    static_cast<float*>(a.out)[row * DV + c] = sum;
-#else
-    static_cast<Number*>(a.out)[row * DV + c] = {static_cast<uint16_t>(Number::pack(sum, 0))};
-#endif
-  }
-  if (threadIdx.x == 0) a.out_lse[row] = (top + log2f(total)) * LN_2;
+  merge_rows<1>(a, blockIdx.x, blockIdx.y, 1, reinterpret_cast<float*>(shared), blockDim.x / 32);
 }

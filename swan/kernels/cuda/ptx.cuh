@@ -56,6 +56,8 @@ template <int N>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+// Asks for a line of memory, which comes to the second level of the cache.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ __forceinline__ uint32_t pack2(float x, float y) {
   uint32_t z;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
@@ -81,6 +83,7 @@ struct bfloat16 {
   static __device__ __forceinline__ float low(uint32_t x) { return __uint_as_float(x << 16); }
   static __device__ __forceinline__ float high(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
   static __device__ __forceinline__ uint32_t pack(float x, float y) { return pack2(x, y); }
+  static __device__ __forceinline__ bfloat16 of(float x) { return {static_cast<uint16_t>(pack2(x, 0))}; }
   static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma(c, a, b0, b1);
   }
@@ -90,6 +93,7 @@ struct float16 {
   static __device__ __forceinline__ float low(uint32_t x) { return from_half(x); }
   static __device__ __forceinline__ float high(uint32_t x) { return from_half(x >> 16); }
   static __device__ __forceinline__ uint32_t pack(float x, float y) { return pack2_half(x, y); }
+  static __device__ __forceinline__ float16 of(float x) { return {static_cast<uint16_t>(pack2_half(x, 0))}; }
   static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_half(c, a, b0, b1);
   }
