@@ -35,10 +35,15 @@ class Cost(NamedTuple):
 
 
 class Code(NamedTuple):
-    """The instructions of a kernel, without the padding at its end, and its loops in the order of the code."""
+    """The instructions of a kernel, without the padding at its end, and its loops in the order of the code.
+
+    Attributes:
+        targets: for each branch, the place where it goes.
+    """
 
     instructions: list[str]
     loops: list[Loop]
+    targets: dict[int, int]
 
     def count(self, *names: str) -> int:
         """Count the instructions with these names, such as ``"STL"`` and ``"LDL"`` for local memory."""
@@ -48,6 +53,53 @@ class Code(NamedTuple):
     def hot(self) -> Loop | None:
         """The loop with the most work for tensor cores; of several, the shortest (all the rest is around it)."""
         return max(self.loops, key=lambda loop: (loop.mma, -loop.instructions), default=None)
+
+
+    @property
+    def usual(self) -> int:
+        """Count the instructions that an iteration of a loop issues, of that with the most work for tensor cores.
+
+        Compilers put code that is rarely run in the middle of a loop or far from it. What an iteration issues is taken
+        to be the shortest way around that has the most products and copies to shared memory.
+        """
+        turns = [self._way(first, last) for last, first in self.targets.items() if first <= last]
+        return -max((x for x in turns if x), default=(0, 0))[1]
+
+    def _way(self, first: int, last: int) -> tuple[int, int] | None:
+        """Find the best way from an instruction to a branch: how much work is on it, and minus its instructions."""
+        order: list[int] = []
+        state: dict[int, bool] = {}  # of instructions that were seen: whether all behind them were
+        ahead: dict[int, list[int]] = {}
+        stack = [first]
+        while stack:  # what is reached from the first one, those that are reached last in front
+            i = stack[-1]
+            if i not in state:
+                state[i] = False
+                ahead[i] = [n for n in self._next(i) if state.get(n) is not False] if i != last else []
+                stack += [n for n in ahead[i] if n not in state]
+            else:
+                stack.pop()
+                if not state[i]:
+                    state[i] = True
+                    order.append(i)
+        best: dict[int, tuple[int, int]] = {}
+        for i in order:  # those behind first
+            behind = [best[n] for n in ahead[i] if n in best]
+            if i == last or behind:
+                work, short = max(behind, default=(0, 0))
+                best[i] = work + _is_work(self.instructions[i]), short - 1
+        return best.get(first)
+
+    def _next(self, i: int) -> list[int]:
+        """List where the code goes on behind an instruction."""
+        text = self.instructions[i]
+        ends = re.match(r"(EXIT|RET|BRA `)", text) is not None
+        after = [] if ends or i + 1 == len(self.instructions) else [i + 1]
+        return after + ([self.targets[i]] if i in self.targets else [])
+
+
+def _is_work(instruction: str) -> bool:
+    return name_of(instruction).endswith("MMA") or name_of(instruction) == "LDGSTS"
 
 
 def costs(source: Path, defines: Mapping[str, object], arch: str) -> tuple[dict[str, Cost], bytes]:
@@ -108,13 +160,16 @@ def code_of(text: str) -> Code:
     while instructions and name_of(instructions[-1]) == "NOP":
         instructions.pop()
     loops = set()
+    targets = {}
     for last, instruction in enumerate(instructions):
         target = re.search(r"\bBRA\b.*`\((\.L\w+)\)", instruction)
         first = labels[target[1]] if target else last
+        if target:
+            targets[last] = first
         if first < last:
             inside = instructions[first : last + 1]
             loops.add(Loop(first, len(inside), sum(name_of(each).endswith("MMA") for each in inside)))
-    return Code(instructions, sorted(loops))
+    return Code(instructions, sorted(loops), targets)
 
 
 def name_of(instruction: str) -> str:

@@ -2,8 +2,7 @@
 #pragma once
 
 #include "layout.cuh"
-
-using Number = DTYPE;
+#include "numbers.cuh"
 
 // Tensors [batch, heads, tokens, bytes]. Tokens of a plane follow each other and fill a multiple of 64; its strides, in
 // bytes, are multiples of 16.

@@ -1,47 +1,63 @@
-// What the layouts of keys and values imply, known when the kernel is compiled. Macros: K_GROUPS and V_GROUPS, as
-// {{size, bits}, ...} with sizes that are multiples of 16, and their sums D and DV.
+// What the layouts of keys and values imply, known when a kernel is compiled. Macros: D and K_GROUPS, the dimension and
+// the groups of keys, such as 128 and {{32, 5}, {96, 3}}; DV and V_GROUPS, those of values, or neither if they are the same.
 #pragma once
 
 #include "ptx.cuh"
+
+#ifndef V_GROUPS
+#define V_GROUPS K_GROUPS
+#define DV D
+#endif
 
 struct Group {
   int size, bits;
 };
 
-// A group that is stored: its first coordinate, and how many coordinates of stored groups there are before it; the byte
-// at which it begins in a row of codes, or in one of whole numbers; and which scale is its own.
+// A group that is stored.
 struct Span {
-  int start, size, bits, stored, byte, whole, scale;
+  int start, size, bits;
+  int stored;  // coordinates of stored groups before it
+  int byte;    // at which it begins in a row of codes
+  int whole;   // coordinates of 16 bits before it
+  int scale;   // groups of fewer bits before it
 
   __device__ constexpr bool coded() const { return bits < 16; }
   // Codes are stored in parts of 4, 2 and 1 bits, high bits first.
   __device__ constexpr int parts() const { return bits == 1 || bits == 2 || bits == 4 ? 1 : 2; }
   __device__ constexpr int part(int i) const {
-    const int first = bits == 3 ? 2 : bits > 4 ? 4 : bits;
+    const int first = bits >= 4 ? 4 : bits >= 2 ? 2 : 1;
     return i ? bits - first : first;
   }
   __device__ constexpr int shift(int i) const { return i ? 0 : bits - part(0); }
-  __device__ constexpr int part_byte(int i) const { return byte + (i ? size * part(0) / 8 : 0); }
+  __device__ constexpr int part_bytes(int i) const { return (size * part(i) + 7) / 8; }
+  __device__ constexpr int part_byte(int i) const { return byte + (i ? part_bytes(0) : 0); }
 };
 
 template <int N>
 struct Layout {
-  Span spans[N];                                  // the first `count` are there
-  int count, d, stored, row, whole_row, scales;  // coordinates, and bytes of a row in each plane
+  Span spans[N];  // the first `count` are there
+  int count, d, stored;
+  int row;     // bytes of codes of a token, whole words
+  int whole;   // coordinates of 16 bits
+  int scales;  // groups of fewer bits
 };
 
 template <int N>
 __device__ constexpr Layout<N> layout_of(const Group (&groups)[N]) {
   Layout<N> x{};
-  for (int i = 0; i < N; ++i) {
-    const int size = groups[i].size, bits = groups[i].bits;
-    if (bits) {
-      x.spans[x.count++] = {x.d, size, bits, x.stored, x.row, x.whole_row, x.scales};
-      x.stored += size;
-      (bits == 16 ? x.whole_row : x.row) += size * bits / 8;
-      x.scales += bits < 16;
+  for (const Group& group : groups) {
+    if (group.bits) {
+      const Span span{x.d, group.size, group.bits, x.stored, x.row, x.whole, x.scales};
+      x.spans[x.count++] = span;
+      x.stored += span.size;
+      if (span.coded()) {
+        for (int i = 0; i < span.parts(); ++i) x.row += span.part_bytes(i);
+        x.scales += 1;
+      } else {
+        x.whole += span.size;
+      }
     }
-    x.d += size;
+    x.d += group.size;
   }
   x.row = (x.row + 3) / 4 * 4;
   return x;
@@ -49,8 +65,6 @@ __device__ constexpr Layout<N> layout_of(const Group (&groups)[N]) {
 
 constexpr Group K_LIST[] = K_GROUPS;
 constexpr Group V_LIST[] = V_GROUPS;
-constexpr Group K_WHOLE[] = {{D, 16}};
-constexpr Group V_WHOLE[] = {{DV, 16}};
 
 struct Keys {
   static constexpr auto layout = layout_of(K_LIST);
@@ -58,17 +72,7 @@ struct Keys {
 struct Values {
   static constexpr auto layout = layout_of(V_LIST);
 };
-struct RecentKeys {
-  static constexpr auto layout = layout_of(K_WHOLE);
-};
-struct RecentValues {
-  static constexpr auto layout = layout_of(V_WHOLE);
-};
 static_assert(Keys::layout.d == D && Values::layout.d == DV, "groups do not sum to the head dimensions");
-
-// Arrays have at least one element.
-__device__ constexpr int some(int n) { return n > 0 ? n : 1; }
-__device__ constexpr int common_divisor(int a, int b) { return b ? common_divisor(b, a % b) : a; }
 
 // A number that the compiler knows, as an argument; and a loop over such.
 template <int I>

@@ -1,10 +1,8 @@
 // Merging the parts of query rows: the last program of `attend` does it, or the kernel `merge`.
 #pragma once
 
-#include "arguments.cuh"
+#include "program.cuh"
 
-constexpr int ROWS = 8;                       // query rows of a program
-#define NOTHING __uint_as_float(0xff800000u)  // -infinity, for which there is no constant without headers
 constexpr float LN_2 = 0.693147181f;
 
 // What `attend` wrote of some rows of a KV head.
@@ -90,18 +88,17 @@ __device__ __forceinline__ void unmix(float (&sums)[N], const float* x, const Nu
     if (!span.coded() || c < span.start || c >= span.start + span.size) return;
 #pragma unroll
     for (float& sum : sums) sum = 0;
-    const uint4* row = reinterpret_cast<const uint4*>(mix + c * DV + span.start);
-    for (int i = member; i < span.size / 8; i += TEAM) {
-      const uint4 m = row[i];
+    constexpr int PIECE = 16 / sizeof(Number);
+    for (int i = span.start + member * PIECE; i < span.start + span.size; i += TEAM * PIECE) {
+      const auto m = *reinterpret_cast<const Some<Number, PIECE>*>(mix + c * DV + i);
 #pragma unroll
-      for (int r = 0; r < N; ++r) {
-        const float4* part = reinterpret_cast<const float4*>(x + r * DV + span.start + 8 * i);
-        const float4 low = part[0], high = part[1];
-        sums[r] += low.x * Number::low(m.x) + low.y * Number::high(m.x);
-        sums[r] += low.z * Number::low(m.y) + low.w * Number::high(m.y);
-        sums[r] += high.x * Number::low(m.z) + high.y * Number::high(m.z);
-        sums[r] += high.z * Number::low(m.w) + high.w * Number::high(m.w);
-      }
+      for (int r = 0; r < N; ++r)
+#pragma unroll
+        for (int j = 0; j < PIECE; j += 4) {
+          const float4 y = *reinterpret_cast<const float4*>(x + r * DV + i + j);
+          sums[r] += y.x * to_float(m.at[j]) + y.y * to_float(m.at[j + 1]);
+          sums[r] += y.z * to_float(m.at[j + 2]) + y.w * to_float(m.at[j + 3]);
+        }
     }
 #pragma unroll
     for (float& sum : sums)
@@ -110,6 +107,8 @@ __device__ __forceinline__ void unmix(float (&sums)[N], const float* x, const Nu
   });
 }
 
+constexpr int LINE = 128 / sizeof(Number);  // of the cache
+
 // Merges N rows, of which `rows` are there, by a program of whole warps; N DV floats of shared memory.
 template <int N>
 __device__ __forceinline__ void merge_rows(const AttendArguments& a, int64_t head, int first_row, int rows,
@@ -117,7 +116,7 @@ __device__ __forceinline__ void merge_rows(const AttendArguments& a, int64_t hea
   const Parts parts{a, head, first_row};
   const int lane = lane_id(), warp = threadIdx.x / 32, member = lane % TEAM;
   if (a.v_mix)  // it comes from far too
-    for (int i = threadIdx.x * 64; i < DV * DV; i += warps * 32 * 64) prefetch(a.v_mix + i);
+    for (int i = threadIdx.x * LINE; i < DV * DV; i += warps * 32 * LINE) prefetch(a.v_mix + i);
   const Weights weights = weights_of<N>(parts, rows, lane);
   for (int i = warp; i < N * (DV / CHUNK); i += warps) {
     const int row = i / (DV / CHUNK), c = i % (DV / CHUNK) * CHUNK;

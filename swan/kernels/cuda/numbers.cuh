@@ -1,35 +1,43 @@
-// Numbers of a cache: DTYPE is bfloat16, float16 or float32.
+// The numbers of a cache: DTYPE is bfloat16, float16 or float32.
 #pragma once
 
-#ifndef CUDA_ON_CPU  // there are no system headers where sources are compiled at run time
-using uint8_t = unsigned char;
-using uint16_t = unsigned short;
-using uint32_t = unsigned int;
-using int64_t = long long;
-#endif
+#include "ptx.cuh"
 
+// Numbers of two bytes also come in pairs, a word, of which tensor cores make products.
 struct bfloat16 {
   uint16_t bits;
+
+  static __device__ __forceinline__ bfloat16 of(float x) { return {static_cast<uint16_t>(pack2(x, 0))}; }
+  static __device__ __forceinline__ uint32_t pack(float x, float y) { return pack2(x, y); }
+  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma(c, a, b0, b1);
+  }
 };
 struct float16 {
   uint16_t bits;
-};
-using float32 = float;
 
-__device__ inline float to_float(float32 x) { return x; }
-__device__ inline float to_float(bfloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
-#ifdef CUDA_ON_CPU
-inline float to_float(float16 x) { return cuda_on_cpu::from_half(x.bits); }
-#else
-__device__ inline float to_float(float16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
+  static __device__ __forceinline__ float16 of(float x) { return {static_cast<uint16_t>(pack2_half(x, 0))}; }
+  static __device__ __forceinline__ uint32_t pack(float x, float y) { return pack2_half(x, y); }
+  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_half(c, a, b0, b1);
+  }
+};
+struct float32 {
+  float value;
+
+  static __device__ __forceinline__ float32 of(float x) { return {x}; }
+};
+
+__device__ __forceinline__ float to_float(bfloat16 x) {
+  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
 }
-#endif
+__device__ __forceinline__ float to_float(float16 x) { return from_half(x.bits); }
+__device__ __forceinline__ float to_float(float32 x) { return x.value; }
 
 // Neighbours that are read or written at once: they lie at a multiple of their size.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Some {
   T at[N];
 };
+
+using Number = DTYPE;

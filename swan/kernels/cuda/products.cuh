@@ -8,8 +8,19 @@
 #pragma once
 
 #include "layout.cuh"
+#include "numbers.cuh"
+
+template <class L>
+constexpr bool in_sixteens() {
+  for (int i = 0; i < L::layout.count; ++i)
+    if (L::layout.spans[i].size % 16) return false;
+  return true;
+}
+static_assert(in_sixteens<Keys>() && in_sixteens<Values>(), "sizes of groups are not multiples of 16");
 
 // Shares -------------------------------------------------------------------------------------------------------------
+
+__device__ constexpr int common_divisor(int a, int b) { return b ? common_divisor(b, a % b) : a; }
 
 // Whether the last word of some owner's share is in two words of the row.
 __device__ constexpr bool crosses(int owners, int first, int bits) {
@@ -161,7 +172,7 @@ __device__ __forceinline__ void add_whole_keys(float (&sums)[4], const uint8_t* 
                                                const uint32_t* q) {
   constexpr Span span = L::layout.spans[G];
   uint32_t x[2][span.size / 8];
-  for (int i = 0; i < 2; ++i) load_share<4, span.size * 4, span.whole, L::layout.whole_row>(row[i], t, x[i]);
+  for (int i = 0; i < 2; ++i) load_share<4, span.size * 4, 2 * span.whole, 2 * L::layout.whole>(row[i], t, x[i]);
 #pragma unroll
   for (int j = 0; j < span.size / 8; j += 2) {
     const uint32_t a[4] = {x[0][j], x[1][j], x[0][j + 1], x[1][j + 1]};
@@ -202,7 +213,7 @@ __device__ __forceinline__ void add_whole_values(float (*o)[4], const uint8_t* c
   constexpr Span span = L::layout.spans[G];
   uint32_t x[4][span.size / 16];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) load_share<8, span.size * 2, span.whole, L::layout.whole_row>(row[i], g, x[i]);
+  for (int i = 0; i < 4; ++i) load_share<8, span.size * 2, 2 * span.whole, 2 * L::layout.whole>(row[i], g, x[i]);
 #pragma unroll
   for (int j = 0; j < span.size / 16; ++j) {
     const uint32_t a[4] = {__byte_perm(x[0][j], x[1][j], 0x5410), __byte_perm(x[0][j], x[1][j], 0x7632),

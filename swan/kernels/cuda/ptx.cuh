@@ -1,4 +1,4 @@
-// Types, instructions that CUDA C++ has no name for, and numbers of two bytes; no header of CUDA is needed.
+// Types, and instructions that CUDA C++ has no name for: there are no headers where sources are compiled at run time.
 // tests/kernels/cuda_on_cpu.h has the same instructions in C++.
 #pragma once
 
@@ -58,6 +58,7 @@ __device__ __forceinline__ void wait_copies() {
 }
 // Asks for a line of memory, which comes to the second level of the cache.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// Two numbers of two bytes, the first one in the low half: bfloat16, or half precision.
 __device__ __forceinline__ uint32_t pack2(float x, float y) {
   uint32_t z;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
@@ -76,25 +77,3 @@ __device__ __forceinline__ float from_half(uint32_t x) {  // of the low half
 #else
 inline float from_half(uint32_t x) { return cuda_on_cpu::from_half(static_cast<uint16_t>(x)); }
 #endif
-
-// The dtypes of queries and of tokens that are not packed: two numbers in a word, and the product of such.
-struct bfloat16 {
-  uint16_t bits;
-  static __device__ __forceinline__ float low(uint32_t x) { return __uint_as_float(x << 16); }
-  static __device__ __forceinline__ float high(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
-  static __device__ __forceinline__ uint32_t pack(float x, float y) { return pack2(x, y); }
-  static __device__ __forceinline__ bfloat16 of(float x) { return {static_cast<uint16_t>(pack2(x, 0))}; }
-  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    mma(c, a, b0, b1);
-  }
-};
-struct float16 {
-  uint16_t bits;
-  static __device__ __forceinline__ float low(uint32_t x) { return from_half(x); }
-  static __device__ __forceinline__ float high(uint32_t x) { return from_half(x >> 16); }
-  static __device__ __forceinline__ uint32_t pack(float x, float y) { return pack2_half(x, y); }
-  static __device__ __forceinline__ float16 of(float x) { return {static_cast<uint16_t>(pack2_half(x, 0))}; }
-  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    mma_half(c, a, b0, b1);
-  }
-};

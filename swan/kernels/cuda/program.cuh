@@ -1,0 +1,28 @@
+// What a program (block) of `attend` is: warps with stages of tiles, PROGRAMS of which run on a processor; and its place.
+#pragma once
+
+#include "arguments.cuh"
+
+#ifndef WARPS
+#define WARPS 4
+#endif
+#ifndef STAGES
+#define STAGES 3
+#endif
+#ifndef PROGRAMS
+#define PROGRAMS (D + DV > 256 ? 2 : 4)  // what registers allow
+#endif
+
+constexpr int ROWS = 8;          // query rows
+constexpr int TILE = 32;         // tokens
+constexpr int RECENT_TILE = 16;  // these go to registers at once
+#define NOTHING __uint_as_float(0xff800000u)  // -infinity, for which there is no constant without headers
+
+struct Place {
+  int batch, kv_head, first_row, rows;  // rows: how many
+  int64_t head;                         // batch * kv_heads + kv_head
+};
+
+// Rows of a product of 16 tokens: row r is token r / 2 + 4 (r % 2) of each 8. Then a lane's four tokens as the inner
+// axis of the product with values, pairs of rows, are t, t + 4, t + 8, t + 12: lanes read rows that follow each other.
+__device__ __forceinline__ int token_of_row(int g) { return (g >> 1) + 4 * (g & 1); }
