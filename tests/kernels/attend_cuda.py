@@ -16,7 +16,7 @@ from tests.kernels.cuda_on_cpu import build, struct, unwritten, writable
 
 SOURCE = Path(swan.kernels.cuda.__file__).parent / "attend.cu"
 TILE, ROWS = 32, 8
-NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 def fields(kind: Any, *names: str) -> list[tuple[str, Any]]:

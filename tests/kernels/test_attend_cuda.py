@@ -15,6 +15,7 @@ from torch import Tensor
 from swan import Graded, Packed, Plan, pack
 from swan.functional import reference
 from swan.kernels.cuda import missing
+from swan.kernels.cuda.build import compile_now
 from swan.storage.codes import PARTS, scale_of
 from swan.storage.packed import mixing, unpack_mixed
 from tests.compilers import needs_cxx
@@ -171,7 +172,7 @@ def check(
     parts = parts_of(q, *history, scale, beside, masks)
     expected, expected_lse, magnitude = expected_of(q, parts, scale)
     limit, lse_limit = bounds(q, *history, scale, beside, parts, magnitude)
-    limit = limit + 2.0**-8 * expected.abs()  # the rounding of outputs
+    limit = limit + torch.finfo(dtype).eps * expected.abs()  # the rounding of outputs
     assert_within(out.double(), expected, limit)
     assert_lse_within(lse, expected_lse, lse_limit)
     # Tokens are independent, so errors of 2**-9 of each weight give an error of 2**-9 of the output or less, as norms.
@@ -312,6 +313,13 @@ def test_queries_that_are_not_finite_show(value):
     assert out[0, [0, 2, 3]].isfinite().all() and lse[0, [0, 2, 3]].isfinite().all()
 
 
+@needs_cxx
+@pytest.mark.parametrize("layouts", [*named([SMALL]), *named([*LAYOUTS[3:], MORE[1], MORE[4]], pytest.mark.slow)])
+def test_numbers_of_four_bytes(layouts):
+    check(*layouts, torch.float32, (8, 2), 3, 150, 2, batch=2)
+    check(*layouts, torch.float32, (3, 1), 1, 33, 2, last_merges=True, same=True)
+
+
 MERGES = {
     "splits": {"heads": (4, 2), "queries": 1, "tokens": 700, "splits": 20},
     "recent tokens too": {"heads": (4, 1), "queries": 3, "tokens": 130, "splits": 3, "recent": 9},
@@ -339,6 +347,19 @@ def test_the_last_program_waits_for_what_others_wrote(fence, tmp_path):
     (tmp_path / "merge.cuh").write_text("__threadfence();".join(parts))
     with pytest.raises(AssertionError, match=r"race: .* not ordered after .* programs? "):
         check(*SMALL, torch.float16, (4, 1), 1, 90, 2, last_merges=True, source=tmp_path / SOURCE.name)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("layouts", "dtype", "message"),
+    [
+        (LAYOUTS[2], torch.float32, "groups of 16 bits are numbers of two bytes"),
+        ((Graded(((24, 4),)), Graded(((16, 4),))), torch.float16, "sizes of groups are not multiples of 16"),
+    ],
+)
+def test_what_the_kernel_does_not_take(layouts, dtype, message):
+    with pytest.raises(RuntimeError, match=message):
+        compile_now(SOURCE, macros(*layouts, dtype), "sm_90")
 
 
 @needs_nvrtc

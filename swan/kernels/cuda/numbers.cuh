@@ -41,3 +41,14 @@ struct alignas(sizeof(T) * N) Some {
 };
 
 using Number = DTYPE;
+
+// The dtype of groups of 16 bits and of recent tokens in `attend`: tensor cores take no float32, and there are none then.
+template <class T>
+struct OfTwoBytes {
+  using type = T;
+};
+template <>
+struct OfTwoBytes<float32> {
+  using type = bfloat16;
+};
+using Whole = OfTwoBytes<Number>::type;

@@ -167,7 +167,7 @@ __device__ __forceinline__ void add_key_part(float (&sums)[4], const uint8_t* co
   }
 }
 
-template <class Number, class L, int G>
+template <class L, int G>
 __device__ __forceinline__ void add_whole_keys(float (&sums)[4], const uint8_t* const (&row)[2], int t,
                                                const uint32_t* q) {
   constexpr Span span = L::layout.spans[G];
@@ -176,7 +176,7 @@ __device__ __forceinline__ void add_whole_keys(float (&sums)[4], const uint8_t* 
 #pragma unroll
   for (int j = 0; j < span.size / 8; j += 2) {
     const uint32_t a[4] = {x[0][j], x[1][j], x[0][j + 1], x[1][j + 1]};
-    Number::multiply(sums, a, q[j], q[j + 1]);
+    Whole::multiply(sums, a, q[j], q[j + 1]);
   }
 }
 
@@ -207,7 +207,7 @@ __device__ __forceinline__ void add_value_part(float (*o)[4], const uint8_t* con
   });
 }
 
-template <class Number, class L, int G>
+template <class L, int G>
 __device__ __forceinline__ void add_whole_values(float (*o)[4], const uint8_t* const (&row)[4], int g, uint32_t b0,
                                                  uint32_t b1) {
   constexpr Span span = L::layout.spans[G];
@@ -218,6 +218,6 @@ __device__ __forceinline__ void add_whole_values(float (*o)[4], const uint8_t* c
   for (int j = 0; j < span.size / 16; ++j) {
     const uint32_t a[4] = {__byte_perm(x[0][j], x[1][j], 0x5410), __byte_perm(x[0][j], x[1][j], 0x7632),
                            __byte_perm(x[2][j], x[3][j], 0x5410), __byte_perm(x[2][j], x[3][j], 0x7632)};
-    Number::multiply(o[j], a, b0, b1);
+    Whole::multiply(o[j], a, b0, b1);
   }
 }

@@ -48,7 +48,7 @@ struct Queries {
     uint32_t* to = pairs + span.stored / 8;
     if constexpr (!span.coded()) {
 #pragma unroll
-      for (int i = 0; i < span.size / 8; ++i) to[i] = Number::pack(number(2 * i), number(2 * i + 1));
+      for (int i = 0; i < span.size / 8; ++i) to[i] = Whole::pack(number(2 * i), number(2 * i + 1));
     } else {
       float sum = 0;  // of the rounded numbers
       pairs_of(span.size, [&](int i, int first, int second, int j) {
@@ -96,7 +96,7 @@ __device__ __forceinline__ void mix_by_products(const AttendArguments& a, const 
       for (int k = span.start; k < span.start + span.size; k += 16) {
         const uint2 low = piece(k), high = piece(k + 8);
         const uint32_t m[4] = {transpose8(low.x), transpose8(low.y), transpose8(high.x), transpose8(high.y)};
-        Number::multiply(sums, m, row ? row[k / 2 + t] : 0, row ? row[k / 2 + t + 4] : 0);
+        Whole::multiply(sums, m, row ? row[k / 2 + t] : 0, row ? row[k / 2 + t + 4] : 0);
       }
       float* place = to + 2 * t * Q_ROW + c + column;
       place[0] = sums[0], place[Q_ROW] = sums[1], place[2] = sums[2], place[Q_ROW + 2] = sums[3];

@@ -89,7 +89,7 @@ __device__ __forceinline__ void score(float (&scores)[4], const Tile& tile, int 
       scores[0] += s0 * sums[0], scores[1] += s0 * sums[1], scores[2] += s1 * sums[2], scores[3] += s1 * sums[3];
     } else {
       const uint8_t* const rows[2] = {tile.number_row(base + i), tile.number_row(base + i + 8)};
-      add_whole_keys<Number, L, G>(scores, rows, t, pairs);
+      add_whole_keys<L, G>(scores, rows, t, pairs);
     }
   });
 }
@@ -112,10 +112,10 @@ __device__ __forceinline__ void add_values(Running<L>& run, const Tile& tile, in
                                       tile.code_row(t, base + 12)};
       unrolled<span.parts()>([&](auto part) { add_value_part<L, G, part>(o, rows, g, b0, b1); });
     } else {
-      const uint32_t b0 = transpose8(Number::pack(p[0], p[1])), b1 = transpose8(Number::pack(p[2], p[3]));
+      const uint32_t b0 = transpose8(Whole::pack(p[0], p[1])), b1 = transpose8(Whole::pack(p[2], p[3]));
       const uint8_t* const rows[4] = {tile.number_row(j), tile.number_row(j + 4), tile.number_row(j + 8),
                                       tile.number_row(j + 12)};
-      add_whole_values<Number, L, G>(o, rows, g, b0, b1);
+      add_whole_values<L, G>(o, rows, g, b0, b1);
     }
   });
 }
