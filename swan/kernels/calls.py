@@ -153,7 +153,7 @@ def restore(packed: Packed) -> Tensor:
     """Unpack as `swan.storage.packed.unpack_mixed` does: in mixed coordinates.
 
     Args:
-        packed: on a CPU, in a layout to which its kernel attends, of float32, bfloat16 or float16.
+        packed: in a layout that the kernel of the device unpacks, of float32, bfloat16 or float16.
 
     Returns:
         ``[batch, heads, tokens, d]`` in the dtype of the vectors.

@@ -15,7 +15,7 @@ from swan.storage import LayerPlan, Layout, Packed, unpack
 __all__ = ["BLOCK", "History", "StaticHistory", "grown"]
 
 Packer = Callable[[Tensor, Layout], Packed]
-BLOCK = 64  # a growing history is allocated in multiples of this many tokens
+BLOCK = 64  # histories are allocated in multiples of this many tokens, which kernels read at a time
 TILE = 1024  # tokens that are packed at a time
 
 
@@ -138,7 +138,7 @@ class StaticHistory(History):
         plan_layer: layouts of keys and values; None keeps no token.
         state: that of the cache.
         sinks: first tokens of the sequence, which are not stored here.
-        room: tokens that it can hold; one slot more takes the contents of empty slots.
+        room: tokens that it can hold; a slot behind them takes the contents of empty slots.
     """
 
     def __init__(self, plan_layer: LayerPlan | None, state: CacheState, sinks: int, room: int) -> None:
@@ -148,8 +148,9 @@ class StaticHistory(History):
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Take the memory for keys and values like these."""
         if self.plan_layer is not None:
-            self.state.k_history = _empty(k, self.plan_layer.keys, self.room + 1)
-            self.state.v_history = _empty(v, self.plan_layer.values, self.room + 1)
+            capacity = -(-(self.room + 1) // BLOCK) * BLOCK
+            self.state.k_history = _empty(k, self.plan_layer.keys, capacity)
+            self.state.v_history = _empty(v, self.plan_layer.values, capacity)
             keep_in_place(*self.state.tensors)
 
     def reserve(self, k: Tensor, v: Tensor) -> None:
@@ -186,7 +187,7 @@ def grown(tokens: int) -> int:
 
 def _empty(like: Tensor, layout: Layout, capacity: int) -> Packed:
     """Make an empty history with room for `capacity` vectors like these."""
-    return _resized(pack(like.new_zeros(*like.shape[:2], 1, layout.d), layout).tokens(0, 0), capacity)
+    return _resized(layout.pack(like.new_zeros(*like.shape[:2], 1, layout.d)).tokens(0, 0), capacity)
 
 
 def _resized(history: Packed, capacity: int) -> Packed:
@@ -203,7 +204,7 @@ def _resized(history: Packed, capacity: int) -> Packed:
 def _repacked(history: Packed, layout: Layout, stored: int) -> Packed:
     if layout == history.format:
         return history
-    new = _resized(pack(unpack(history.tokens(0, 1)), layout).tokens(0, 0), history.shape[2])
+    new = _resized(layout.pack(unpack(history.tokens(0, 1))).tokens(0, 0), history.shape[2])
     for start in range(0, stored, TILE):
         tile = pack(unpack(history.tokens(start, min(start + TILE, stored))), layout)
         _put(new, tile, start)

@@ -54,7 +54,6 @@ class Code(NamedTuple):
         """The loop with the most work for tensor cores; of several, the shortest (all the rest is around it)."""
         return max(self.loops, key=lambda loop: (loop.mma, -loop.instructions), default=None)
 
-
     @property
     def usual(self) -> int:
         """Count the instructions that an iteration of a loop issues, of that with the most work for tensor cores.

@@ -48,7 +48,7 @@ def packs(dtype: torch.dtype, layout: Layout) -> bool:
 
 def restores(dtype: torch.dtype, layout: Layout) -> bool:
     """Tell if the kernel unpacks vectors of a dtype from a layout."""
-    return attends(dtype, layout)
+    return packs(dtype, layout)
 
 
 def operator(name: str) -> Any:

@@ -7,7 +7,7 @@ import torch
 
 from swan.kernels.cuda.attend import attend
 from swan.kernels.cuda.layouts import empty_planes, groups_of
-from swan.kernels.cuda.pack import pack, take_in
+from swan.kernels.cuda.pack import pack, take_in, unpack
 
 __all__ = ["LIBRARY"]
 
@@ -21,7 +21,10 @@ LIBRARY.define(
     "take_in_cuda(Tensor k, Tensor v, Tensor(a!) k_recent, Tensor(b!) v_recent, Tensor(c!)[] k_history, Tensor(d!)[] v_history, "
     "int[] k_layout, int[] v_layout, Tensor[] mixes, Tensor[] counters, Tensor? padding, SymInt sinks, SymInt start) -> ()"
 )
-for name, function in (("attend_cuda", attend), ("pack_cuda", pack), ("take_in_cuda", take_in)):
+LIBRARY.define("unpack_cuda(Tensor[] planes, int[] layout, SymInt tokens, Tensor like) -> Tensor")
+for name, function in (
+    ("attend_cuda", attend), ("pack_cuda", pack), ("take_in_cuda", take_in), ("unpack_cuda", unpack)
+):  # fmt: skip
     LIBRARY.impl(name, function, "CUDA")
 
 
@@ -39,3 +42,9 @@ def _(x, layout, matrix):  # pyright: ignore
 @torch.library.register_fake("swan::take_in_cuda", lib=LIBRARY)
 def _(*_):  # pyright: ignore
     return None
+
+
+@torch.library.register_fake("swan::unpack_cuda", lib=LIBRARY)
+def _(planes, layout, tokens, like):  # pyright: ignore
+    stored = next(plane for plane in planes if plane.ndim == 4)
+    return like.new_empty(*stored.shape[:2], tokens, sum(layout[1::2]))

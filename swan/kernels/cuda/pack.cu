@@ -1,5 +1,5 @@
-// Vectors to the bytes of a graded layout, as swan/kernels/cpu/pack.cpp does on a CPU: prompts whole, and new tokens of
-// a cache, which push the oldest ones out of the ring into the history.
+// Vectors to the bytes of a graded layout and back, as swan/kernels/cpu/pack.cpp does on a CPU: prompts whole, and new
+// tokens of a cache, which push the oldest ones out of the ring into the history.
 //
 // Macros: D, K_GROUPS, DV, V_GROUPS (layout.cuh); DTYPE (numbers.cuh).
 //
@@ -34,6 +34,12 @@ struct PackArguments {
   Packed to;
   int tokens;
   int values;  // whether the layout is that of values
+};
+
+struct UnpackArguments {
+  Packed from;
+  Plane<Number> to;  // [batch, heads, tokens, D], in the coordinates in which vectors are stored
+  int tokens;
 };
 
 // Keys or values of a cache.
@@ -209,4 +215,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) take_in(const TakeInArg
 extern "C" __global__ void __launch_bounds__(THREADS) take_in_many(const TakeInArguments a) {
   if (blockIdx.z % 2) take_in_some<Values, MANY>(a.values, a);
   else take_in_some<Keys, MANY>(a.keys, a);
+}
+
+// Coordinate i of the vector in a row of each plane.
+template <class L>
+__device__ float stored_number(const uint8_t* codes, const Number* whole, const uint8_t* scales, int i) {
+  float x = 0;
+  unrolled<L::layout.count>([&](auto n) {
+    constexpr Span span = L::layout.spans[n];
+    const int inside = i - span.start;
+    if (inside < 0 || inside >= span.size) return;
+    if constexpr (span.coded()) {
+      int code = 0;
+      for (int p = 0; p < span.parts(); ++p) {
+        const int bit = inside * span.part(p), field = codes[span.part_byte(p) + bit / 8] >> bit % 8;
+        code |= (field & ((1 << span.part(p)) - 1)) << span.shift(p);
+      }
+      x = (code - ((1 << span.bits) - 1) * 0.5f) * (scale_of(scales[span.scale]) / (1 << (span.bits - 1)));
+    } else {
+      x = to_float(whole[span.whole + inside]);
+    }
+  });
+  return x;
+}
+
+// Vectors in the layout of keys back to numbers. Programs: tokens / WARPS rounded up, heads, batch.
+extern "C" __global__ void __launch_bounds__(THREADS) unpack(const UnpackArguments a) {
+  const int64_t b = blockIdx.z, h = blockIdx.y, token = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
+  if (token >= a.tokens) return;
+  const uint8_t *codes = a.from.codes.row(b, h, token), *scales = a.from.scales.row(b, h, token);
+  const Number* whole = a.from.whole.row(b, h, token);
+  Number* to = a.to.row(b, h, token);
+  for (int i = threadIdx.x % 32; i < D; i += 32) to[i] = Number::of(stored_number<Keys>(codes, whole, scales, i));
 }

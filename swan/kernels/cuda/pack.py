@@ -11,14 +11,14 @@ from swan.kernels.cuda.device import index_of
 from swan.kernels.cuda.launch import Kernel
 from swan.kernels.cuda.layouts import Groups, coded, empty_planes, groups_of, macros
 
-__all__ = ["pack", "take_in"]
+__all__ = ["pack", "take_in", "unpack"]
 
 SOURCE = Path(__file__).parent / "pack.cu"
 MANY = 8  # vectors that a program packs where there are many: as in the source
-# The structs PackArguments and TakeInArguments of the source, in the notation of `struct`.
+# The structs PackArguments, UnpackArguments and TakeInArguments of the source, in the notation of `struct`.
 PLANE = "Q3q"
 PACKED = f"{PLANE * 3}Qq"
-PACK, TAKE_IN = f"{PLANE}{PACKED}2i", f"{(PLANE * 2 + PACKED) * 2}2Q2qQq3i0Q"
+PACK, UNPACK, TAKE_IN = f"{PLANE}{PACKED}2i", f"{PACKED}{PLANE}i0Q", f"{(PLANE * 2 + PACKED) * 2}2Q2qQq3i0Q"
 NO_PLANE = (None, 0, 0, 0)
 
 
@@ -26,6 +26,7 @@ class Kernels(NamedTuple):
     """The kernels of a pair of layouts."""
 
     pack: Kernel
+    unpack: Kernel
     take_in: Kernel
     take_in_many: Kernel
 
@@ -39,6 +40,19 @@ def pack(x: Tensor, layout: list[int], matrix: Tensor) -> list[Tensor]:
         grid, arguments = (-(-tokens // MANY), x.shape[1], x.shape[0]), (*_plane(x), *_packed(planes, groups, matrix))
         _kernels(groups, groups, x.dtype).pack.launch(index_of(x), grid, *arguments, tokens, 0)
     return planes
+
+
+def unpack(planes: list[Tensor], layout: list[int], tokens: int, like: Tensor) -> Tensor:
+    """Unpack the first `tokens` vectors on torch's current stream, in the coordinates in which they are stored."""
+    groups, there = groups_of(layout), [plane for plane in planes if plane.ndim == 4]
+    batch, heads = there[0].shape[:2]
+    out = like.new_empty(batch, heads, tokens, sum(size for size, _ in groups))
+    if out.numel():
+        codes, whole, scales = (_plane(plane) if plane.ndim == 4 else NO_PLANE for plane in planes[:3])
+        kernel = _kernels(groups, groups, like.dtype).unpack
+        grid = -(-tokens // (kernel.threads // 32)), heads, batch
+        kernel.launch(index_of(like), grid, *codes, *whole, *scales, None, 0, *_plane(out), tokens)
+    return out
 
 
 def take_in(
@@ -83,7 +97,10 @@ def _kernels(keys: Groups, values: Groups, dtype: torch.dtype) -> Kernels:
     def kernel(name: str, arguments: str, vectors: int) -> Kernel:
         return Kernel(SOURCE, name, defines, arguments, threads, 37 * vectors * widest)
 
-    return Kernels(kernel("pack", PACK, MANY), kernel("take_in", TAKE_IN, 1), kernel("take_in_many", TAKE_IN, MANY))
+    return Kernels(
+        kernel("pack", PACK, MANY), kernel("unpack", UNPACK, 0), kernel("take_in", TAKE_IN, 1),
+        kernel("take_in_many", TAKE_IN, MANY),
+    )  # fmt: skip
 
 
 def _with_rows(x: Tensor) -> Tensor:
