@@ -324,6 +324,7 @@ def _attention_to_nothing(q: Tensor, dv: int) -> tuple[Tensor, Tensor]:
 
 
 def _check(q: Any, k: Any, v: Any, mask: Any) -> None:
+    """Raise an error that says what does not fit."""
     shapes: list[tuple[int, ...]] = []
     for name, t in (("q", q), ("k", k), ("v", v)):
         shape = tuple(t.shape) if isinstance(t, Tensor | Packed) else ()

@@ -190,8 +190,9 @@ def _apply(x: Tensor, basis: Tensor, *, inverse: bool = False) -> Tensor:
         if x.device != basis.device:
             raise ValueError(f"x is on {x.device} and the basis on {basis.device}; move one of them")
     (batch, heads, tokens, d), kv_heads = x.shape, basis.shape[0]
-    grouped = batch, kv_heads, heads // kv_heads, tokens, d
-    rows = x.reshape(grouped).transpose(0, 1)
-    # Three times in each step, so plain reshapes: those of einops take longer than the product.
+    # Four times in each step, so plain reshapes, and few: those of einops take longer than the product.
+    if batch == 1:
+        return torch.bmm(x.reshape(kv_heads, -1, d), basis.mT if inverse else basis).view(x.shape)
+    rows = x.reshape(batch, kv_heads, heads // kv_heads, tokens, d).transpose(0, 1)
     product = torch.bmm(rows.reshape(kv_heads, -1, d), basis.mT if inverse else basis)
     return product.view(rows.shape).transpose(0, 1).reshape(x.shape)

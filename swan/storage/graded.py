@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swan.storage.codes import PARTS, code_bytes, dequantize_group, pack_code, quantize_group, row_bytes, unpack_code
-from swan.storage.layout import check_dim
+from swan.storage.layout import check_dim, keep_derived
 from swan.storage.mixing import mix_of
 from swan.storage.packed import Packed
 
@@ -75,7 +75,8 @@ class Graded:
         stops = itertools.accumulate(size for size, _ in self.groups)
         spans = tuple((stop - size, stop, bits) for stop, (size, bits) in zip(stops, self.groups, strict=True))
         check_dim(spans[-1][1])
-        vars(self).update(
+        keep_derived(
+            self,
             d=spans[-1][1],
             spans=spans,
             stored=tuple(span for span in spans if span[2]),

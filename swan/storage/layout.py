@@ -9,7 +9,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from swan.storage.packed import Packed
 
-__all__ = ["MAX_DIM", "LayerPlan", "Layout", "check_dim"]
+__all__ = ["MAX_DIM", "LayerPlan", "Layout", "check_dim", "keep_derived"]
 
 MAX_DIM = 256  # a position fits in a byte
 
@@ -115,3 +115,9 @@ def check_dim(d: int) -> None:
     """Raise a ValueError if a head dimension is out of range."""
     if not 1 <= d <= MAX_DIM:
         raise ValueError(f"the head dimension must be between 1 and {MAX_DIM}, got {d}")
+
+
+def keep_derived(layout: Layout, **values: object) -> None:
+    """Set attributes of a frozen layout that follow from its fields; torch.compile traces this."""
+    for name, value in values.items():
+        object.__setattr__(layout, name, value)

@@ -16,7 +16,7 @@ from swan.storage.codes import (
     quantize_group,
     unpack_code,
 )
-from swan.storage.layout import check_dim
+from swan.storage.layout import check_dim, keep_derived
 from swan.storage.packed import Packed
 
 __all__ = ["TopK"]
@@ -73,7 +73,7 @@ class TopK:
             raise ValueError(f"positions must be 'bitmap' or 'index', got {self.positions!r}")
         bitmap = self.positions == "bitmap"
         position_bytes = 0 if self.keep == self.d else -(-self.d // 8) if bitmap else self.keep
-        vars(self).update(position_bytes=position_bytes, numbers=[1, self.d, self.keep, self.bits])
+        keep_derived(self, position_bytes=position_bytes, numbers=[1, self.d, self.keep, self.bits])
 
     def vector_bytes(self, itemsize: int = 2) -> int:
         """Count the bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""

@@ -86,6 +86,24 @@ def test_each_level_compiles_once(levels, layers, graphs, compiled):
     assert close(model, torch.cat(found, dim=1), torch.cat(expected, dim=1), {"input_ids": ids})
 
 
+@pytest.mark.parametrize("backend", ["traced", pytest.param("inductor", marks=slow)])
+def test_500_steps_and_three_moves_of_the_dial_compile_nothing_more(backend, graphs, compiled):
+    """Whole graphs only, once each level has been seen."""
+    torch.use_deterministic_algorithms(False)  # inductor's code does not know NaN filling (tests/conftest.py)
+    model, ids, levels = attached(num_hidden_layers=1), tokens(1, 520), [1.0, 0.5, 0.33, 0.26]
+    step = torch.compile(model, fullgraph=True) if backend == "inductor" else torch.compile(model, **compiled)
+    cache = static(model, max_length=520, levels=levels)
+    logits_of(model, cache, input_ids=ids[:, :10])
+    for i, level in enumerate(levels):
+        cache.retention = level
+        decode(model, step, cache, ids[:, 10 + i : 11 + i])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for part, level in zip(ids[:, 14:514].split(125, dim=1), levels, strict=True):
+            cache.retention = level
+            assert decode(model, step, cache, part).isfinite().all()
+    assert backend == "inductor" or len(graphs) == len(levels)
+
+
 def test_nothing_is_traced_that_an_older_torch_does_not_trace(compiled, monkeypatch):
     monkeypatch.setattr(torch.amp, "is_autocast_available", torch.compiler.disable(torch.amp.is_autocast_available))
     model, ids = attached(num_hidden_layers=1), TEXT["input_ids"]

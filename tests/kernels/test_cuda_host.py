@@ -180,32 +180,46 @@ def test_operators_say_what_they_return(emulated):  # noqa: F811
     q, k, v = tokens(0, 1)
     cache = KVCache(PLAN, buffer=16, sinks=2)
     cache(*tokens(3, 50))
-    tests = ("test_schema", "test_faketensor")
-    seen = []
+    functions, seen = dict(cuda.FUNCTIONS), []
 
-    def check(name, operator):
+    def checked(name):
         def call(*arguments):
             if name not in seen:
                 seen.append(name)
-                copies = torch.utils._pytree.tree_map(
-                    lambda x: x.clone() if isinstance(x, torch.Tensor) else x, arguments
-                )
-                torch.library.opcheck(operator, copies, test_utils=tests)
-            return operator(*arguments)
+                copies = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
+                operator = getattr(torch.ops.swan, f"{name}_cuda").default
+                torch.library.opcheck(operator, copies, test_utils=("test_schema", "test_faketensor"))
+            return functions[name](*arguments)
 
         return call
 
-    operators = {name: cuda.operator(name) for name in ("attend", "pack", "take_in", "unpack")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "operator", lambda name: check(name, operators[name]))
+        for name in functions:
+            patch.setitem(cuda.FUNCTIONS, name, checked(name))
         cache(q, k, v)
         calls.restore(pack(k, PLAN.keys))
     assert sorted(seen) == ["attend", "pack", "take_in", "unpack"]
 
 
+def test_a_compiled_step(emulated):  # noqa: F811
+    """One graph for all steps of a static cache: its operators are those of eager code."""
+    torch._dynamo.reset()
+    caches = [KVCache(PLAN, buffer=16, sinks=2, static=True, max_length=100) for _ in range(2)]
+    for cache in caches:
+        cache(*tokens(0, 40))
+    step = torch.compile(caches[0], fullgraph=True)
+    emulated.done.clear()
+    for i in range(4):
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            found = step(*tokens(i + 1, 1))
+        assert_like(found, caches[1](*tokens(i + 1, 1)), 1e-3)
+    assert [name for name, _ in emulated.done] == ["take_in", "attend"] * 8
+    torch._dynamo.reset()
+
+
 def test_what_the_kernels_do_not_read_is_slow_and_says_so_once(emulated):  # noqa: F811
     q, k, v = tokens(0, 40)
-    cuda.say_slow.cache_clear()
+    cuda._say_slow_once.cache_clear()
     layouts = TopK(64, 20), Graded(((8, 5), (56, 3)))
     for layout, times in itertools.product(layouts, (1, 0)):
         packed = [pack(t, layout, impl="compiled") for t in (k, v)]
@@ -223,13 +237,13 @@ def test_what_the_kernels_do_not_read_is_slow_and_says_so_once(emulated):  # noq
 
 def test_a_gpu_that_cannot_have_them_says_so_once(monkeypatch):
     monkeypatch.setattr(cuda, "missing", lambda device=None: "the GPU has compute capability 7.5, the kernels need 8.0")
-    cuda.built.cache_clear(), cuda.say_slow.cache_clear()
+    cuda._built_once.cache_clear(), cuda._say_slow_once.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"were not built: the GPU has .* uses tensor code on this GPU") as caught:
         assert not cuda.built(torch.device("cpu")) and not cuda.built(torch.device("cpu"))
     assert len(caught) == 1
     with pytest.raises(RuntimeError, match=r"compute capability 7.5.*cuda-core"):
         cuda.require(torch.device("cpu"))
-    cuda.built.cache_clear()
+    cuda._built_once.cache_clear()
 
 
 # Geometry -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ ATTENDS = (
     "bits, float32 on an NVIDIA GPU"
 )
 PACKS = "Graded layouts, vectors of float32, bfloat16 or float16 on an NVIDIA GPU, without gradients"
+FUNCTIONS: dict[str, Callable[..., Any]] = {}  # of operators, once they are `built`
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -52,8 +54,10 @@ def restores(dtype: torch.dtype, layout: Layout) -> bool:
 
 
 def operator(name: str) -> Any:
-    """Return the operator of a kernel (such as ``"attend"``), once they are `built`."""
-    return getattr(torch.ops.swan, f"{name}_cuda")
+    """Return the operator of a kernel (such as ``"attend"``), once they are `built`; for eager code what it calls."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.swan, f"{name}_cuda")
+    return FUNCTIONS[name]  # torch takes 20 us to call a function of Python as an operator
 
 
 def require(device: torch.device) -> None:
@@ -64,25 +68,35 @@ def require(device: torch.device) -> None:
     """
     if reason := missing(device):
         raise RuntimeError(not_built(reason))
-    import swan.kernels.cuda.operators  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from swan.kernels.cuda import operators
+
+    FUNCTIONS.update(operators.FUNCTIONS)
 
 
 @constant_result
-@functools.cache
 def built(device: torch.device) -> bool:
     """Do as `require`, also while torch.compile traces; return whether the operators are there, and warn if not."""
+    return _built_once(device)
+
+
+@functools.cache
+def _built_once(device: torch.device) -> bool:
     try:
         require(device)
     except RuntimeError as error:
-        say_slow(str(error))
+        _say_slow_once(str(error))
         return False
     return True
 
 
 @constant_result
-@functools.cache
 def say_slow(reason: str) -> None:
-    """Warn, once for each reason, that tensor code serves on a GPU."""
+    """Warn, once for each reason, that tensor code serves on a GPU; also while torch.compile traces."""
+    _say_slow_once(reason)
+
+
+@functools.cache
+def _say_slow_once(reason: str) -> None:
     warnings.warn(
         f"{reason}; so swan uses tensor code on this GPU, which takes tens to hundreds of times as long as its kernels",
         RuntimeWarning,

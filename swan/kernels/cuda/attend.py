@@ -63,15 +63,15 @@ def attend(
     pair = _pair(keys, values, q.dtype, index)
     splits = _splits(tokens, pair.warps, pair.programs // (workers * eighths))
     parts = splits + (beside > 0)
-    partial = q.new_empty(workers * parts * rows * dv, dtype=torch.float32)
+    partial = q.new_empty(workers * parts * rows, dv, dtype=torch.float32)
     partial_lse = q.new_empty(workers * parts * rows, dtype=torch.float32)
     arrived = arrivals(index, workers * eighths)
-    if q.stride(3) != 1 or any(stride % 2 for stride in q.stride()[:3]) or q.data_ptr() % 4:  # numbers go in pairs
+    if not _in_pairs(q):
         q = q.clone(memory_format=torch.contiguous_format)
     k, v = ([plane if plane.ndim == 1 else in_room(plane, tokens) for plane in planes] for planes in (k, v))
     recent = [_with_rows(x) for x in recent] if beside else []
     arguments: tuple[Any, ...] = (
-        q, *q.stride()[:3], *(mix if mix.numel() else None for mix in mixes), *_planes(k), *_planes(v),
+        q, *q.stride()[:3], *mixes, *_planes(k), *_planes(v),
         *((*_dense(recent[0]), *_dense(recent[1])) if beside else NO_DENSE * 2), *_mask(mask), *_mask(recent_mask),
         first, end, int(end is not None and end.numel() > 1), start, partial, partial_lse, out, lse, arrived,
         tokens, beside, splits, _span(tokens, splits), kv_heads, groups, queries, scale,
@@ -122,10 +122,17 @@ def _span(tokens: int, splits: int) -> int:
     return -(-tokens // max(splits, 1) // TILE) * TILE
 
 
+def _in_pairs(q: Tensor) -> bool:
+    """Tell if pairs of numbers lie at multiples of their size."""
+    batch, head, query, one = q.stride()
+    return one == 1 and not (batch | head | query) % 2 and not q.data_ptr() % (2 * q.element_size())
+
+
 def _with_rows(x: Tensor) -> Tensor:
     """Return dense tokens whose rows lie at multiples of 16 bytes, where a kernel reads them; or a copy of them."""
-    places = x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3])
-    return x if x.stride(3) == 1 and not any(place % 16 for place in places) else x.contiguous().clone()
+    batch, head, token, one = x.stride()
+    places = x.data_ptr() | (batch | head | token) * x.element_size()
+    return x if one == 1 and not places % 16 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _planes(planes: list[Tensor]) -> tuple[Any, ...]:
@@ -134,8 +141,10 @@ def _planes(planes: list[Tensor]) -> tuple[Any, ...]:
 
 
 def _plane(x: Tensor) -> tuple[Any, ...]:
-    size = x.element_size()
-    return NO_PLANE if x.ndim == 1 else (x, x.stride(0) * size, x.stride(1) * size)
+    if x.ndim == 1:
+        return NO_PLANE
+    size, (batch, head, _, _) = x.element_size(), x.stride()
+    return x, batch * size, head * size
 
 
 def _dense(x: Tensor) -> tuple[Any, ...]:

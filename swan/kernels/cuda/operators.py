@@ -9,7 +9,9 @@ from swan.kernels.cuda.attend import attend
 from swan.kernels.cuda.layouts import empty_planes, groups_of
 from swan.kernels.cuda.pack import pack, take_in, unpack
 
-__all__ = ["LIBRARY"]
+__all__ = ["FUNCTIONS", "LIBRARY"]
+
+FUNCTIONS = {"attend": attend, "pack": pack, "take_in": take_in, "unpack": unpack}
 
 LIBRARY = torch.library.Library("swan", "FRAGMENT")
 LIBRARY.define(
@@ -22,10 +24,8 @@ LIBRARY.define(
     "int[] k_layout, int[] v_layout, Tensor[] mixes, Tensor[] counters, Tensor? padding, SymInt sinks, SymInt start) -> ()"
 )
 LIBRARY.define("unpack_cuda(Tensor[] planes, int[] layout, SymInt tokens, Tensor like) -> Tensor")
-for name, function in (
-    ("attend_cuda", attend), ("pack_cuda", pack), ("take_in_cuda", take_in), ("unpack_cuda", unpack)
-):  # fmt: skip
-    LIBRARY.impl(name, function, "CUDA")
+for name, function in FUNCTIONS.items():
+    LIBRARY.impl(f"{name}_cuda", function, "CUDA")
 
 
 @torch.library.register_fake("swan::attend_cuda", lib=LIBRARY)

@@ -1,6 +1,7 @@
 """The operators that pack vectors and take tokens into a cache on an NVIDIA GPU, and how kernels are launched."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ def take_in(
     k_layout: list[int],
     v_layout: list[int],
     mixes: list[Tensor],
-    counters: list[Tensor],
+    counters: Sequence[Tensor | int],
     padding: Tensor | None,
     sinks: int,
     start: int,
@@ -76,9 +77,9 @@ def take_in(
         return
     keys, values = groups_of(k_layout), groups_of(v_layout)
     k, v = _with_rows(k), _with_rows(v)
-    on_device = counters[0].device == k.device
-    at = [counter if on_device else None for counter in counters]
-    numbers = [0 if on_device else int(counter) for counter in counters]
+    on_device = [isinstance(n, Tensor) and n.device == k.device for n in counters]
+    at = [n if there else None for n, there in zip(counters, on_device, strict=True)]
+    numbers = [0 if there else int(n) for n, there in zip(counters, on_device, strict=True)]
     kernels, many = _kernels(keys, values, k.dtype), tokens > 1
     (kernels.take_in_many if many else kernels.take_in).launch(
         index_of(k), (-(-tokens // MANY) if many else 1, heads, 2 * batch),
@@ -116,4 +117,4 @@ def _packed(planes: list[Tensor], groups: Groups, matrix: Tensor) -> tuple[Any, 
     left = iter(planes)
     few, whole = len(coded(groups)) > 0, any(bits == 16 for _, bits in groups)
     codes, numbers, scales = (_plane(next(left)) if there else NO_PLANE for there in (few, whole, few))
-    return *codes, *numbers, *scales, matrix if matrix.numel() else None, planes[0].shape[2]
+    return *codes, *numbers, *scales, matrix, planes[0].shape[2]
