@@ -70,12 +70,12 @@ def emulated(monkeypatch):
     counters = torch.zeros(4096, dtype=torch.int32)
     monkeypatch.setattr(attend, "arrivals", lambda index, count: counters)
     cuda._built_once.cache_clear()
-    attend._pair.cache_clear()
+    attend.pair_of.cache_clear()
     cuda.require(torch.device("cpu"))
     with torch.library._scoped_library("swan", "IMPL") as library:
         for name, function in cuda.FUNCTIONS.items():
             library.impl(f"{name}_cuda", function, "CPU")
         yield launches
     cuda._built_once.cache_clear()
-    attend._pair.cache_clear()
+    attend.pair_of.cache_clear()
     assert not counters.any()

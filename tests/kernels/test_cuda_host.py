@@ -254,9 +254,9 @@ def test_a_gpu_that_cannot_have_them_says_so_once(monkeypatch):
 @pytest.mark.parametrize("d", [16, 64, 128, 256])
 def test_programs_fit_on_every_gpu(limits, bits, d, monkeypatch):
     monkeypatch.setattr(attend, "limits", lambda index: limits)
-    attend._pair.cache_clear()
-    pair = attend._pair(((d, bits),), ((d, bits),), BF16, 0)
-    attend._pair.cache_clear()
+    attend.pair_of.cache_clear()
+    pair = attend.pair_of(((d, bits),), ((d, bits),), BF16, 0)
+    attend.pair_of.cache_clear()
     assert pair.attend.shared + device.RESERVED <= limits.shared
     assert pair.programs >= limits.processors and pair.attend.threads == pair.warps * 32
     if d <= 128 and bits <= 4:

@@ -12,7 +12,7 @@ from swan.kernels.cuda.device import arrivals, index_of, limits
 from swan.kernels.cuda.launch import Kernel
 from swan.kernels.cuda.layouts import Groups, coded, groups_of, in_room, macros, vector_bytes
 
-__all__ = ["attend"]
+__all__ = ["attend", "pair_of", "shared_bytes"]
 
 SOURCE = Path(__file__).parent / "attend.cu"
 TILE, ROWS = 32, 8  # tokens of a tile, which a warp reads at a time, and query rows of a program: as in the source
@@ -60,7 +60,7 @@ def attend(
 
     index, rows = index_of(q), groups * queries
     eighths = -(-rows // ROWS)
-    pair = _pair(keys, values, q.dtype, index)
+    pair = pair_of(keys, values, q.dtype, index)
     splits = _splits(tokens, pair.warps, pair.programs // (workers * eighths))
     parts = splits + (beside > 0)
     partial = q.new_empty(workers * parts * rows, dv, dtype=torch.float32)
@@ -83,7 +83,7 @@ def attend(
 
 
 @functools.cache
-def _pair(keys: Groups, values: Groups, dtype: torch.dtype, index: int) -> Pair:
+def pair_of(keys: Groups, values: Groups, dtype: torch.dtype, index: int) -> Pair:
     """Choose the shape of programs for layouts on a GPU: the first of which two fit on a processor, or else one."""
     d, dv = (sum(size for size, _ in groups) for groups in (keys, values))
     found, most = limits(index), 2 if d + dv > 256 else 4  # programs on a processor: what registers allow

@@ -38,8 +38,9 @@ struct PackArguments {
 
 struct UnpackArguments {
   Packed from;
-  Plane<Number> to;  // [batch, heads, tokens, D], in the coordinates in which vectors are stored
+  Plane<Number> to;  // [batch, heads, tokens, d], in the coordinates in which vectors are stored
   int tokens;
+  int values;  // whether the layout is that of values
 };
 
 // Keys or values of a cache.
@@ -239,12 +240,19 @@ __device__ float stored_number(const uint8_t* codes, const Number* whole, const 
   return x;
 }
 
-// Vectors in the layout of keys back to numbers. Programs: tokens / WARPS rounded up, heads, batch.
-extern "C" __global__ void __launch_bounds__(THREADS) unpack(const UnpackArguments a) {
+// A vector, by a warp.
+template <class L>
+__device__ void unpack_one(const UnpackArguments& a) {
   const int64_t b = blockIdx.z, h = blockIdx.y, token = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
   if (token >= a.tokens) return;
   const uint8_t *codes = a.from.codes.row(b, h, token), *scales = a.from.scales.row(b, h, token);
   const Number* whole = a.from.whole.row(b, h, token);
   Number* to = a.to.row(b, h, token);
-  for (int i = threadIdx.x % 32; i < D; i += 32) to[i] = Number::of(stored_number<Keys>(codes, whole, scales, i));
+  for (int i = threadIdx.x % 32; i < L::layout.d; i += 32) to[i] = Number::of(stored_number<L>(codes, whole, scales, i));
+}
+
+// Stored vectors back to numbers. Programs: tokens / WARPS rounded up, heads, batch.
+extern "C" __global__ void __launch_bounds__(THREADS) unpack(const UnpackArguments a) {
+  if (a.values) unpack_one<Values>(a);
+  else unpack_one<Keys>(a);
 }

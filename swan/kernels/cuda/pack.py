@@ -12,14 +12,14 @@ from swan.kernels.cuda.device import index_of
 from swan.kernels.cuda.launch import Kernel
 from swan.kernels.cuda.layouts import Groups, coded, empty_planes, groups_of, macros
 
-__all__ = ["pack", "take_in", "unpack"]
+__all__ = ["kernels_of", "pack", "take_in", "unpack"]
 
 SOURCE = Path(__file__).parent / "pack.cu"
 MANY = 8  # vectors that a program packs where there are many: as in the source
 # The structs PackArguments, UnpackArguments and TakeInArguments of the source, in the notation of `struct`.
 PLANE = "Q3q"
 PACKED = f"{PLANE * 3}Qq"
-PACK, UNPACK, TAKE_IN = f"{PLANE}{PACKED}2i", f"{PACKED}{PLANE}i0Q", f"{(PLANE * 2 + PACKED) * 2}2Q2qQq3i0Q"
+PACK, UNPACK, TAKE_IN = f"{PLANE}{PACKED}2i", f"{PACKED}{PLANE}2i", f"{(PLANE * 2 + PACKED) * 2}2Q2qQq3i0Q"
 NO_PLANE = (None, 0, 0, 0)
 
 
@@ -39,7 +39,8 @@ def pack(x: Tensor, layout: list[int], matrix: Tensor) -> list[Tensor]:
     if x.numel():
         x = _with_rows(x)
         grid, arguments = (-(-tokens // MANY), x.shape[1], x.shape[0]), (*_plane(x), *_packed(planes, groups, matrix))
-        _kernels(groups, groups, x.dtype).pack.launch(index_of(x), grid, *arguments, tokens, 0)
+        found, values = _that_know(groups, x.dtype)
+        found.pack.launch(index_of(x), grid, *arguments, tokens, values)
     return planes
 
 
@@ -50,9 +51,9 @@ def unpack(planes: list[Tensor], layout: list[int], tokens: int, like: Tensor) -
     out = like.new_empty(batch, heads, tokens, sum(size for size, _ in groups))
     if out.numel():
         codes, whole, scales = (_plane(plane) if plane.ndim == 4 else NO_PLANE for plane in planes[:3])
-        kernel = _kernels(groups, groups, like.dtype).unpack
-        grid = -(-tokens // (kernel.threads // 32)), heads, batch
-        kernel.launch(index_of(like), grid, *codes, *whole, *scales, None, 0, *_plane(out), tokens)
+        found, values = _that_know(groups, like.dtype)
+        grid = -(-tokens // (found.unpack.threads // 32)), heads, batch
+        found.unpack.launch(index_of(like), grid, *codes, *whole, *scales, None, 0, *_plane(out), tokens, values)
     return out
 
 
@@ -80,8 +81,8 @@ def take_in(
     on_device = [isinstance(n, Tensor) and n.device == k.device for n in counters]
     at = [n if there else None for n, there in zip(counters, on_device, strict=True)]
     numbers = [0 if there else int(n) for n, there in zip(counters, on_device, strict=True)]
-    kernels, many = _kernels(keys, values, k.dtype), tokens > 1
-    (kernels.take_in_many if many else kernels.take_in).launch(
+    found, many = kernels_of(keys, values, k.dtype), tokens > 1
+    (found.take_in_many if many else found.take_in).launch(
         index_of(k), (-(-tokens // MANY) if many else 1, heads, 2 * batch),
         *_plane(k), *_plane(k_recent), *_packed(k_history, keys, mixes[0]),
         *_plane(v), *_plane(v_recent), *_packed(v_history, values, mixes[1]),
@@ -91,17 +92,32 @@ def take_in(
 
 
 @functools.cache
-def _kernels(keys: Groups, values: Groups, dtype: torch.dtype) -> Kernels:
+def kernels_of(keys: Groups, values: Groups, dtype: torch.dtype) -> Kernels:
+    """Return the kernels for a pair of layouts, which are compiled when they are launched."""
     defines, widest = macros(keys, values, dtype), max(sum(size for size, _ in groups) for groups in (keys, values))
     threads = -(-2 * widest // 32) * 32
 
     def kernel(name: str, arguments: str, vectors: int) -> Kernel:
         return Kernel(SOURCE, name, defines, arguments, threads, 37 * vectors * widest)
 
-    return Kernels(
+    found = Kernels(
         kernel("pack", PACK, MANY), kernel("unpack", UNPACK, 0), kernel("take_in", TAKE_IN, 1),
         kernel("take_in_many", TAKE_IN, MANY),
     )  # fmt: skip
+    for place, groups in enumerate((keys, values)):
+        _KNOWN.setdefault((groups, dtype), (found, place))
+    return found
+
+
+# Kernels of some pair by each of its layouts, and whether that is the layout of values: a dial that moves a history to
+# other layouts compiles nothing that new tokens do not need.
+_KNOWN: dict[tuple[Groups, torch.dtype], tuple[Kernels, int]] = {}
+
+
+def _that_know(groups: Groups, dtype: torch.dtype) -> tuple[Kernels, int]:
+    if (groups, dtype) not in _KNOWN:
+        kernels_of(groups, groups, dtype)
+    return _KNOWN[groups, dtype]
 
 
 def _with_rows(x: Tensor) -> Tensor:
