@@ -190,9 +190,10 @@ def _apply(x: Tensor, basis: Tensor, *, inverse: bool = False) -> Tensor:
         if x.device != basis.device:
             raise ValueError(f"x is on {x.device} and the basis on {basis.device}; move one of them")
     (batch, heads, tokens, d), kv_heads = x.shape, basis.shape[0]
+    matrices = basis.mT if inverse else basis
     # Four times in each step, so plain reshapes, and few: those of einops take longer than the product.
     if batch == 1:
-        return torch.bmm(x.reshape(kv_heads, -1, d), basis.mT if inverse else basis).view(x.shape)
+        return torch.bmm(x.reshape(kv_heads, -1, d), matrices).view(x.shape)
     rows = x.reshape(batch, kv_heads, heads // kv_heads, tokens, d).transpose(0, 1)
-    product = torch.bmm(rows.reshape(kv_heads, -1, d), basis.mT if inverse else basis)
+    product = torch.bmm(rows.reshape(kv_heads, -1, d), matrices)
     return product.view(rows.shape).transpose(0, 1).reshape(x.shape)

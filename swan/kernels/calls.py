@@ -71,7 +71,7 @@ def attend(
         k.planes[0].shape[2],
         mask,
         scale,
-        [matrix_of(q, packed.format) for packed in (k, v)],
+        [matrix_of(q, k.format), matrix_of(q, v.format)],
         [] if recent is None else [recent.keys, recent.values],
         None if recent is None else recent.mask,
         *span,
@@ -130,14 +130,16 @@ def take_in(
 
     Source: arXiv:2511.18936.
     """
-    layouts = [packed.format for packed in history]
+    k_history, v_history = history
     _operator("take_in", k)(
         k,
         v,
         *recent,
-        *([*packed.tensors] for packed in history),
-        *(numbers_of(layout) for layout in layouts),
-        [matrix_of(x, layout) for x, layout in zip((k, v), layouts, strict=True)],
+        [*k_history.tensors],
+        [*v_history.tensors],
+        numbers_of(k_history.format),
+        numbers_of(v_history.format),
+        [matrix_of(k, k_history.format), matrix_of(v, v_history.format)],
         [n if isinstance(n, Tensor) else torch.scalar_tensor(n, dtype=torch.long) for n in counters],
         padding,
         sinks,
@@ -145,7 +147,7 @@ def take_in(
     )
     if not torch.compiler.is_compiling():
         # Who saved one of these for a backward pass is told that it changed, as torch's own functions tell.
-        written = [*recent, *history[0].tensors, *history[1].tensors]
+        written = [*recent, *k_history.tensors, *v_history.tensors]
         torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 

@@ -75,7 +75,10 @@ class Packed:
 
     def tokens(self, start: int, stop: int) -> "Packed":
         """Return a view of tokens `start` to `stop`."""
-        return self.map(lambda t: t[:, :, start:stop])
+        planes = tuple([t[:, :, start:stop] for t in self.planes])
+        scales = None if self.scales is None else self.scales[:, :, start:stop]
+        positions = None if self.positions is None else self.positions[:, :, start:stop]
+        return Packed(planes, scales, positions, self.format, self.dtype)
 
 
 pytree.register_pytree_node(
