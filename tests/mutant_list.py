@@ -32,6 +32,7 @@ CODES, GRADED, LAYOUT = "swan/storage/codes.py", "swan/storage/graded.py", "swan
 MIXING, PACKED, TOPK = "swan/storage/mixing.py", "swan/storage/packed.py", "swan/storage/topk.py"
 BUFFER, CACHE, CHECKS = "swan/modules/buffer.py", "swan/modules/cache.py", "swan/modules/checks.py"
 FORECAST, HISTORY = "swan/modules/forecast.py", "swan/modules/history.py"
+KERNELS, CUDA = "swan/kernels/__init__.py", "swan/kernels/cuda/"
 STATE, VISIBLE = "swan/modules/state.py", "swan/modules/visible.py"
 ATTACH, BUDGET = "swan/integrations/transformers/attach.py", "swan/integrations/transformers/budget.py"
 HF_ATTENTION, HF_CACHE = "swan/integrations/transformers/attention.py", "swan/integrations/transformers/cache.py"
@@ -52,6 +53,8 @@ OF_CROPPED_BUDGET = ("integrations/test_budget.py::test_a_cropped_layer_still_ho
 OF_HF_CACHE, OF_FILE = ("integrations/test_cache.py",), ("integrations/test_cache_file.py",)
 OF_ATTACH, OF_KEYWORD = ("integrations/test_attach.py",), ("integrations/test_keyword.py",)
 OF_ONE_CALL = ("kernels/test_attend_cpu.py::test_what_does_not_fit_one_call_is_merged",)
+OF_NUMBERS = ("kernels/test_attend_cpu.py::test_tokens_seen_as_numbers",)
+OF_CUDA_HOST = ("kernels/test_cuda_host.py",)
 OF_ONE_TILE = ("test_never_dense.py::test_steps_stay_within_a_tile[compiled-dynamic-decode-few bits]",)
 
 MUTANTS = [
@@ -588,5 +591,42 @@ MUTANTS = [
         "dict.fromkeys((model, cast(nn.Module, model.base_model)))",
         "[model]",
         OF_KEYWORD,
+    ),
+    # kernels --------------------------------------------------------------------------------------
+    Mutant("end-is-seen", KERNELS, "columns < self.end.view", "columns <= self.end.view", OF_NUMBERS),
+    Mutant("start-forgotten", KERNELS, "device=bounds[0].device) + self.start", "device=bounds[0].device)", OF_NUMBERS),
+    Mutant(
+        "read-past-the-memory",
+        CUDA + "layouts.py",
+        "if inside and aligned and",
+        "if aligned and",
+        OF_CUDA_HOST,
+    ),
+    Mutant(
+        "counters-too-few",
+        CUDA + "device.py",
+        "found is None or len(found) < count",
+        "found is None",
+        OF_CUDA_HOST,
+    ),
+    Mutant(
+        "end-of-one-query-for-all",
+        CUDA + "attend.py",
+        "int(end is not None and end.numel() > 1)",
+        "0",
+        OF_CUDA_HOST,
+    ),
+    Mutant(
+        "recent-tokens-are-no-part",
+        CUDA + "attend.py",
+        "parts = splits + (beside > 0)",
+        "parts = splits",
+        OF_CUDA_HOST,
+    ),
+    Mutant(
+        "slots-of-sinks-in-the-ring", CUDA + "pack.py", "k_recent.shape[2] - sinks,", "k_recent.shape[2],", OF_CUDA_HOST
+    ),
+    Mutant(
+        "unpacked-as-keys", CUDA + "pack.py", "*_plane(out), tokens, values)", "*_plane(out), tokens, 0)", OF_CUDA_HOST
     ),
 ]
