@@ -1,11 +1,13 @@
+import contextlib
 import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from swan.evaluation.bench import FORMS, SHAPES, Setup, add_speedups, bench_decode, common, decode, plot_decode
+from swan.evaluation.bench import FORMS, SHAPES, Setup, add_speedups, bench_decode, common, decode, gpu, plot_decode
 from swan.evaluation.figures import save
 from swan.evaluation.machine import TooLong, at_most, last_level_cache, machine, peak_bytes, time_calls, versions
 from swan.kernels import cpu
@@ -15,7 +17,7 @@ COLUMNS = [
     "what", "impl", "form", "retention", "length", "batch", "dtype", "variant", "instruction_set", "median_ms",
     "spread", "bytes", "bandwidth_fraction", "error", "speedup", "peak_bytes",
 ]  # fmt: skip
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY = Setup(heads=4, kv_heads=2, head_dim=32, buffer=16, dtype=torch.float32, device=CPU, repeats=3)
 BANDWIDTH = 1e10
 
@@ -111,9 +113,24 @@ def test_what_is_timed_if_nothing_is_asked_for(monkeypatch):
     rows = [(row["form"], row["impl"]) for row in bench_decode([40, 8193], TINY, forms=[("fp8", 0.5)])]
     dense = [("dense", impl) for impl in ("sdpa", "sdpa-gqa", "flex")]
     assert rows == [*dense, ("fp8", "tiles"), ("fp8", "compiled"), *dense, ("fp8", "tiles")]
-    assert decode.kernel_on(CPU) == "cpp" and decode.kernel_on(torch.device("cuda")) == "cuda"
-    assert common.forms_on(CPU) == FORMS and common.forms_on(torch.device("cuda"))[-1][0] == "fp8"
+    assert decode.kernel_on(CPU) == "cpp" and decode.kernel_on(CUDA) == "cuda"
+    assert decode.dense_on(CUDA) == ["cudnn", "flash", "flex"] and set(decode.dense_on(CUDA)) <= set(decode.DENSE)
+    assert common.forms_on(CPU) == FORMS and common.forms_on(CUDA)[-1][0] == "fp8"
     assert all(set(shape) == {"heads", "kv_heads", "head_dim"} for shape in SHAPES.values())
+
+
+def test_which_rows_make_sense_on_a_gpu():
+    def fitting(form):
+        return [impl for impl in decode.IMPLS if decode._fits(impl, form, CUDA)]
+
+    assert fitting("dense") == ["sdpa", "sdpa-gqa", "flash", "cudnn", "flex"]
+    assert fitting("fp8") == ["flex"] and "cuda" in fitting("graded") and "cuda" not in fitting("topk")
+
+
+def test_a_backend_that_refuses_is_a_row_with_the_reason():
+    refused, chosen = timed(impls=["cudnn", "sdpa-gqa"], forms=[])  # cuDNN runs on no CPU
+    assert refused["error"].startswith("RuntimeError: No viable backend") and refused["median_ms"] is None
+    assert chosen["speedup"] == 1.0
 
 
 @needs_cxx
@@ -130,6 +147,91 @@ def test_copies_together_do_not_fit_the_cache(monkeypatch):
     each = 2 * 2 * 1000 * 32 * 4
     assert 2 * 2**20 < len(step.copies) * each <= 2 * 2**20 + each
     assert len({k.data_ptr() for k, _ in step.copies}) == len(step.copies)
+
+
+def test_a_graph_has_each_copy_equally_often_and_enough_calls():
+    assert gpu.turns_of([*range(20)]) == [*range(20)]
+    assert gpu.turns_of([0, 1, 2]) == [0, 1, 2] * 3
+    assert gpu.turns_of([0]) == [0] * 8
+
+
+class FakeEvent:
+    """An event of a GPU that takes 1 ms for each replay, 5 ms for the first one measured."""
+
+    clock = 0.0
+
+    def __init__(self, **_):
+        self.time = 0.0
+
+    def record(self):
+        self.time = FakeEvent.clock
+
+    def elapsed_time(self, stop):
+        return stop.time - self.time
+
+
+class FakeGraph:
+    replays = 0
+
+    def replay(self):
+        FakeEvent.clock += 5.0 if FakeGraph.replays == 0 else 1.0
+        FakeGraph.replays += 1
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    names = {"Event": FakeEvent, "CUDAGraph": FakeGraph, "graph": lambda _: contextlib.nullcontext()}
+    names |= {"synchronize": lambda *_: None, "current_stream": lambda: "mine", "set_stream": lambda stream: None}
+    for name, fake in names.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(FakeGraph, "replays", 0)
+
+
+def test_replays_give_the_time_of_a_call(fake_gpu):
+    seen: list[int] = []
+    times = gpu.replayed(seen.append, [0, 1, 2], repeats=4, seconds=1.0)
+    assert seen == [0, 1, 2, *([0, 1, 2] * 3)]  # to warm up, and in the graph of 9 calls
+    assert times == pytest.approx([1e-3 / 9] * 4)
+    assert FakeGraph.replays == 5  # the first says how many there is time for
+    assert len(gpu.replayed(seen.append, [0], repeats=99, seconds=0.0)) == 3
+    assert common.summary(times)["median_ms"] == pytest.approx(1 / 9)
+
+
+def test_a_capture_that_fails_gives_the_stream_back(fake_gpu, monkeypatch):
+    streams = []
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+
+    def waits(i):
+        if i == 1 or waits.calls:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        waits.calls += 1
+
+    waits.calls = 0
+    with pytest.raises(RuntimeError, match="not permitted"):
+        gpu.replayed(waits, [0], repeats=3, seconds=1.0)
+    assert streams == ["mine"]
+
+
+def test_launches_are_what_runs_on_the_gpu():
+    def event(device, annotation=False):
+        return SimpleNamespace(device_type=lambda: device, is_user_annotation=lambda: annotation)
+
+    types = torch.autograd.DeviceType
+    events = [event(types.CUDA)] * 6 + [event(types.CPU)] * 9 + [event(types.CUDA, annotation=True)]
+    assert gpu.counted(events, 4) == 1.5
+    assert gpu.counted(events[6:], 4) is None
+    assert gpu.launches(torch.neg, [torch.ones(2)], CPU) is None
+    assert gpu.host_us(torch.neg, [torch.ones(2)], CPU) > 0
+
+
+def test_rows_of_a_gpu_name_the_card_and_the_bound(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    setup = dataclasses.replace(TINY, device=CUDA)
+    row = setup.row("decode", "flash", ("dense", 1.0), 40) | setup.bound(3_000_000, 0.002, 3e12)
+    assert list(row) == [*COLUMNS, *common.CUDA_COLUMNS]
+    assert (row["card"], row["instruction_set"]) == ("a card", "sm_90")
+    assert row["bound_ms"] == 0.001 and row["bandwidth_fraction"] == 0.5 and row["bytes"] == 3_000_000
 
 
 def test_machine_and_versions():

@@ -59,7 +59,7 @@ def test_a_step_that_cannot_run_has_the_reason():
 )
 def test_the_measured_break_even(monkeypatch, swan, length, reason):
     times = dict(zip([100, 200, 300], zip([1, 2, 4], swan, strict=True), strict=True))
-    monkeypatch.setattr(step, "_dense", lambda setup, n: ({"median_ms": times[n][0]}, {}))
+    monkeypatch.setattr(step, "_dense", lambda setup, n, impl: ({"median_ms": times[n][0]}, {}))
     monkeypatch.setitem(step._STEPS, "eager", lambda setup, layer, n: ({"median_ms": times[n][1]}, {}))
     row = bench_step([100, 200, 300], SETUP, forms=FORM, impls=["eager"])[-1]
     assert row["what"] == "break-even" and row["error"] == reason

@@ -30,14 +30,16 @@ def bench_capacity(
     $$\text{batch} = \lfloor \text{memory} / \text{bytes of a sequence} \rfloor, \qquad
     \text{tokens per second} = \text{batch} / \text{median time}$$
 
-    for dense attention (sdpa, query groups as rows of their KV head) and for each form, as `bench_decode` times them.
+    for dense attention (sdpa, query groups as rows of their KV head; on a GPU cuDNN and flash) and for each form, as
+    `bench_decode` times them.
 
     Args:
         memory: bytes of the cache of one layer.
         lengths: tokens of each sequence, each above the buffer.
         setup: the layer, and how it is timed; its batch is not used.
         forms: as in `bench_decode`.
-        impl: of the swan rows, as in `bench_decode`; by default the kernel of the device (fp8: ``"compiled"``).
+        impl: of the swan rows, as in `bench_decode`; by default the kernel of the device (fp8: ``"compiled"``,
+            on a GPU ``"flex"``).
         bandwidth: bytes per second that memory gives; measured by default.
 
     Returns:
@@ -59,9 +61,12 @@ def bench_capacity(
     check_lengths(lengths, setup)
     bandwidth = bandwidth or memory_bandwidth(setup.device)
     rows: list[dict[str, Any]] = []
-    cases = [*itertools.product(lengths, [("dense", 1.0), *forms])]
-    for length, form in track(cases, "timing", show=setup.progress):
-        used = {"dense": "sdpa", "fp8": "compiled"}.get(form[0], impl or kernel_on(setup.device))
+    on_gpu = setup.device.type == "cuda"
+    ways: list[tuple[Form, str]] = [(("dense", 1.0), name) for name in (["cudnn", "flash"] if on_gpu else ["sdpa"])]
+    rivals = {"fp8": "flex" if on_gpu else "compiled", **({"topk": "tiles"} if on_gpu else {})}
+    ways += [(form, rivals.get(form[0], impl or kernel_on(setup.device))) for form in forms]
+    cases = [*itertools.product(lengths, ways)]
+    for length, (form, used) in track(cases, "timing", show=setup.progress):
         row = setup.row("capacity", used, form, length, batch=None, tokens_per_second=None)
         with reason_in(row):
             each = _sequence_bytes(setup, form, length)
@@ -86,7 +91,8 @@ def _sequence_bytes(setup: Setup, form: Form, length: int) -> int:
 
 
 def _add_speedups(rows: Sequence[dict[str, Any]]) -> None:
-    dense = {row["length"]: row["tokens_per_second"] for row in rows if row["form"] == "dense"}
-    for row in rows:
-        if row["tokens_per_second"] and dense[row["length"]]:
-            row["speedup"] = row["tokens_per_second"] / dense[row["length"]]
+    done = [row for row in rows if row["tokens_per_second"]]
+    for row in done:
+        same = [other for other in done if other["length"] == row["length"] and other["form"] == "dense"]
+        if same:
+            row["speedup"] = row["tokens_per_second"] / max(other["tokens_per_second"] for other in same)

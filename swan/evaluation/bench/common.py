@@ -11,6 +11,7 @@ from torch import Tensor
 
 from swan.calibration import Plan
 from swan.evaluation.baselines import Float8
+from swan.evaluation.bench.gpu import replayed
 from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.machine import TooLong, at_most, default_device, last_level_cache, time_calls
 from swan.kernels import cpu
@@ -35,6 +36,7 @@ COLUMNS = (
     "what", "impl", "form", "retention", "length", "batch", "dtype", "variant", "instruction_set", "median_ms",
     "spread", "bytes", "bandwidth_fraction", "error", "speedup", "peak_bytes",
 )  # fmt: skip
+CUDA_COLUMNS = ("card", "bound_ms", "launches", "host_us")
 MOST_COPIES = 64
 WRONG = 0.1  # relative error from which on a result is wrong, in any dtype
 
@@ -97,7 +99,7 @@ class Setup:
         return Plan.for_retention(retention, dims=[(d, d)]).layers[0]
 
     def copies(self, nbytes: int) -> int:
-        """Count the copies of so many bytes that do not fit the last-level cache together."""
+        """Count the copies of so many bytes that together exceed twice the last-level cache, up to 64."""
         return 1 + min(2 * last_level_cache(self.device) // nbytes, MOST_COPIES - 1)
 
     def first(self, run: Callable[[], T]) -> T:
@@ -109,11 +111,26 @@ class Setup:
         """Measure the columns ``median_ms`` and ``spread`` of calls with the inputs in turn."""
         return summary(time_calls(run, inputs, self.device, self.repeats, self.seconds))
 
+    def replayed(self, run: Callable[[T], Any], inputs: Sequence[T]) -> dict[str, Any]:
+        """Do as `timed`; on a GPU without the time of Python, by replay of a CUDA graph."""
+        if self.device.type != "cuda":
+            return self.timed(run, inputs)
+        return summary(replayed(run, inputs, self.repeats, self.seconds))
+
+    def bound(self, nbytes: int, median_ms: float, bandwidth: float) -> dict[str, Any]:
+        """Return the columns of the bytes that a call must read, and of the time in which memory gives them."""
+        least = 1e3 * nbytes / bandwidth
+        columns: dict[str, Any] = {"bytes": nbytes, "bandwidth_fraction": least / median_ms}
+        return columns | ({"bound_ms": least} if self.device.type == "cuda" else {})
+
     def row(self, what: str, impl: str, form: Form, length: int | None, **more: Any) -> dict[str, Any]:
         """Make a row in which nothing is measured yet."""
         about = {"what": what, "impl": impl, "form": form[0], "retention": form[1], "length": length}
         about |= {"batch": self.batch, "dtype": dtype_name(self.dtype), **instructions(self.device)}
-        return dict.fromkeys(COLUMNS) | about | more
+        columns = dict[str, Any].fromkeys(COLUMNS)
+        if self.device.type == "cuda":
+            columns |= dict[str, Any].fromkeys(CUDA_COLUMNS) | {"card": torch.cuda.get_device_name(self.device)}
+        return columns | about | more
 
 
 def instructions(device: torch.device) -> dict[str, str | None]:

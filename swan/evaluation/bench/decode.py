@@ -1,5 +1,6 @@
 """Time of one decode step of attention: swan beside the strongest dense attention."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from swan.calibration.progress import track
+from swan.evaluation.baselines import Float8
 from swan.evaluation.bench.common import (
     Form,
     Setup,
@@ -25,18 +28,28 @@ from swan.evaluation.bench.common import (
 from swan.evaluation.figures import finish
 from swan.evaluation.machine import memory_bandwidth, peak_bytes
 from swan.functional.attention import dense_attention, swan_attention
+from swan.functional.dense import flex
 from swan.functional.packing import pack
 from swan.storage import LayerPlan, Packed, unpack
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DENSE", "IMPLS", "bench_decode", "kernel_on", "plot_decode"]
+__all__ = ["DENSE", "IMPLS", "bench_decode", "dense_on", "kernel_on", "plot_decode"]
+
+
+def _sdpa_gqa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None = None) -> Tensor:
+    """Attend by torch's fused kernel of a backend, or of its own choice."""
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
 
 DENSE: dict[str, Callable[..., Tensor]] = {
     "sdpa": lambda q, k, v: dense_attention(q, k, v, impl="sdpa"),  # query groups as rows of their KV head
-    "sdpa-gqa": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True),
-    "flex": lambda q, k, v: dense_attention(q, k, v, impl="flex"),
+    "sdpa-gqa": _sdpa_gqa,
+    "flash": functools.partial(_sdpa_gqa, backend=SDPBackend.FLASH_ATTENTION),
+    "cudnn": functools.partial(_sdpa_gqa, backend=SDPBackend.CUDNN_ATTENTION),
+    "flex": lambda q, k, v: flex(q, k, v, None, float(q.shape[-1]) ** -0.5, return_lse=False)[0],
 }
 KERNELS = ("cpp", "cuda")
 IMPLS = (*DENSE, *KERNELS, "tiles", "compiled")
@@ -60,19 +73,21 @@ def bench_decode(
     ones. Rotations, packing and projections are not in it (`bench_step`), so top-k without a rotation takes the
     time of top-k. Each result is first compared with float64 attention over what its cache stores. Calls rotate
     over copies of the cache that do not fit the last-level cache together, so that a step reads memory, as it
-    does between the other layers of a model.
+    does between the other layers of a model. On a GPU they are replayed from a CUDA graph, without the time of Python.
 
     Args:
         lengths: tokens in the cache, each above the buffer.
         setup: the layer, and how it is timed.
         dtypes: of the cache; by default that of `setup`, on a CPU float32 too.
         forms: pairs (form, retention): ``"graded"`` as `Plan.for_retention` advises, ``"topk"`` with int8
-            values and a bitmap, ``"leading"``, or ``"fp8"`` (8-bit floats, cast a tile at a time: a rival).
-            By default `FORMS`, on CUDA fp8 too.
-        impls: dense rivals ``"sdpa"`` (query groups as rows of their KV head), ``"sdpa-gqa"``, ``"flex"``; for
-            swan ``"cpp"`` (the CPU kernel), ``"cuda"`` (the CUDA kernel), ``"tiles"`` (tensor code, unpacked a
-            tile at a time), ``"compiled"`` (torch.compile of that, fullgraph, static shapes) or any other `impl`
-            of `swan_attention`. By default all that the device has; compiled, which unrolls the tiles, up to 8192
+            values and a bitmap, ``"leading"``, or ``"fp8"``, a rival: 8-bit floats, on a CPU cast a tile at a time, on
+            a GPU read by FlexAttention (the kernels of servers, such as FlashAttention 3, need more packages than
+            torch). By default `FORMS`, on CUDA fp8 too.
+        impls: dense rivals on CPUs ``"sdpa"`` (query groups as rows of their KV head) and ``"sdpa-gqa"``
+            (``enable_gqa=True``), on GPUs the latter as ``"flash"`` and ``"cudnn"``, and ``"flex"``; for swan
+            ``"cpp"`` (the CPU kernel), ``"cuda"`` (the CUDA kernel), ``"tiles"`` (tensor code, unpacked a tile at a
+            time), ``"compiled"`` (torch.compile of that, fullgraph, static shapes) or any other `impl` of
+            `swan_attention`. By default all that the device has; compiled, which unrolls the tiles, up to 8192
             tokens.
         bandwidth: bytes per second that memory gives; measured by default (`memory_bandwidth`).
 
@@ -83,7 +98,7 @@ def bench_decode(
         ``bytes`` (what one step must read), ``bandwidth_fraction`` (bytes over the median time, of the
         bandwidth), ``error`` (relative, in the 2-norm), ``speedup`` (over the fastest dense row of that length
         and batch, in any dtype) and ``peak_bytes`` (memory that a call takes for the time of its run, its result
-        included).
+        included). On a GPU also ``card`` (its name) and ``bound_ms`` (the time in which memory gives the bytes).
         A row that could not run has the reason as text in ``error`` and None for what was not measured.
 
     Raises:
@@ -105,7 +120,7 @@ def bench_decode(
         (length, dtype, form, impl)
         for length, dtype, form in itertools.product(lengths, dict.fromkeys(dtypes), [("dense", 1.0), *forms])
         for impl in (impls or _impls_for(length, setup.device))
-        if _fits(impl, form[0])
+        if _fits(impl, form[0], setup.device)
     ]
     rows: list[dict[str, Any]] = []
     shown = itertools.groupby(track(cases, "timing", show=setup.progress), key=lambda case: case[:3])
@@ -172,13 +187,22 @@ def kernel_on(device: torch.device) -> str:
     return "cuda" if device.type == "cuda" else "cpp"
 
 
+def dense_on(device: torch.device) -> list[str]:
+    """Name the dense rivals of a device, the fastest first."""
+    return ["cudnn", "flash", "flex"] if device.type == "cuda" else ["sdpa", "sdpa-gqa", "flex"]
+
+
 def _impls_for(length: int, device: torch.device) -> list[str]:
-    return [*DENSE, kernel_on(device), "tiles", *(["compiled"] if length <= MOST_UNROLLED else [])]
+    return [*dense_on(device), kernel_on(device), "tiles", *(["compiled"] if length <= MOST_UNROLLED else [])]
 
 
-def _fits(impl: str, form: str) -> bool:
-    """Tell if a row makes sense: dense code for dense caches, and no kernel of ours for the rival."""
-    return (impl in DENSE) == (form == "dense") and not (form == "fp8" and impl in KERNELS)
+def _fits(impl: str, form: str, device: torch.device) -> bool:
+    """Tell if a row makes sense: dense code for dense caches, kernels of ours for what they read."""
+    if form == "fp8" and device.type == "cuda":
+        return impl == "flex"
+    if (form == "fp8" and impl in KERNELS) or (form, impl) == ("topk", "cuda"):
+        return False
+    return (impl in DENSE) == (form == "dense")
 
 
 @dataclass(frozen=True)
@@ -195,7 +219,9 @@ def random_step(setup: Setup, length: int, layer: LayerPlan | None) -> DecodeSte
     """Make a decode step over a cache with random contents."""
     q, k, v = setup.random(1, length)
     stored: tuple[Any, ...] = (k, v)
-    if layer is not None:
+    if layer is not None and isinstance(layer.keys, Float8) and setup.device.type == "cuda":
+        stored = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)  # as servers have it, without recent tokens
+    elif layer is not None:
         old, recent = slice(length - setup.buffer), slice(length - setup.buffer, length)
         history = pack(k[:, :, old], layer.keys), pack(v[:, :, old], layer.values)
         stored = (*history, k[:, :, recent].clone(), v[:, :, recent].clone())
@@ -231,13 +257,10 @@ def measure(setup: Setup, step: DecodeStep, impl: str, bandwidth: float) -> dict
     attention = _attention(impl, setup.device)
     out = setup.first(lambda: attention(step.q, *step.copies[0]))
     error = relative_error(out[:CHECKED_ROWS], step.expected)
-    times = setup.timed(lambda stored: attention(step.q, *stored), step.copies)
-    return times | {
-        "bytes": step.nbytes,
-        "bandwidth_fraction": step.nbytes / times["median_ms"] * 1e3 / bandwidth,
-        "error": error,
-        "peak_bytes": peak_bytes(lambda: attention(step.q, *step.copies[0]), setup.device),
-    }
+    times = setup.replayed(lambda stored: attention(step.q, *stored), step.copies)
+    peak = peak_bytes(lambda: attention(step.q, *step.copies[0]), setup.device)
+    bound = setup.bound(step.nbytes, times["median_ms"], bandwidth)
+    return times | bound | {"error": error, "peak_bytes": peak}
 
 
 def _attention(impl: str, device: torch.device) -> Callable[..., Tensor]:

@@ -1,9 +1,8 @@
 """Time of the parts of one decode step of a layer, and the length from which on it is less than a dense step's."""
 
 import copy
-import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from swan.evaluation.bench.common import (
     relative_error,
 )
 from swan.evaluation.bench.decode import DENSE, random_step
-from swan.functional.dispatch import Impl
+from swan.evaluation.bench.gpu import host_us, launches, turns_of
 from swan.functional.rotation import inverse_rotate, random_rotation, rotate
 from swan.modules import KVCache
 from swan.modules.visible import Visible
@@ -29,7 +28,6 @@ __all__ = ["Layer", "bench_step", "break_even"]
 
 STEP_FORMS: tuple[Form, ...] = (("graded", 0.27), ("topk", 0.5), ("leading", 0.5))
 STEP_IMPLS = ("eager", "compiled")
-ALL_IMPLS = (*STEP_IMPLS, "cuda")
 Token = tuple[Tensor, Tensor, Tensor]  # q, k, v
 
 
@@ -51,8 +49,7 @@ def bench_step(
         lengths: tokens in the cache, each above the buffer and the sinks.
         setup: the layer, and how it is timed.
         forms: as in `bench_decode`.
-        impls: ``"eager"`` (a cache that grows), ``"compiled"`` (torch.compile, fullgraph, a static cache), or
-            ``"cuda"`` (compiled likewise, with the kernels for GPUs).
+        impls: ``"eager"`` (a cache that grows), or ``"compiled"`` (torch.compile, fullgraph, a static cache).
 
     Returns:
         Rows as of `bench_decode`, without ``bandwidth_fraction`` and ``peak_bytes``, and with ``share`` (of the
@@ -62,11 +59,15 @@ def bench_step(
           that of the result;
         - eager ``"rotate"`` (queries, keys, values and the output), ``"update"``, ``"attend"``, and ``"rest"`` (the
           step less these);
-        - compiled and cuda ``"rotate+update"`` (one function), and ``"attend"`` (the step less that: the compiler
+        - compiled ``"rotate+update"`` (one function), and ``"attend"`` (the step less that: the compiler
           fuses);
         - ``"break-even"``: ``length`` from which on a step takes less time than dense, between two of the lengths
           on a straight line, with ``formula``, what `break_even` counts for as many coordinates as the bytes of the
           form are (None where it does not lie between them: ``error`` says which is faster).
+
+        On a GPU dense steps and compiled ones are replayed from a CUDA graph, eager ones timed by events with what
+        Python takes if that is longer; eager rows have ``host_us`` (what Python takes for a call, in microseconds) and
+        ``launches`` (of kernels, copies and fills for a call).
 
     Raises:
         ValueError: a length that is too short, or an unknown form or impl.
@@ -80,12 +81,13 @@ def bench_step(
     setup = setup or Setup()
     check_forms(forms)
     least = setup.buffer + KVCache(None).buffer.sinks
-    if any(length <= least for length in lengths) or not set(impls) <= set(ALL_IMPLS):
+    if any(length <= least for length in lengths) or not set(impls) <= set(STEP_IMPLS):
         raise ValueError(
-            f"every length must be above buffer and sinks ({least}) and impls of {', '.join(ALL_IMPLS)}, got "
+            f"every length must be above buffer and sinks ({least}) and impls of {', '.join(STEP_IMPLS)}, got "
             f"{list(lengths)} and {list(impls)}"
         )
-    cases = [*itertools.product(sorted(lengths), [("dense", 1.0)], ["sdpa"])]
+    dense = ["cudnn", "flash"] if setup.device.type == "cuda" else ["sdpa"]
+    cases = [*itertools.product(sorted(lengths), [("dense", 1.0)], dense)]
     cases += itertools.product(sorted(lengths), forms, impls)
     rows: list[dict[str, Any]] = []
     for length, form, impl in track(cases, "timing", show=setup.progress):
@@ -93,7 +95,7 @@ def bench_step(
         parts: dict[str, dict[str, Any]] = {}
         with reason_in(row):
             layer = setup.plan_layer(*form)
-            measured, parts = _dense(setup, length) if layer is None else _STEPS[impl](setup, layer, length)
+            measured, parts = _dense(setup, length, impl) if layer is None else _STEPS[impl](setup, layer, length)
             row |= measured
         rows += [setup.row(what, impl, form, length, share=None, formula=None) | part for what, part in parts.items()]
         rows.append(row)
@@ -130,8 +132,7 @@ def break_even(d: int, keep: int, buffer: int) -> float:
 class Layer:
     """The functions of a step; compiled ones must not hold more than they use."""
 
-    def __init__(self, setup: Setup, impl: Impl = "auto") -> None:
-        self.impl: Impl = impl
+    def __init__(self, setup: Setup) -> None:
         options: dict[str, Any] = {"dtype": setup.dtype, "device": setup.device}
         bases = (random_rotation(setup.kv_heads, setup.head_dim, seed=seed, **options) for seed in (0, 1))
         self.key_basis, self.value_basis = bases
@@ -144,19 +145,19 @@ class Layer:
     def take_in(self, cache: KVCache, token: Token) -> tuple[Tensor, Visible]:
         """Store the rotated keys and values; return the rotated queries, and what they see."""
         q, k, v = self.rotate(token)
-        return q, cache.update(k, v, impl=self.impl)
+        return q, cache.update(k, v)
 
     def step(self, cache: KVCache, token: Token) -> Tensor:
         """Make the whole step, from queries, keys and values to the output."""
-        return inverse_rotate(cache.attend(*self.take_in(cache, token), impl=self.impl), self.value_basis)
+        return inverse_rotate(cache.attend(*self.take_in(cache, token)), self.value_basis)
 
 
 Measured = tuple[dict[str, Any], dict[str, dict[str, Any]]]  # columns of the step, and of each part
 
 
-def _dense(setup: Setup, length: int) -> Measured:
+def _dense(setup: Setup, length: int, impl: str) -> Measured:
     step = random_step(setup, length, None)
-    times = setup.timed(lambda stored: DENSE["sdpa"](step.q, *stored), step.copies)
+    times = setup.replayed(lambda stored: DENSE[impl](step.q, *stored), step.copies)
     return times | {"bytes": step.nbytes}, {}
 
 
@@ -171,33 +172,44 @@ def _eager(setup: Setup, layer: LayerPlan, length: int) -> Measured:
         inverse_rotate(functions.rotate(token)[0], functions.value_basis)
 
     parts = {
-        "rotate": setup.timed(rotations, [token]),
-        "update": setup.timed(lambda cache: visible.update({id(cache): cache.update(k, v)}), caches),
-        "attend": setup.timed(lambda cache: cache.attend(q, visible[id(cache)]), caches),
+        "rotate": _eager_columns(setup, rotations, [token]),
+        "update": _eager_columns(setup, lambda cache: visible.update({id(cache): cache.update(k, v)}), caches),
+        "attend": _eager_columns(setup, lambda cache: cache.attend(q, visible[id(cache)]), caches),
     }
-    step = setup.timed(lambda cache: functions.step(cache, token), caches)
+    step = _eager_columns(setup, lambda cache: functions.step(cache, token), caches)
     parts["rest"] = _difference(step, *parts.values())
     return step | {"bytes": caches[0].nbytes, "error": error}, parts
 
 
-def _compiled(setup: Setup, layer: LayerPlan, length: int, impl: Impl = "auto") -> Measured:
-    functions, token = Layer(setup, impl), _token(setup)
+def _eager_columns(setup: Setup, run: Callable[[Any], Any], inputs: Sequence[Any]) -> dict[str, Any]:
+    """Time calls with the inputs in turn; on a GPU also Python's part of a call and its launches."""
+    times = setup.timed(run, inputs)
+    if setup.device.type != "cuda":
+        return times
+    return times | {
+        "host_us": host_us(run, inputs, setup.device),
+        "launches": launches(run, inputs, setup.device),
+    }
+
+
+def _compiled(setup: Setup, layer: LayerPlan, length: int) -> Measured:
+    functions, token = Layer(setup), _token(setup)
     caches = _filled(setup, layer, length, static=True)
     torch.compiler.reset()
     step, take_in = (torch.compile(f, fullgraph=True, dynamic=False) for f in (functions.step, functions.take_in))
     error = setup.first(lambda: _checked(functions, caches[0], token, step))
-    whole = setup.timed(lambda cache: step(cache, token), caches)
+    whole = setup.replayed(lambda cache: step(cache, token), caches)
     for cache in caches:
         cache.crop(length)  # has room again
     setup.first(lambda: take_in(caches[0], token))
-    part = setup.timed(lambda cache: take_in(cache, token), caches)
+    part = setup.replayed(lambda cache: take_in(cache, token), caches)
     return whole | {"bytes": caches[0].nbytes, "error": error}, {
         "rotate+update": part,
         "attend": _difference(whole, part),
     }
 
 
-_STEPS = {"eager": _eager, "compiled": _compiled, "cuda": functools.partial(_compiled, impl="cuda")}
+_STEPS = {"eager": _eager, "compiled": _compiled}
 
 
 def _token(setup: Setup) -> Token:
@@ -209,7 +221,8 @@ def _filled(setup: Setup, layer: LayerPlan, length: int, static: bool = False) -
     """Make caches of so many tokens, in as many copies as it takes to leave the last-level cache."""
     _, k, v = setup.random(1, length)
     copies = setup.copies(round(layer.retention * (k.nbytes + v.nbytes)))
-    room = -(-(setup.repeats + 8) // copies)  # for each call of one row
+    calls = len(turns_of([*range(copies)])) if setup.device.type == "cuda" else 1  # of a replay, or by themselves
+    room = -(-calls * (setup.repeats + 8) // copies)  # for each call of one row
     cache = KVCache(layer, buffer=setup.buffer, static=static, max_length=length + room if static else None)
     cache.update(k[:, :, :-1], v[:, :, :-1])
     cache.update(k[:, :, -1:], v[:, :, -1:])  # leaves no more dense tokens than the buffer
@@ -241,7 +254,8 @@ def _break_even_row(setup: Setup, rows: Sequence[dict[str, Any]], form: Form, im
     keep = min(max(round(form[1] * d), 1), d - 1)
     row = setup.row("break-even", impl, form, None, share=None, formula=break_even(d, keep, setup.buffer))
     steps = [row for row in rows if row["what"] == "step" and row["median_ms"] is not None]
-    dense = {row["length"]: row["median_ms"] for row in steps if row["form"] == "dense"}
+    slowest_first = sorted(steps, key=lambda row: -row["median_ms"])
+    dense = {row["length"]: row["median_ms"] for row in slowest_first if row["form"] == "dense"}  # the fastest
     lost = [
         (step["length"], step["median_ms"] - dense[step["length"]])
         for step in steps
