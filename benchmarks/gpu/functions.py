@@ -195,7 +195,7 @@ def packed_attentions(
     seen = torch.rand(BATCH, 1, 1, HISTORY, generator=generator) < 0.7
     recent = torch.rand(BATCH, 1, 1, TOKENS, generator=generator) < 0.7
     for name, layout in LAYOUTS.items():
-        packed = tuple(pack(t, layout) for t in history)
+        packed = tuple(pack(t, layout, impl="compiled") for t in history)  # on the CPU, as all inputs
         slack = KERNEL if isinstance(layout, Graded) else 0.0
         yield Case(
             f"packed_attention: {name}",
@@ -281,7 +281,7 @@ def decoded(c: Compile, q: Tensor, k: Tensor, v: Tensor, layout: Any, static: bo
 
 
 def windowed(q: Tensor, k: Tensor, v: Tensor, layout: Any) -> Tensor:
-    pruned = (unpack(pack(x, layout)) for x in (k, v))  # which have cases of their own
+    pruned = (unpack(pack(x, layout, impl="compiled")) for x in (k, v))  # which have cases of their own
     return reference.windowed_attention(q, k, v, *pruned, buffer=32, sinks=3)
 
 

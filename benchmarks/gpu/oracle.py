@@ -1,9 +1,10 @@
 """Attention in float64 on the device, and what the results of kernels may differ from it by.
 
 The kernels round queries to half precision and weights to two bytes; tensor code, which serves elsewhere, rounds keys,
-values and weights to the dtype. So, with the dtype's epsilon e, an error of a score is at most
+values and weights to the dtype, whose epsilon is e. So an error of a score is at most
 ``(2**-10 + e) * |q| * |k| * scale`` (norms); a weight is off by twice that, ``2**-9`` and ``e``. As errors of tokens
-are independent, the error of an output, as a norm, is below ``(2 * 2**-9 + e)`` of the output.
+are independent, the error of an output, as a norm, is below ``2 * 2**-9`` of the output, and ``e / 2`` for each of
+keys, values (or weights) and outputs that are rounded to the dtype.
 """
 
 import dataclasses
@@ -93,7 +94,7 @@ def limits(q: Tensor, expected: Expected, dtype: torch.dtype, group: int, *parts
     tokens = sum(part.keys.shape[2] for part in parts)
     number = (WEIGHTS + eps + 2 * score) * spread * expected.magnitude.amax(-1, keepdim=True)
     number = number + eps * expected.out.abs() + 4 * U32 * (tokens + 16) * values
-    return Limits(number, 2 * WEIGHTS + eps, score + U32 * (tokens + 16) + 2.0**-13)
+    return Limits(number, 2 * WEIGHTS + 1.5 * eps, score + U32 * (tokens + 16) + 2.0**-13)
 
 
 def windowed(length: int, queries: Tensor, buffer: int, sinks: int, padding: Tensor | None) -> tuple[Tensor, Tensor]:

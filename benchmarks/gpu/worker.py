@@ -37,9 +37,9 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, required=True, help="as time.time() counts")
     args = parser.parse_args()
     module = importlib.import_module(f".{args.part}", __package__)
-    all_jobs: list[Job] = module.jobs(args.device, args.quick)
-    mine = [(i, *all_jobs[i]) for i in range(args.first, len(all_jobs), args.step) if i >= args.begin]
-    begun = [(index, name, guarded(name, run())) for index, name, run in mine]
+    jobs: list[Job | None] = module.jobs(args.device, args.quick)
+    mine = [(i, job) for i, job in enumerate(jobs) if job and i % args.step == args.first and i >= args.begin]
+    begun = [(index, name, guarded(name, run())) for index, (name, run) in mine]
     with torch.no_grad():
         if getattr(module, "PREPARES", False):
             begun = prepared(begun, args.deadline - TIMING)
@@ -55,7 +55,7 @@ def prepared(begun: list[tuple[int, str, Iterator[Row]]], deadline: float) -> li
     ready = []
     with locked("timing", fcntl.LOCK_SH):
         for index, name, rows in begun:
-            emit("job", [index, f"preparing {name}"])
+            emit("prepare", [index, name])
             if run_until(deadline, name, rows, once=True):
                 ready.append((index, name, rows))
     return ready
@@ -65,12 +65,12 @@ def run_until(deadline: float, name: str, rows: Iterator[Row], once: bool = Fals
     """Hand on the rows of a job, of which the empty ones say nothing; skip what is too late. True if it went well."""
     left = deadline - time.time()
     if left < 1:
-        emit("row", outcome(name, "skipped", "the time is over"))
+        emit("row", {"job": name} | outcome(name, "skipped", "the time is over"))
         return False
     with at_most(left, name):
         for row in rows:
             if row:
-                emit("row", {"case": name} | row)
+                emit("row", {"job": name} | row)
             if once:
                 return not row
     return True
@@ -78,9 +78,9 @@ def run_until(deadline: float, name: str, rows: Iterator[Row], once: bool = Fals
 
 def stop_if_crashed(device: torch.device) -> None:
     """End this process if the GPU answers nothing more; the next one goes on."""
-    gc.collect()
     if device.type != "cuda":
         return
+    gc.collect()
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

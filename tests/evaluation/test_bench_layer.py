@@ -77,7 +77,7 @@ def test_break_even_is_the_papers():
 def test_caches_have_room_for_the_calls_of_a_row():
     setup = dataclasses.replace(SETUP, repeats=9)
     for static in (False, True):
-        caches = step._filled(setup, setup.plan_layer(*FORM[0]), 60, static=static)
+        caches = step.filled(setup, setup.plan_layer(*FORM[0]), 60, static=static)
         assert all(cache.length == 60 and cache.history_length == 60 - 20 for cache in caches)
         if static:
             assert len(caches) * (caches[0].max_length - 60) >= setup.repeats + 4

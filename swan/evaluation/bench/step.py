@@ -24,7 +24,7 @@ from swan.modules import KVCache
 from swan.modules.visible import Visible
 from swan.storage import LayerPlan
 
-__all__ = ["Layer", "bench_step", "break_even"]
+__all__ = ["Layer", "bench_step", "break_even", "eager_columns", "filled"]
 
 STEP_FORMS: tuple[Form, ...] = (("graded", 0.27), ("topk", 0.5), ("leading", 0.5))
 STEP_IMPLS = ("eager", "compiled")
@@ -163,7 +163,7 @@ def _dense(setup: Setup, length: int, impl: str) -> Measured:
 
 def _eager(setup: Setup, layer: LayerPlan, length: int) -> Measured:
     functions, token = Layer(setup), _token(setup)
-    caches = _filled(setup, layer, length)
+    caches = filled(setup, layer, length)
     error = _checked(functions, caches[0], token, functions.step)
     q, k, v = functions.rotate(token)
     visible = {id(cache): cache.update(k, v) for cache in caches}
@@ -172,16 +172,16 @@ def _eager(setup: Setup, layer: LayerPlan, length: int) -> Measured:
         inverse_rotate(functions.rotate(token)[0], functions.value_basis)
 
     parts = {
-        "rotate": _eager_columns(setup, rotations, [token]),
-        "update": _eager_columns(setup, lambda cache: visible.update({id(cache): cache.update(k, v)}), caches),
-        "attend": _eager_columns(setup, lambda cache: cache.attend(q, visible[id(cache)]), caches),
+        "rotate": eager_columns(setup, rotations, [token]),
+        "update": eager_columns(setup, lambda cache: visible.update({id(cache): cache.update(k, v)}), caches),
+        "attend": eager_columns(setup, lambda cache: cache.attend(q, visible[id(cache)]), caches),
     }
-    step = _eager_columns(setup, lambda cache: functions.step(cache, token), caches)
+    step = eager_columns(setup, lambda cache: functions.step(cache, token), caches)
     parts["rest"] = _difference(step, *parts.values())
     return step | {"bytes": caches[0].nbytes, "error": error}, parts
 
 
-def _eager_columns(setup: Setup, run: Callable[[Any], Any], inputs: Sequence[Any]) -> dict[str, Any]:
+def eager_columns(setup: Setup, run: Callable[[Any], Any], inputs: Sequence[Any]) -> dict[str, Any]:
     """Time calls with the inputs in turn; on a GPU also Python's part of a call and its launches."""
     times = setup.timed(run, inputs)
     if setup.device.type != "cuda":
@@ -194,7 +194,7 @@ def _eager_columns(setup: Setup, run: Callable[[Any], Any], inputs: Sequence[Any
 
 def _compiled(setup: Setup, layer: LayerPlan, length: int) -> Measured:
     functions, token = Layer(setup), _token(setup)
-    caches = _filled(setup, layer, length, static=True)
+    caches = filled(setup, layer, length, static=True)
     torch.compiler.reset()
     step, take_in = (torch.compile(f, fullgraph=True, dynamic=False) for f in (functions.step, functions.take_in))
     error = setup.first(lambda: _checked(functions, caches[0], token, step))
@@ -217,7 +217,7 @@ def _token(setup: Setup) -> Token:
     return q, k, v
 
 
-def _filled(setup: Setup, layer: LayerPlan, length: int, static: bool = False) -> list[KVCache]:
+def filled(setup: Setup, layer: LayerPlan, length: int, static: bool = False) -> list[KVCache]:
     """Make caches of so many tokens, in as many copies as it takes to leave the last-level cache."""
     _, k, v = setup.random(1, length)
     copies = setup.copies(round(layer.retention * (k.nbytes + v.nbytes)))
