@@ -19,6 +19,11 @@ from tests.compilers import needs_cxx
 from tests.strategies import normal
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "docs"))
+
+from results import data as docs_data  # noqa: E402
+from results import speed as docs_speed  # noqa: E402
+
 CPU = torch.device("cpu")
 
 
@@ -252,3 +257,44 @@ def test_speedups_are_over_dense_rows_of_the_same_shape():
 
 def test_files_are_named_by_the_card():
     assert card("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3" and card(None) == "cpu"
+
+
+# Pages --------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_a_card_once_it_has_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(docs_data, "FOLDER", tmp_path)
+    results = Results(tmp_path, "benchmarks/gpu.sh", {})
+    results.about = {"gpu": None, "machine": {"gpu": None, "cpu": "a CPU"}, "versions": {}, "bandwidth": 1e10}
+    results.add("speed", speed_row("dense", 1.0, 1.0))
+    assert "Nothing of this version has run on a GPU" in docs_speed.on_gpus()  # a CPU is none
+
+    machine = {"gpu": "Some Card 80GB", "cpu": "a CPU", "cores": 2}
+    about = {"gpu": machine["gpu"], "machine": machine, "versions": {"torch": "2.11"}, "bandwidth": 3e12}
+    results = Results(tmp_path, "benchmarks/gpu.sh", {})
+    results.about = about
+    results.add("correctness", {"job": "one", "case": "one", "error": 0.0, "bound": 0.0, "result": "passed"})
+    for form, retention, ms in (
+        ("dense", 1.0, 0.352),
+        ("dense", 1.0, 0.4),
+        ("graded", 0.266, 0.132),
+        ("graded", 0.141, None),
+    ):
+        results.add("speed", speed_row(form, retention, ms))
+    results.add("speed", speed_row("dense", 1.0, 3.0, what="model") | {"tokens_per_second": 2666.0})
+    results.add(
+        "speed", {"job": "model", "case": "model", "error": None, "result": "skipped", "reason": "the time is over"}
+    )
+    page = docs_speed.on_gpus()
+    assert "### Some Card 80GB" in page and "1 of 1 checks" in page and "3000 GB/s" in page
+    assert "| 32768 x 8 | 128 | 0.352 | 0.132&nbsp;(2.67) |" in page
+    assert "| 32768 x 8 | dense | some | 3.00 | 1.00 | 2666 | 1 |" in page
+    assert "Nothing of this version" not in page and "Made by `benchmarks/gpu.sh`" in page
+
+
+def speed_row(form: str, retention: float, median_ms: float | None, what: str = "decode") -> dict:
+    shape = {"length": 32768, "batch": 8, "head_dim": 128, "impl": "some", "bytes": 2**20}
+    return shape | {
+        "what": what, "form": form, "retention": retention, "median_ms": median_ms, "speedup": None, "error": None,
+        "bandwidth_fraction": None,
+    }  # fmt: skip

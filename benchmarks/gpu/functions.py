@@ -77,10 +77,15 @@ def rotations(
         "random_rotation",
         (basis,),  # as the reader of this case's dtype
         lambda c, _: F.random_rotation(KV_HEADS, D, seed=0, dtype=dtype, device=device),
-        lambda p: F.random_rotation(KV_HEADS, D, seed=0, dtype=p.dtype),
+        drawn_on_cpu,
     )
     weights = randn(KV_HEADS * D, 48), randn(48, HEADS * D), basis, randn(KV_HEADS * D)
     yield Case("fold_value_rotation", weights, lambda c, *x: c(F.fold_value_rotation)(*x), folded)
+
+
+def drawn_on_cpu(basis: Tensor) -> Tensor:
+    with torch.device("cpu"):  # whatever the device on which oracles make tensors
+        return F.random_rotation(KV_HEADS, D, seed=0, dtype=basis.dtype)
 
 
 def ortho_rotation(c: Compile, x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,7 @@ def rows(kind: Kind, device: torch.device, quick: bool) -> Iterator[Row]:
     if kind.batch == 1 and kind.context in (PROMPT, QUICK[0].context):
         del cache, step
         seconds = [prefill_seconds(kind, model, device) for _ in range(2)][-1]
-        row = setup.row("prefill", kind.impl, form, kind.context) | sizes
+        row = setup.row("prefill", "dynamic" if kind.impl == "eager" else "static", form, kind.context) | sizes
         yield row | {"median_ms": 1e3 * seconds, "tokens_per_second": kind.context / seconds}
 
 

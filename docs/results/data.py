@@ -147,3 +147,26 @@ def full_memory(form: str, length: int, retention: float = 1) -> Row:
 def prompt(form: str, length: int) -> Row:
     """Choose the row of taking in a prompt of a length."""
     return row_of("prefill-cpu", form=form, length=length)
+
+
+# On GPUs ------------------------------------------------------------------------------------------
+
+
+def cards() -> list[str]:
+    """List the GPUs that `benchmarks/gpu.sh` has run on, as they stand in the names of its results."""
+    prefix = "gpu-speed-"
+    found = [
+        name.removeprefix(prefix) for name in names() if name.startswith(prefix)
+    ]
+    return [card for card in found if load(f"{prefix}{card}")["machine"]["gpu"]]
+
+
+def timed_on(card: str, what: str) -> list[Row]:
+    """Choose the rows of a kind of work that have a time on a card."""
+    rows = load(f"gpu-speed-{card}")["rows"]
+    return [row for row in rows if row.get("what") == what and row["median_ms"]]
+
+
+def checks_on(card: str) -> list[Row]:
+    """List the checks of results on a card."""
+    return load(f"gpu-correctness-{card}")["rows"]

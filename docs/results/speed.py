@@ -5,7 +5,7 @@ from swan.evaluation.bench import plot_decode
 import figures
 from tables import table
 
-from . import cells, data
+from . import cells, data, runs
 
 
 def decode_table(name: str = "decode-cpu") -> str:
@@ -155,3 +155,95 @@ def prefill_table(name: str = "prefill-cpu") -> str:
         for row in data.rows_of(name)
     ]
     return table(columns, rows, "rllrrr")
+
+
+# On GPUs ------------------------------------------------------------------------------------------
+
+
+def on_gpus() -> str:
+    """Show what was measured on each GPU, or say that nothing was."""
+    return "\n\n".join(map(_on, data.cards())) or (
+        "**Nothing of this version has run on a GPU.** `benchmarks/gpu.sh` checks and times all of it there in five "
+        "minutes; its tables will stand here, under the name of the card."
+    )
+
+
+def _on(card: str) -> str:
+    name = f"gpu-speed-{card}"
+    checks = data.checks_on(card)
+    passed = sum(row["result"] == "passed" for row in checks)
+    result = data.load(name)
+    gpu, bandwidth = result["machine"]["gpu"], result["settings"]["bandwidth"]
+    parts = [
+        f"### {gpu}",
+        f"{passed} of {len(checks)} checks against float64 passed. Its memory gives {bandwidth / 1e9:.0f} GB/s.",
+        _gpu_decode_table(card),
+        "One step of attention in bfloat16, replayed from CUDA graphs over copies beyond the L2 cache: ms, and the "
+        "speed-up over the faster of cuDNN and flash attention.",
+        _gpu_model_table(card),
+        f"A model of random weights in the shape of Llama-3.2-1B. {runs.made_by(name)}",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _gpu_decode_table(card: str) -> str:
+    """List the attention of a step: a line for each shape, a column for each retention."""
+    rows = data.timed_on(card, "decode")
+    graded = [row for row in rows if row["form"] == "graded"]
+    retentions = sorted({row["retention"] for row in graded}, reverse=True)
+    shapes = dict.fromkeys(map(_shape, rows))
+    lines = []
+    for shape in shapes:
+        dense = [
+            row["median_ms"]
+            for row in rows
+            if _shape(row) == shape and row["form"] == "dense"
+        ]
+        packed = {row["retention"]: row for row in graded if _shape(row) == shape}
+        tokens, batch, d = shape
+        lines.append(
+            [f"{tokens} x {batch}", f"{d}", f"{min(dense):.3f}" if dense else ""]
+            + [_time_and_speedup(packed.get(each)) for each in retentions]
+        )
+    columns = ["tokens x batch", "d", "dense", *(f"{r:.3f}" for r in retentions)]
+    return table(columns, lines, "r" * len(columns)) if lines else ""
+
+
+def _shape(row: data.Row) -> tuple[int, int, int]:
+    return row["length"], row["batch"], row["head_dim"]
+
+
+def _time_and_speedup(row: data.Row | None) -> str:
+    if row is None:
+        return ""
+    faster = f"&nbsp;({row['speedup']:.2f})" if row["speedup"] else ""
+    return f"{row['median_ms']:.3f}{faster}"
+
+
+def _gpu_model_table(card: str) -> str:
+    """List steps of a whole model."""
+    columns = (
+        "tokens x batch",
+        "cache",
+        "impl",
+        "ms",
+        "speed-up",
+        "tokens/s",
+        "MiB",
+    )
+    rows = [
+        [
+            f"{row['length']} x {row['batch']}",
+            cells.cache(row),
+            row["impl"],
+            f"{row['median_ms']:.2f}",
+            f"{row['speedup']:.2f}" if row["speedup"] else "",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['bytes'] / 2**20:.0f}",
+        ]
+        for row in sorted(
+            data.timed_on(card, "model"),
+            key=lambda row: (row["length"], row["batch"], -row["retention"]),
+        )
+    ]
+    return table(columns, rows, "rllrrrr") if rows else ""

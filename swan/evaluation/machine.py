@@ -173,7 +173,10 @@ class TooLong(BaseException):
 
 @contextlib.contextmanager
 def at_most(seconds: float, what: str) -> Iterator[None]:
-    """Raise `TooLong` if `what` takes longer, where the system has timers (in the main thread, not on Windows)."""
+    """Raise `TooLong` if `what` takes longer, where the system has timers (in the main thread, not on Windows).
+
+    One inside another keeps its own time; that of the outer one goes on when it is done.
+    """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -181,13 +184,15 @@ def at_most(seconds: float, what: str) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TooLong(f"{what} took more than {seconds:.0f} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before, start = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3))
 
 
 @contextlib.contextmanager

@@ -269,6 +269,16 @@ def test_at_most_interrupts_and_cleans_up():
     time.sleep(0.1)
 
 
+def test_at_most_in_another():
+    with pytest.raises(TooLong, match="the night"), at_most(0.15, "the night"):
+        with pytest.raises(TooLong, match="the nap"), at_most(0.05, "the nap"):
+            time.sleep(5)
+        time.sleep(5)
+    with at_most(0.2, "the night"), at_most(0.1, "the nap"):
+        pass
+    time.sleep(0.25)
+
+
 @pytest.mark.slow
 def test_compiled_rows():
     rows = timed(impls=["flex", "compiled"])
