@@ -128,6 +128,11 @@ def step(
         "share": lambda row: percent(row["share"], 0),
         "speedup": _speedup,
     }
+    if setup.device.type == "cuda":
+        columns |= {
+            "launches": lambda row: number(row["launches"], 0),
+            "Python us": lambda row: number(row["host_us"], 0),
+        }
     timed = [row for row in rows if row["what"] != "break-even"]
     _show(f"One decode step of a layer, {_about(setup)}, {dtype_name(setup.dtype)}", columns, timed)
     console.print("share: of the time of the attention")
