@@ -35,14 +35,15 @@ def main() -> int:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(124))  # so that processes are ended
     args.out.mkdir(parents=True, exist_ok=True)
-    options = f"--device {args.device}" + " --quick" * args.quick
-    command = "benchmarks/gpu.sh" + ("" if options == "--device cuda" else f" {options}")
+    options = ["--device", args.device, *(["--quick"] if args.quick else [])]
+    shown = options if args.device != "cuda" else options[2:]
+    command = " ".join(["benchmarks/gpu.sh", *shown])
     settings: dict[str, Any] = {"device": args.device, "quick": args.quick}
     results, start = Results(args.out, command, settings), time.time()
     for part in PARTS:
         if args.only is None or part.name in args.only:
             print(f"--- {part.name}, {time.time() - start:.0f} s", flush=True)
-            run_part(part, options.split(), results, start)
+            run_part(part, options, results, start)
     return results.conclude(time.time() - start)
 
 

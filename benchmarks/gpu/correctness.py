@@ -37,33 +37,33 @@ def jobs(device: torch.device, quick: bool) -> list[Job]:
     found = kernels.jobs(device, quick)
     if quick:
         few = [case for case in cases(torch.bfloat16, device) if not any(word in case.name for word in SLOW)]
-        return found + [job(case, torch.bfloat16, device, None) for case in few]
+        return found + [job(case, torch.bfloat16, device) for case in few]
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        found += [job(case, dtype, device, None) for case in cases(dtype, device)]
+        found += [job(case, dtype, device) for case in cases(dtype, device)]
     chosen = [case for case in cases(torch.bfloat16, device) if case.name in COMPILED]
-    return found + [job(case, torch.bfloat16, device, "inductor") for case in chosen]
+    return found + [job(case, torch.bfloat16, device, compiled=True) for case in chosen]
 
 
-def job(case: Case, dtype: torch.dtype, device: torch.device, backend: str | None) -> Job:
-    mode = "eager" if backend is None else "compiled"
+def job(case: Case, dtype: torch.dtype, device: torch.device, compiled: bool = False) -> Job:
+    mode = "compiled" if compiled else "eager"
     about = {"case": case.name, "dtype": f"{dtype}".removeprefix("torch."), "mode": mode}
 
     def run() -> Iterator[Row]:
-        yield about | check(case, dtype, device, backend)
+        yield about | check(case, dtype, device, compiled)
 
     return f"{case.name} {about['dtype']} {mode}", run
 
 
-def check(case: Case, dtype: torch.dtype, device: torch.device, backend: str | None) -> Row:
+def check(case: Case, dtype: torch.dtype, device: torch.device, compiled: bool) -> Row:
     """Run a case and its oracle."""
     inputs = pytree.tree_map_only(Tensor, lambda t: t.to(device), case.inputs)
     with torch.device(device):  # where plain code makes masks
         expected = tensors(case.oracle(*pytree.tree_map(wide, inputs, is_leaf=is_packed)))
         plain = tensors(case.oracle(*pytree.tree_map(dense, inputs, is_leaf=is_packed)))
-    if backend is not None or "flex" in case.name:
+    if compiled or "flex" in case.name:
         torch.compiler.reset()
-    compiler = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-    error = deviation(tensors(case.run(compiler if backend else lambda fn: fn, *inputs)), expected)
+    inductor: Any = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+    error = deviation(tensors(case.run(inductor if compiled else lambda fn: fn, *inputs)), expected)
     bound = 0.0 if case.exact else 4 * deviation(plain, expected) + 8 * torch.finfo(dtype).eps + case.slack
     return {"error": error, "bound": bound, "result": "passed" if error <= bound else "failed"}
 

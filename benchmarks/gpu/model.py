@@ -27,12 +27,12 @@ from swan.integrations.transformers import cache_keyword
 from .rows import Job, Row
 
 PREPARES = True  # worker.py: all jobs are made ready, then timed one by one
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
     "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072,
     "tie_word_embeddings": True,
 }  # fmt: skip
-TINY = SIZES | {
+TINY: dict[str, Any] = SIZES | {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 97,
 }  # fmt: skip

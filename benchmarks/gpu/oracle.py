@@ -4,7 +4,7 @@ The kernels round queries to half precision and weights to two bytes; tensor cod
 values and weights to the dtype, whose epsilon is e. So an error of a score is at most
 ``(2**-10 + e) * |q| * |k| * scale`` (norms); a weight is off by twice that, ``2**-9`` and ``e``. As errors of tokens
 are independent, the error of an output, as a norm, is below ``2 * 2**-9`` of the output, and ``e / 2`` for each of
-keys, values (or weights) and outputs that are rounded to the dtype.
+keys, values, weights and outputs, which are rounded to the dtype.
 """
 
 import dataclasses
@@ -60,9 +60,8 @@ def wide(packed: Packed) -> Tensor:
 def attention(q: Tensor, *parts: Part) -> Expected:
     """Attend to all parts together; zero where a query sees nothing."""
     groups = q.shape[1] // parts[0].keys.shape[1]
-    keys, values = (
-        torch.cat(each, dim=2).repeat_interleave(groups, dim=1) for each in list(zip(*parts, strict=True))[:2]
-    )
+    keys = torch.cat([part.keys for part in parts], dim=2).repeat_interleave(groups, dim=1)
+    values = torch.cat([part.values for part in parts], dim=2).repeat_interleave(groups, dim=1)
     scores = q.double() @ keys.mT * q.shape[-1] ** -0.5
     if any(part.seen is not None for part in parts):
         shape = q.shape[0], q.shape[1], q.shape[2]
@@ -88,13 +87,17 @@ def limits(q: Tensor, expected: Expected, dtype: torch.dtype, group: int, *parts
         parts: keys and values.
     """
     eps, spread = torch.finfo(dtype).eps, math.sqrt(group)
-    keys, values = (max(float(part[i].norm(dim=-1).max()) for part in parts) for i in (0, 1))
-    queries = float(q.double().norm(dim=-1).max())
+    keys, values = _longest(*(part.keys for part in parts)), _longest(*(part.values for part in parts))
+    queries = _longest(q.double())
     score = (QUERIES + eps) * queries * keys * q.shape[-1] ** -0.5
     tokens = sum(part.keys.shape[2] for part in parts)
     number = (WEIGHTS + eps + 2 * score) * spread * expected.magnitude.amax(-1, keepdim=True)
     number = number + eps * expected.out.abs() + 4 * U32 * (tokens + 16) * values
-    return Limits(number, 2 * WEIGHTS + 1.5 * eps, score + U32 * (tokens + 16) + 2.0**-13)
+    return Limits(number, 2 * WEIGHTS + 2 * eps, score + U32 * (tokens + 16) + 2.0**-13)
+
+
+def _longest(*vectors: Tensor) -> float:
+    return max(float(x.norm(dim=-1).max()) for x in vectors)
 
 
 def windowed(length: int, queries: Tensor, buffer: int, sinks: int, padding: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,8 @@ def around_rows(setup: Setup, length: int, bandwidth: float) -> Iterator[Row]:
     _, k_chunk, v_chunk = setup.random(1, CHUNK)
 
     def packed(tokens: Any) -> None:
-        pack(tokens[0], layer.keys), pack(tokens[1], layer.values)
+        pack(tokens[0], layer.keys)
+        pack(tokens[1], layer.values)
 
     def rotated(token: Any) -> None:
         inverse_rotate(functions.rotate(token)[0], functions.value_basis)
