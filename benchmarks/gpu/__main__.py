@@ -20,9 +20,9 @@ from .results import Results
 # something. Compiling a whole model takes a minute.
 PARTS = (
     Part("environment", "correctness", 1, 40, 40),
-    Part("correctness", "correctness", 8, 115, 60),
-    Part("speed", "speed", 1, 185, 60),
-    Part("model", "speed", 8, 285, 120),
+    Part("correctness", "correctness", 8, 115, 75),
+    Part("speed", "speed", 1, 185, 75),
+    Part("model", "speed", 8, 280, 120),
 )
 
 
