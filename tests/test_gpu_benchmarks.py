@@ -285,7 +285,11 @@ def test_the_page_shows_a_card_once_it_has_results(tmp_path, monkeypatch):
     results.add(
         "speed", {"job": "model", "case": "model", "error": None, "result": "skipped", "reason": "the time is over"}
     )
+    results.add(
+        "speed", speed_row("graded", 0.266, 0.05, what="step") | {"launches": 7.0, "host_us": 91.2, "share": 1.5}
+    )
     page = docs_speed.on_gpus()
+    assert "| step | some | 32768 x 8 | 0.0500 | 150&nbsp;% | 7 | 91 |" in page
     assert "### Some Card 80GB" in page and "1 of 1 checks" in page and "3000 GB/s" in page
     assert "| 32768 x 8 | 128 | 0.352 | 0.132&nbsp;(2.67) |" in page
     assert "| 32768 x 8 | dense | some | 3.00 | 1.00 | 2666 | 1 |" in page

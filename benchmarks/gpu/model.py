@@ -146,7 +146,8 @@ def steps(kind: Kind, model: Any, cache: Any, quick: bool) -> Any:
     keyword = {cache_keyword(model): cache}
 
     def step(_: None) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
+        if kind.impl == "compiled":
+            torch.compiler.cudagraph_mark_step_begin()
         return forward(token, use_cache=True, **keyword).logits
 
     if not step(None).isfinite().all():

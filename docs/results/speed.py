@@ -180,6 +180,9 @@ def _on(card: str) -> str:
         _gpu_decode_table(card),
         "One step of attention in bfloat16, replayed from CUDA graphs over copies beyond the L2 cache: ms, and the "
         "speed-up over the faster of cuDNN and flash attention.",
+        _gpu_parts_table(card),
+        "What stands around the attention of a layer, at 0.266: replayed from CUDA graphs, but eager steps as they are, "
+        "with Python's part of a call.",
         _gpu_model_table(card),
         f"A model of random weights in the shape of Llama-3.2-1B. {runs.made_by(name)}",
     ]
@@ -218,6 +221,35 @@ def _time_and_speedup(row: data.Row | None) -> str:
         return ""
     faster = f"&nbsp;({row['speedup']:.2f})" if row["speedup"] else ""
     return f"{row['median_ms']:.3f}{faster}"
+
+
+def _gpu_parts_table(card: str) -> str:
+    """List packing, rotations, and steps of a cache and of a layer."""
+    columns = (
+        "part",
+        "impl",
+        "tokens x batch",
+        "ms",
+        "of the attention",
+        "launches",
+        "Python, us",
+    )
+    parts = ("pack", "pack 2048", "rotate", "update", "attend", "step", "layer")
+    rows = [
+        [
+            row["what"],
+            row["impl"],
+            f"{row['length']} x {row['batch']}",
+            f"{row['median_ms']:.4f}",
+            cells.percent(row["share"], 0) if row.get("share") else "",
+            f"{row['launches']:.0f}" if row.get("launches") else "",
+            f"{row['host_us']:.0f}" if row.get("host_us") else "",
+        ]
+        for part in parts
+        for row in data.timed_on(card, part)
+        if row["form"] == "graded"
+    ]
+    return table(columns, rows, "lllrrrr") if rows else ""
 
 
 def _gpu_model_table(card: str) -> str:

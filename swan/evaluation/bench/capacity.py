@@ -9,7 +9,7 @@ import torch
 
 from swan.calibration.progress import track
 from swan.evaluation.bench.common import Form, Setup, check_forms, check_lengths, forms_on, reason_in
-from swan.evaluation.bench.decode import kernel_on, measure, random_step
+from swan.evaluation.bench.decode import fused_on, kernel_on, measure, random_step
 from swan.evaluation.machine import memory_bandwidth
 
 __all__ = ["bench_capacity"]
@@ -62,7 +62,7 @@ def bench_capacity(
     bandwidth = bandwidth or memory_bandwidth(setup.device)
     rows: list[dict[str, Any]] = []
     on_gpu = setup.device.type == "cuda"
-    ways: list[tuple[Form, str]] = [(("dense", 1.0), name) for name in (["cudnn", "flash"] if on_gpu else ["sdpa"])]
+    ways: list[tuple[Form, str]] = [(("dense", 1.0), name) for name in fused_on(setup.device)]
     rivals = {"fp8": "flex" if on_gpu else "compiled", **({"topk": "tiles"} if on_gpu else {})}
     ways += [(form, rivals.get(form[0], impl or kernel_on(setup.device))) for form in forms]
     cases = [*itertools.product(lengths, ways)]

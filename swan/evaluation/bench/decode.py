@@ -35,7 +35,7 @@ from swan.storage import LayerPlan, Packed, unpack
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DENSE", "IMPLS", "bench_decode", "dense_on", "kernel_on", "plot_decode"]
+__all__ = ["DENSE", "IMPLS", "bench_decode", "dense_on", "fused_on", "kernel_on", "plot_decode"]
 
 
 def _sdpa_gqa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None = None) -> Tensor:
@@ -187,9 +187,14 @@ def kernel_on(device: torch.device) -> str:
     return "cuda" if device.type == "cuda" else "cpp"
 
 
+def fused_on(device: torch.device) -> list[str]:
+    """Name torch's kernels for dense attention on a device, one of which is the fastest."""
+    return ["cudnn", "flash"] if device.type == "cuda" else ["sdpa"]
+
+
 def dense_on(device: torch.device) -> list[str]:
-    """Name the dense rivals of a device, the fastest first."""
-    return ["cudnn", "flash", "flex"] if device.type == "cuda" else ["sdpa", "sdpa-gqa", "flex"]
+    """Name all dense rivals of a device."""
+    return [*fused_on(device), *([] if device.type == "cuda" else ["sdpa-gqa"]), "flex"]
 
 
 def _impls_for(length: int, device: torch.device) -> list[str]:

@@ -17,7 +17,7 @@ from swan.evaluation.bench.common import (
     reason_in,
     relative_error,
 )
-from swan.evaluation.bench.decode import DENSE, random_step
+from swan.evaluation.bench.decode import DENSE, fused_on, random_step
 from swan.evaluation.bench.gpu import host_us, launches, turns_of
 from swan.functional.rotation import inverse_rotate, random_rotation, rotate
 from swan.modules import KVCache
@@ -86,8 +86,7 @@ def bench_step(
             f"every length must be above buffer and sinks ({least}) and impls of {', '.join(STEP_IMPLS)}, got "
             f"{list(lengths)} and {list(impls)}"
         )
-    dense = ["cudnn", "flash"] if setup.device.type == "cuda" else ["sdpa"]
-    cases = [*itertools.product(sorted(lengths), [("dense", 1.0)], dense)]
+    cases = [*itertools.product(sorted(lengths), [("dense", 1.0)], fused_on(setup.device))]
     cases += itertools.product(sorted(lengths), forms, impls)
     rows: list[dict[str, Any]] = []
     for length, form, impl in track(cases, "timing", show=setup.progress):
