@@ -9,6 +9,7 @@ which it did. Each row is in its JSON file as soon as it is known. Status 1 if a
 import argparse
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,11 @@ def main() -> int:
     command = " ".join(["benchmarks/gpu.sh", *shown])
     settings: dict[str, Any] = {"device": args.device, "quick": args.quick}
     results, start = Results(args.out, command, settings), time.time()
-    for part in PARTS:
-        if args.only is None or part.name in args.only:
-            print(f"--- {part.name}, {time.time() - start:.0f} s", flush=True)
-            run_part(part, options, results, start)
+    with tempfile.TemporaryDirectory() as locks:
+        for part in PARTS:
+            if args.only is None or part.name in args.only:
+                print(f"--- {part.name}, {time.time() - start:.0f} s", flush=True)
+                run_part(part, [*options, "--locks", locks], results, start)
     return results.conclude(time.time() - start)
 
 

@@ -1,6 +1,6 @@
 """Runs some jobs of a part in a process of its own: an error of a kernel can end a process, and not the rest.
 
-    python -m benchmarks.gpu.worker PART --device cuda --first 0 --step 8 --begin 0 --deadline SECONDS_SINCE_1970
+    python -m benchmarks.gpu.worker PART --device cuda --first 0 --step 8 --begin 0 --deadline SECONDS_SINCE_1970 --locks FOLDER
 
 What it finds goes to stdout, see `rows.emit`: ``job`` when one begins (its index and name), ``row``, and ``about``.
 """
@@ -12,7 +12,6 @@ import gc
 import importlib
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from swan.evaluation.machine import at_most
 
 from .rows import Job, Row, emit, guarded, outcome
 
+Begun = tuple[int, str, Iterator[Row]]  # index, name and rows of a job
 CRASHED = 3  # exit status: the GPU answers nothing more to this process
 TIMING = 25.0  # seconds that are left for timings where jobs are prepared first
 
@@ -35,25 +35,27 @@ def main() -> None:
     for name in ("first", "step", "begin"):
         parser.add_argument(f"--{name}", type=int, required=True, help="jobs to run: first, step, least index")
     parser.add_argument("--deadline", type=float, required=True, help="as time.time() counts")
+    parser.add_argument("--locks", type=Path, required=True, help="folder that the processes of a run share")
     args = parser.parse_args()
+    timing = args.locks / "timing"
     module = importlib.import_module(f".{args.part}", __package__)
     jobs: list[Job | None] = module.jobs(args.device, args.quick)
     mine = [(i, job) for i, job in enumerate(jobs) if job and i % args.step == args.first and i >= args.begin]
     begun = [(index, name, guarded(name, run())) for index, (name, run) in mine]
     with torch.no_grad():
         if getattr(module, "PREPARES", False):
-            begun = prepared(begun, args.deadline - TIMING)
+            begun = prepared(begun, args.deadline - TIMING, timing)
         for index, name, rows in begun:
-            with locked("timing", fcntl.LOCK_EX) if args.part != "correctness" else contextlib.nullcontext():
+            with locked(timing, fcntl.LOCK_EX) if args.part != "correctness" else contextlib.nullcontext():
                 emit("job", [index, name])
                 run_until(args.deadline, name, rows)
             stop_if_crashed(args.device)
 
 
-def prepared(begun: list[tuple[int, str, Iterator[Row]]], deadline: float) -> list[tuple[int, str, Iterator[Row]]]:
+def prepared(begun: list[Begun], deadline: float, timing: Path) -> list[Begun]:
     """Run each job up to its first yield; as all processes do that at once, none is timed before all are ready."""
     ready = []
-    with locked("timing", fcntl.LOCK_SH):
+    with locked(timing, fcntl.LOCK_SH):
         for index, name, rows in begun:
             emit("prepare", [index, name])
             if run_until(deadline, name, rows, once=True):
@@ -89,9 +91,8 @@ def stop_if_crashed(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def locked(name: str, how: int) -> Iterator[None]:
-    """Hold a lock that all processes of one run share."""
-    path = Path(tempfile.gettempdir()) / f"swan-gpu-{os.getppid()}-{name}.lock"
+def locked(path: Path, how: int) -> Iterator[None]:
+    """Hold the lock of a file, shared or alone."""
     with path.open("a") as file:
         fcntl.flock(file, how)
         yield
