@@ -1,6 +1,6 @@
 """Runs some jobs of a part in a process of its own: an error of a kernel can end a process, and not the rest.
 
-    python -m benchmarks.gpu.worker PART --device cuda --first 0 --step 8 --begin 0 --deadline SECONDS_SINCE_1970 --locks FOLDER
+    python -m benchmarks.gpu.worker PART --device cuda --first 0 --step 8 --begin 0 --deadline SECONDS --locks FOLDER
 
 What it finds goes to stdout, see `rows.emit`: ``job`` when one begins (its index and name), ``row``, and ``about``.
 """
