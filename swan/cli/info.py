@@ -58,7 +58,10 @@ def info(json: JsonOption = False) -> None:
             f"native dtypes ({device})": ", ".join(settings["native_dtypes"]),
         },
     )
-    _section("Kernels", {row["kernel"]: row["state"] for row in rows} | {"in use": f"cpp {settings['cpu_variant']}"})
+    _section(
+        "Kernels",
+        {row["kernel"]: row["state"] for row in rows} | {"in use on this CPU": f"cpp {settings['cpu_variant']}"},
+    )
     fetched = settings["default_model"]["folder"] if folder.is_dir() else "not fetched yet; commands fetch it with pip"
     _section("Folders", {"cache": settings["cache_folder"], f"model {DEFAULT_MODEL}": fetched})
 
@@ -78,10 +81,12 @@ def _cpu_kernel(name: str) -> dict[str, Any]:
 
 
 def _cuda_kernel() -> dict[str, Any]:
-    """Describe the kernels for NVIDIA GPUs, which are compiled when they are first launched."""
+    """Describe the kernels for NVIDIA GPUs, which are compiled for the layouts in use, and how many files there are."""
     reason = cuda.missing("cuda") if torch.cuda.is_available() else "no GPU"
-    state = "compiled when they are first used" if reason is None else f"not usable: {reason}"
-    return {"kernel": "cuda", "built": False, "file": None, "state": state}
+    files = list(cuda.folder().glob("swan_cuda_*.cubin"))
+    kept = f"{len(files)} files in {cuda.folder()}" if files else "none yet"
+    state = f"compiled for the layouts in use: {kept}" if reason is None else f"not usable: {reason}"
+    return {"kernel": "cuda", "built": bool(files), "file": None, "state": state}
 
 
 def _section(title: str, lines: dict[str, str]) -> None:

@@ -10,8 +10,8 @@ Only what sdpa and flex cannot give (a log-sum-exp, gradients) is refused elsewh
 | `packed_attention`, `swan_attention` | the kernel for up to 16 query rows of a KV head, layouts that it reads, no gradients; else tensor code in tiles | the kernel for up to 256 query rows, likewise; else tensor code in tiles |
 | `pack`, `KVCache.update` | the kernel for `Graded` layouts, no gradients; else tensor code | likewise |
 
-On a GPU, tensor code that serves where the kernel could not says so once. An `impl` that is named and cannot run raises
-an error that says why; it never becomes another.
+On a GPU, tensor code that attends to layouts that the kernel does not read says so once. An `impl` that is named and
+cannot run raises an error that says why; it never becomes another.
 """  # noqa: E501
 
 from collections.abc import Callable

@@ -96,7 +96,7 @@ def random_rotation(
     Source: Mezzadri, arXiv:math-ph/0609050.
     """
     generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(kv_heads, d, d, generator=generator, dtype=torch.float64)
+    gaussian = torch.randn(kv_heads, d, d, generator=generator, dtype=torch.float64, device="cpu")
     q, r = torch.linalg.qr(gaussian)
     signs = torch.sign(torch.diagonal(r, dim1=-2, dim2=-1))
     return (q * signs[:, None, :]).to(dtype=dtype, device=device)

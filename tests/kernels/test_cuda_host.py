@@ -229,7 +229,7 @@ def test_what_the_kernels_do_not_read_is_slow_and_says_so_once(emulated):  # noq
         assert len(caught) == times
         if caught:
             assert "impl='cuda' attends to Graded layouts of groups of 16, 32" in str(caught[0].message)
-            assert "tens to hundreds of times as long" in str(caught[0].message)
+            assert "hundreds of times as long as dense attention" in str(caught[0].message)
         with pytest.raises(ValueError, match="attends to Graded layouts of groups of 16, 32"):
             packed_attention(q[:, :, :1], *packed, impl="cuda")
     assert {name for name, _ in emulated.done} == {"unpack"}

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from swan.compiling import constant_result
-from swan.kernels.cuda.build import missing, not_built
+from swan.kernels.cuda.build import folder, missing, not_built
 from swan.storage import Graded, Layout
 
 __all__ = [
-    "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "built", "missing", "operator", "packs",
-    "require", "restores", "say_slow",
+    "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "built", "folder", "missing", "operator",
+    "packs", "require", "restores", "say_slow",
 ]  # fmt: skip
 
 IMPL = "cuda"
-MOST_ROWS = 256  # query rows of a KV head up to which the kernel, which reads tokens anew for each 8, beats tiles
+MOST_ROWS = 256  # query rows of a KV head up to which `auto` takes the kernel, which reads tokens anew for each 8
 ATTENDS = (
     "Graded layouts of groups of 16, 32, ... coordinates, with queries of bfloat16, float16 or, if no group has 16 "
     "bits, float32 on an NVIDIA GPU"
@@ -98,7 +98,8 @@ def say_slow(reason: str) -> None:
 @functools.cache
 def _say_slow_once(reason: str) -> None:
     warnings.warn(
-        f"{reason}; so swan uses tensor code on this GPU, which takes tens to hundreds of times as long as its kernels",
+        f"{reason}; so swan uses tensor code on this GPU, which over long contexts takes hundreds of times as "
+        "long as dense attention",
         RuntimeWarning,
         stacklevel=2,
     )
