@@ -71,7 +71,7 @@ def shared_bytes(k: Graded, v: Graded, warps: int = 4, stages: int = 3) -> int:
     """
     k_scales, v_scales = (sum(bits < 16 for _, _, bits in layout.stored) for layout in (k, v))
     stage = TILE * sum(layout.vector_bytes() for layout in (k, v))
-    tiles = warps * (stages * stage + TILE * (k_scales + v_scales) * 4) + (1 + k_scales) * ROWS * 4
+    tiles = warps * (stages * stage + TILE * (k_scales + v_scales) * 4) + (1 + 2 * k_scales) * ROWS * 4
     queries = (stages - 1) * warps * stage + ROWS * (k.d + 4) * 4
     recent = ROWS * (k.d + 4 + 1) * 4
     return max(tiles, queries, recent, warps * ROWS * (2 + v.d) * 4)

@@ -39,15 +39,37 @@ struct Stream {
   }
 };
 
-// Decodes a tile's scale bytes, a token in each lane. Keys and values count steps of 2^(1 - bits).
-template <class L>
-__device__ __forceinline__ void decode_scales(const uint8_t* bytes, float* to, int lane) {
-  constexpr int N = L::layout.scales;
-  unrolled<L::layout.count>([&](auto n) {
-    constexpr Span span = L::layout.spans[n];
-    if constexpr (span.coded())
-      to[lane * N + span.scale] = exp2_(fmaf(bytes[lane * N + span.scale], 0.125f, -15.0f - span.bits));
+// Scales of a tile are decoded by lanes that have a token each, [scales, 8, 4]: token i is at place i % 8, i / 8.
+__device__ __forceinline__ float& place_of_scale(float* scales, int n, int lane) {
+  return scales[n * TILE + lane % 8 * 4 + lane / 8];
+}
+
+// Keys count steps of 2^(1 - bits).
+__device__ __forceinline__ void decode_key_scales(const uint8_t* bytes, float* to, int lane) {
+  unrolled<Keys::layout.count>([&](auto n) {
+    constexpr Span span = Keys::layout.spans[n];
+    if constexpr (span.coded()) {
+      const float byte = bytes[lane * Keys::layout.scales + span.scale];
+      place_of_scale(to, span.scale, lane) = exp2_(fmaf(byte, 0.125f, -15.0f - span.bits));
+    }
   });
+}
+
+__device__ __forceinline__ void decode_value_scales(const uint8_t* bytes, float* to, int lane, bool there,
+                                                    Running<Values>& run) {
+  constexpr int N = Values::layout.scales;
+  if constexpr (N > 0) {
+    float exponents[N];
+    bool above = false;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      exponents[n] = fmaf(bytes[lane * N + n], 0.125f, run.bias[n]);
+      above |= exponents[n] > MOST;
+    }
+    if (__any_sync(~0u, above)) run.move_bias(exponents, there);
+#pragma unroll
+    for (int n = 0; n < N; ++n) place_of_scale(to, n, lane) = exp2_(exponents[n]);
+  }
 }
 
 __device__ __forceinline__ void attend_history(const AttendArguments& a, const Place& at, int split, uint8_t* shared) {
@@ -96,10 +118,10 @@ __device__ __forceinline__ void attend_history(const AttendArguments& a, const P
     wait_copies<STAGES - 1>();
     __syncwarp();
     const uint8_t* tile = shared + (stage * WARPS + warp) * STAGE;
-    decode_scales<Keys>(tile + K_SCALES, k_factors, lane);
-    decode_scales<Values>(tile + V_SCALES, v_factors, lane);
-    __syncwarp();
     const int last = stop - 1 - token;
+    decode_key_scales(tile + K_SCALES, k_factors, lane);
+    decode_value_scales(tile + V_SCALES, v_factors, lane, lane <= last, run);
+    __syncwarp();
     const PackedTile<Keys> keys{tile + K_CODES, tile + K_NUMBERS, k_factors, last};
     const PackedTile<Values> values{tile + V_CODES, tile + V_NUMBERS, v_factors, last};
     add_tile<TILE / 16, Keys, Values>(run, keys, values, q, sight, a, at, token, g, t);

@@ -3,15 +3,21 @@
 
 #include "tile.cuh"
 
+// From sums of codes to sums of values: takes the middle code off, and multiplies by what places of codes in mantissas
+// and the biases of scales left out. Values count steps of 2^(1 - bits).
 template <class L>
-__device__ __forceinline__ void take_off_middles(Running<L>& run) {
+__device__ __forceinline__ void finish(Running<L>& run) {
   unrolled<L::layout.count>([&](auto n) {
     constexpr Span span = L::layout.spans[n];
     if constexpr (span.coded()) {
+      const float factor = exp2_(-15.0f - span.bits - run.bias[span.scale]);
+      unrolled<span.size / 8>([&](auto c) {
+        constexpr float step = 1 << (24 - place_of_value(span, c));
+        float* o = run.o[span.stored / 16 + c / 2] + c % 2 * 2;
+        const float* w = run.w[span.scale] + c % 2 * 2;
 #pragma unroll
-      for (int i = 0; i < span.size / 16; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) run.o[span.stored / 16 + i][j] -= middle_bf16(span) * run.w[span.scale][j];
+        for (int j = 0; j < 2; ++j) o[j] = (o[j] * step - ones(span.bits) * 0.5f * w[j]) * factor;
+      });
     }
   });
 }
@@ -20,7 +26,7 @@ __device__ __forceinline__ void take_off_middles(Running<L>& run) {
 template <class L>
 __device__ __forceinline__ void write_part(Running<L>& run, const AttendArguments& a, const Place& at, int part,
                                            uint8_t* shared, int warp, int g, int t) {
-  take_off_middles(run);
+  finish(run);
 #pragma unroll
   for (int x = 4; x < 32; x *= 2) {
     run.total[0] += __shfl_xor_sync(~0u, run.total[0], x);
@@ -42,11 +48,10 @@ __device__ __forceinline__ void write_part(Running<L>& run, const AttendArgument
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     const int row = 2 * t + c;
-    top[c] = NOTHING, total[c] = 0;
+    top[c] = LOWEST, total[c] = 0;
     for (int k = 0; k < WARPS; ++k) top[c] = fmaxf(top[c], references[k * ROWS + row]);
-    const float m = top[c] == NOTHING ? 0 : top[c];
-    for (int k = 0; k < WARPS; ++k) total[c] += totals[k * ROWS + row] * exp2_(references[k * ROWS + row] - m);
-    factor[c] = exp2_(run.reference[c] - m) / (total[c] == 0 ? 1 : total[c]);
+    for (int k = 0; k < WARPS; ++k) total[c] += totals[k * ROWS + row] * exp2_(references[k * ROWS + row] - top[c]);
+    factor[c] = exp2_(run.reference[c] - top[c]) / (total[c] == 0 ? 1 : total[c]);
   }
   unrolled<L::layout.count>([&](auto n) {
     constexpr Span span = L::layout.spans[n];

@@ -11,19 +11,20 @@ constexpr int Q_ROW = D + 4;  // floats of a query row in shared memory: rows ar
 template <class L>
 struct Queries {
   uint32_t pairs[L::layout.stored / 8];
-  const float* shared;  // [1 + scales, ROWS] from column 2t on; registers are scarce
+  // Factors of scores, [ROWS]; then what sums of coded groups begin with, so that the middle code is 0, as products
+  // have them: [scales, 4, 4], twice rows 2t and 2t + 1. Registers are scarce.
+  const float* shared;
 
-  __device__ __forceinline__ float2 factors() const { return *reinterpret_cast<const float2*>(shared); }  // of scores
-  // What sums of a coded group begin with, so that the middle code is 0.
-  __device__ __forceinline__ float2 middles(int n) const {
-    return *reinterpret_cast<const float2*>(shared + (1 + n) * ROWS);
+  __device__ __forceinline__ float2 factors(int t) const { return reinterpret_cast<const float2*>(shared)[t]; }
+  __device__ __forceinline__ float4 middles(int n, int t) const {
+    return reinterpret_cast<const float4*>(shared + ROWS)[4 * n + t];
   }
 
   // From floats in shared memory; `scale` is that of the scores. One warp writes what all need: `writes`.
   __device__ __forceinline__ void load(const float* floats, float* place, bool writes, float scale, int g,
                                        int t) {
     const float* row = floats + g * Q_ROW;
-    shared = place + 2 * t;
+    shared = place;
     uint32_t peak = 0;  // magnitudes of floats are in the order of their bits, and what is not finite above all
     for (int i = t; i < D; i += 4) peak = max(peak, __float_as_uint(row[i]) & 0x7fffffffu);
     peak = max(peak, __shfl_xor_sync(~0u, peak, 1));
@@ -35,7 +36,7 @@ struct Queries {
     const float factor = finite ? up : __uint_as_float(0x7fc00000);  // then the outputs are no numbers either
     const bool own = writes && t == 0;
     if (own) place[g] = factor;
-    unrolled<L::layout.count>([&](auto i) { load_group<i>(row, place + ROWS + g, own, finite ? sign : 0, finite, t); });
+    unrolled<L::layout.count>([&](auto i) { load_group<i>(row, place + ROWS + g / 2 * 4 + g % 2, own, finite ? sign : 0, finite, t); });
   }
 
  private:
@@ -51,13 +52,13 @@ struct Queries {
       for (int i = 0; i < span.size / 8; ++i) to[i] = Whole::pack(number(2 * i), number(2 * i + 1));
     } else {
       float sum = 0;  // of the rounded numbers
-      pairs_of(span.size, [&](int i, int first, int second, int j) {
+      each_pair<L, G>([&](int i, int first, int second, int j) {
         to[i] = pack2_half(number(first), number(second));
-        sum += (from_half(to[i]) + from_half(to[i] >> 16)) * middle_half(span, j);
+        sum += (from_half(to[i]) + from_half(to[i] >> 16)) * middle_key(span, j);
       });
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      if (writes) middle[span.scale * ROWS] = -sum;
+      if (writes) middle[span.scale * 16] = middle[span.scale * 16 + 2] = -sum;
     }
   }
 };
