@@ -8,36 +8,14 @@
 // Macros: K_GROUPS, V_GROUPS, D, DV (layout.cuh); DTYPE (numbers.cuh) of queries, recent tokens, groups of 16 bits and
 // outputs; WARPS, STAGES and PROGRAMS (program.cuh). With float32 there are no recent tokens and no groups of 16 bits.
 
+#include "fetch.cuh"
 #include "merge.cuh"
 #include "part.cuh"
 
 static_assert(sizeof(Number) == 2 || Keys::layout.whole + Values::layout.whole == 0,
               "groups of 16 bits are numbers of two bytes");
 
-// Planes of a tile in shared memory, one after the other. Stages of all warps are together: the last ones, which are
-// filled last, hold the queries before.
-constexpr int K_CODES = 0, V_CODES = K_CODES + TILE * Keys::layout.row, K_NUMBERS = V_CODES + TILE * Values::layout.row;
-constexpr int V_NUMBERS = K_NUMBERS + TILE * 2 * Keys::layout.whole;
-constexpr int K_SCALES = V_NUMBERS + TILE * 2 * Values::layout.whole;
-constexpr int V_SCALES = K_SCALES + TILE * Keys::layout.scales;
-constexpr int STAGE = V_SCALES + TILE * Values::layout.scales;
 constexpr int SCALES = TILE * (Keys::layout.scales + Values::layout.scales);  // decoded ones of a warp, floats
-
-// Copies tiles of a plane to shared memory, one after the other; those of other warps are between them.
-template <int BYTES>  // of a token
-struct Stream {
-  const uint8_t* from;
-
-  __device__ __forceinline__ Stream(const Plane& plane, const Place& at, int64_t token, int lane)
-      : from(plane.data + at.batch * plane.batch + at.kv_head * plane.head + token * BYTES + lane * 16) {}
-  __device__ __forceinline__ void copy_next(Address to, int lane) {
-    constexpr int COUNT = TILE * BYTES;
-#pragma unroll
-    for (int i = 0; i < COUNT; i += 512)
-      if (i + 512 <= COUNT || lane * 16 < COUNT - i) copy16(to + i, from + i);
-    from += WARPS * COUNT;
-  }
-};
 
 // Scales of a tile are decoded by lanes that have a token each, [scales, 8, 4]: token i is at place i % 8, i / 8.
 __device__ __forceinline__ float& place_of_scale(float* scales, int n, int lane) {
@@ -78,20 +56,10 @@ __device__ __forceinline__ void attend_history(const AttendArguments& a, const P
   const int stop = sight.end;
   const int start = max(split * a.span, sight.first / TILE * TILE) + warp * TILE;  // of the warp
 
-  Stream<Keys::layout.row> k_codes(a.k.codes, at, start, lane);
-  Stream<Values::layout.row> v_codes(a.v.codes, at, start, lane);
-  Stream<2 * Keys::layout.whole> k_numbers(a.k.whole, at, start, lane);
-  Stream<2 * Values::layout.whole> v_numbers(a.v.whole, at, start, lane);
-  Stream<Keys::layout.scales> k_scales(a.k.scales, at, start, lane);
-  Stream<Values::layout.scales> v_scales(a.v.scales, at, start, lane);
+  Fetch tiles(a, at, start, lane);
   const Address place = shared_address(shared) + warp * STAGE + lane * 16;
   const auto fetch = [&](int stage, int token) {
-    if (token < stop) {
-      const Address to = place + stage * (WARPS * STAGE);
-      k_codes.copy_next(to + K_CODES, lane), v_codes.copy_next(to + V_CODES, lane);
-      k_numbers.copy_next(to + K_NUMBERS, lane), v_numbers.copy_next(to + V_NUMBERS, lane);
-      k_scales.copy_next(to + K_SCALES, lane), v_scales.copy_next(to + V_SCALES, lane);
-    }
+    if (token < stop) tiles.copy_next(place + stage * (WARPS * STAGE), lane);
     commit_copies();
   };
 #pragma unroll
@@ -119,11 +87,11 @@ __device__ __forceinline__ void attend_history(const AttendArguments& a, const P
     __syncwarp();
     const uint8_t* tile = shared + (stage * WARPS + warp) * STAGE;
     const int last = stop - 1 - token;
-    decode_key_scales(tile + K_SCALES, k_factors, lane);
-    decode_value_scales(tile + V_SCALES, v_factors, lane, lane <= last, run);
+    decode_key_scales(tile + begin_of(K_SCALES), k_factors, lane);
+    decode_value_scales(tile + begin_of(V_SCALES), v_factors, lane, lane <= last, run);
     __syncwarp();
-    const PackedTile<Keys> keys{tile + K_CODES, tile + K_NUMBERS, k_factors, last};
-    const PackedTile<Values> values{tile + V_CODES, tile + V_NUMBERS, v_factors, last};
+    const PackedTile<Keys> keys{tile + begin_of(K_CODES), tile + begin_of(K_WHOLE), k_factors, last};
+    const PackedTile<Values> values{tile + begin_of(V_CODES), tile + begin_of(V_WHOLE), v_factors, last};
     add_tile<TILE / 16, Keys, Values>(run, keys, values, q, sight, a, at, token, g, t);
     __syncwarp();
     stage = stage == STAGES - 1 ? 0 : stage + 1;
