@@ -223,6 +223,8 @@ T atomicCAS(T* p, cuda_on_cpu::same<T> expected, cuda_on_cpu::same<T> x) {
 // What ptx.cuh has in PTX ---------------------------------------------------------------------------------------------
 
 inline int lane_id() { return cuda_on_cpu::lane(); }
+inline int program_y() { return static_cast<int>(blockIdx.y); }
+inline int program_z() { return static_cast<int>(blockIdx.z); }
 inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 inline float exp2_(float x) {  // ex2.approx.ftz
   const float y = exp2f(x);

@@ -333,7 +333,7 @@ def tokens_of(layout, seed, tokens, dtype):
 
 @pytest.mark.parametrize(
     "case",
-    [CASES[0], *(pytest.param(c, marks=pytest.mark.slow) for c in (dataclasses.replace(CASES[0], dtype=F32), *SLOW))],
+    [pytest.param(c, marks=pytest.mark.slow) for c in (dataclasses.replace(CASES[0], dtype=F32), *SLOW)],
     ids=str,
 )
 @pytest.mark.skipif(missing() is not None, reason=f"{missing()}")

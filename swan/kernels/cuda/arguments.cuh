@@ -33,8 +33,8 @@ struct AttendArguments {
   Planes k, v;
   Dense recent_k, recent_v;
   Mask mask, recent_mask;
-  // Columns: of the first packed token that a sequence sees, [batch], and before which packed tokens are seen, [queries].
-  // Each may be null.
+  // Columns: of the first packed token that a sequence sees, [batch], and before which queries see packed tokens,
+  // [queries]. Each may be null.
   const int64_t *first, *end;
   int64_t end_query, origin;  // stride of `end` between queries (0: one for all); the column of packed token 0
   // What programs find, [batch * kv_heads, parts, rows, DV] and [batch * kv_heads, parts, rows]. A part is a split, or

@@ -41,7 +41,7 @@ __device__ __forceinline__ void decode_value_scales(const uint8_t* bytes, float*
     bool above = false;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      exponents[n] = fmaf(bytes[lane * N + n], 0.125f, run.bias[n]);
+      exponents[n] = fmaf(bytes[lane * N + n], 0.125f, run.bias);
       above |= exponents[n] > MOST;
     }
     if (__any_sync(~0u, above)) run.move_bias(exponents, there);
@@ -50,11 +50,12 @@ __device__ __forceinline__ void decode_value_scales(const uint8_t* bytes, float*
   }
 }
 
-__device__ __forceinline__ void attend_history(const AttendArguments& a, const Place& at, int split, uint8_t* shared) {
+__device__ __forceinline__ void attend_history(const AttendArguments& a, const Place& at, uint8_t* shared) {
   const int lane = lane_id(), warp = __shfl_sync(~0u, threadIdx.x / 32, 0), g = lane / 4, t = lane % 4;
-  const Sight sight = sight_of_history(a, at, min((split + 1) * a.span, a.tokens));
+  const int begin = blockIdx.x * a.span;  // of the split
+  const Sight sight = sight_of_history(a, at, min(begin + a.span, a.tokens));
   const int stop = sight.end;
-  const int start = max(split * a.span, sight.first / TILE * TILE) + warp * TILE;  // of the warp
+  const int start = max(begin, sight.first / TILE * TILE) + warp * TILE;  // of the warp
 
   Fetch tiles(a, at, start, lane);
   const Address place = shared_address(shared) + warp * STAGE + lane * 16;
@@ -92,12 +93,12 @@ __device__ __forceinline__ void attend_history(const AttendArguments& a, const P
     __syncwarp();
     const PackedTile<Keys> keys{tile + begin_of(K_CODES), tile + begin_of(K_WHOLE), k_factors, last};
     const PackedTile<Values> values{tile + begin_of(V_CODES), tile + begin_of(V_WHOLE), v_factors, last};
-    add_tile<TILE / 16, Keys, Values>(run, keys, values, q, sight, a, at, token, g, t);
+    add_tile<TILE / 16, Keys, Values>(run, keys, values, q, sight, a, token, g, t);
     __syncwarp();
     stage = stage == STAGES - 1 ? 0 : stage + 1;
   }
   wait_copies<0>();
-  write_part(run, a, at, split, shared, warp, g, t);
+  write_part(run, a, shared);
 }
 
 // For numbers of two bytes only.
@@ -109,7 +110,7 @@ __device__ __forceinline__ void attend_recent(const AttendArguments& a, const Pl
   Queries<RecentKeys> q;
   q.load(rows, rows + ROWS * Q_ROW, warp == 0, a.scale, g, t);
   __syncthreads();
-  const Sight sight{a.recent_mask, 0, a.recent, false, a.recent};
+  const Sight sight{a.recent_mask, 0, a.recent, false, a.recent_mask.data ? 0 : a.recent};
   const uint8_t* k = a.recent_k.data + at.batch * a.recent_k.batch + at.kv_head * a.recent_k.head;
   const uint8_t* v = a.recent_v.data + at.batch * a.recent_v.batch + at.kv_head * a.recent_v.head;
   Running<RecentValues> run;
@@ -117,23 +118,22 @@ __device__ __forceinline__ void attend_recent(const AttendArguments& a, const Pl
     const int last = a.recent - 1 - token;
     const DenseTile keys{k + token * a.recent_k.token, static_cast<int>(a.recent_k.token), last};
     const DenseTile values{v + token * a.recent_v.token, static_cast<int>(a.recent_v.token), last};
-    add_tile<RECENT_TILE / 16, RecentKeys, RecentValues>(run, keys, values, q, sight, a, at, token, g, t);
+    add_tile<RECENT_TILE / 16, RecentKeys, RecentValues>(run, keys, values, q, sight, a, token, g, t);
   }
-  write_part(run, a, at, a.splits, shared, warp, g, t);
+  write_part(run, a, shared);
 }
 
 // Grid: splits, and one more if there are recent tokens; batch * kv_heads; eighths of query rows.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) attend(const AttendArguments a) {
   extern __shared__ __align__(16) uint8_t shared[];
-  const int head = blockIdx.y, first_row = blockIdx.z * ROWS, rows = min(a.rows() - first_row, ROWS);
-  const Place at{head / a.kv_heads, head % a.kv_heads, first_row, rows, head};
+  const Place at = place_of_program(a);
   if (static_cast<int>(blockIdx.x) < a.splits)
-    attend_history(a, at, blockIdx.x, shared);
+    attend_history(a, at, shared);
   else if constexpr (sizeof(Number) == 2)
     attend_recent(a, at, shared);
   float* history = reinterpret_cast<float*>(shared);
   if (a.arrived && is_last(a, reinterpret_cast<uint32_t*>(history + ROWS * DV)))
-    merge_rows<ROWS>(a, head, first_row, rows, history, WARPS);
+    merge_rows<ROWS>(a, at.head, at.first_row, at.rows, history, WARPS);
 }
 
 // Grid: batch * kv_heads, query rows; DV threads, rounded up to whole warps.

@@ -3,15 +3,27 @@
 
 #include "program.cuh"
 
-// The planes of a tile follow each other in shared memory. Bytes of a token in each:
-constexpr int K_CODES = 0, V_CODES = 1, K_WHOLE = 2, V_WHOLE = 3, K_SCALES = 4, V_SCALES = 5, PLANES = 6;
-constexpr int BYTES[PLANES] = {Keys::layout.row,       Values::layout.row,    2 * Keys::layout.whole,
-                               2 * Values::layout.whole, Keys::layout.scales, Values::layout.scales};
+// The planes of a tile follow each other in shared memory. Codes come first, and of those the ones that fill whole
+// rounds (below), if they do: then fewer rounds meet two planes, which cost registers.
+constexpr int K_CODES = Keys::layout.row % 16 ? 1 : 0, V_CODES = 1 - K_CODES;
+constexpr int K_WHOLE = 2, V_WHOLE = 3, K_SCALES = 4, V_SCALES = 5, PLANES = 6;
+
+// Bytes of a token in a plane.
+__device__ constexpr int bytes_of(int plane) {
+  switch (plane) {
+    case K_CODES: return Keys::layout.row;
+    case V_CODES: return Values::layout.row;
+    case K_WHOLE: return 2 * Keys::layout.whole;
+    case V_WHOLE: return 2 * Values::layout.whole;
+    case K_SCALES: return Keys::layout.scales;
+    default: return Values::layout.scales;
+  }
+}
 
 // Where a plane begins, or the last one ends: a byte of a tile, a multiple of 16.
 __device__ constexpr int begin_of(int plane) {
   int begin = 0;
-  for (int i = 0; i < plane; ++i) begin += TILE * BYTES[i];
+  for (int i = 0; i < plane; ++i) begin += TILE * bytes_of(i);
   return begin;
 }
 constexpr int STAGE = begin_of(PLANES);
@@ -44,7 +56,8 @@ struct Fetch {
 
   // Begins at a token.
   __device__ __forceinline__ Fetch(const AttendArguments& a, const Place& at, int64_t token, int lane) {
-    const Plane* const planes[PLANES] = {&a.k.codes, &a.v.codes, &a.k.whole, &a.v.whole, &a.k.scales, &a.v.scales};
+    const Plane* planes[PLANES] = {nullptr, nullptr, &a.k.whole, &a.v.whole, &a.k.scales, &a.v.scales};
+    planes[K_CODES] = &a.k.codes, planes[V_CODES] = &a.v.codes;
     unrolled<ROUNDS>([&](auto round) {
       constexpr int r = round, byte = r * ROUND;
       const int own = byte + lane * 16;
@@ -53,8 +66,8 @@ struct Fetch {
         if constexpr (leader_of(r) == r && begin < byte + ROUND && end > byte) {
           if (own < begin) return;  // of an earlier plane
           const Plane& p = *planes[plane];
-          from[r] = p.data + at.batch * p.batch + at.kv_head * p.head + token * BYTES[plane] + own - begin;
-          step[r] = WARPS * TILE * BYTES[plane];
+          from[r] = p.data + at.batch * p.batch + at.kv_head * p.head + token * bytes_of(plane) + own - begin;
+          step[r] = WARPS * TILE * bytes_of(plane);
         }
       });
     });
@@ -63,11 +76,12 @@ struct Fetch {
   __device__ __forceinline__ void copy_next(Address to, int lane) {
     unrolled<ROUNDS>([&](auto round) {
       constexpr int leader = leader_of(round), bytes = round * ROUND;
-      if (bytes + ROUND <= STAGE || lane * 16 < STAGE - bytes) copy16(to + bytes, from[leader] + (bytes - leader * ROUND));
+      if (bytes + ROUND <= STAGE || lane * 16 < STAGE - bytes)
+        copy16(to + bytes, from[leader] + (bytes - leader * ROUND));
     });
     unrolled<ROUNDS>([&](auto round) {
       if constexpr (leader_of(round) == round)
-        from[round] += is_inside(round) ? WARPS * TILE * BYTES[plane_at(round * ROUND)] : step[round];
+        from[round] += is_inside(round) ? WARPS * TILE * bytes_of(plane_at(round * ROUND)) : step[round];
     });
   }
 };

@@ -1,5 +1,6 @@
 // What the layouts of keys and values imply, known when a kernel is compiled. Macros: D and K_GROUPS, the dimension and
-// the groups of keys, such as 128 and {{32, 5}, {96, 3}}; DV and V_GROUPS, those of values, or neither if they are the same.
+// the groups {size, bits} of keys, such as 128 and {{32, 5}, {96, 3}}; DV and V_GROUPS, those of values, or neither if
+// they are the same.
 #pragma once
 
 #include "ptx.cuh"

@@ -42,7 +42,8 @@ struct alignas(sizeof(T) * N) Some {
 
 using Number = DTYPE;
 
-// The dtype of groups of 16 bits and of recent tokens in `attend`: tensor cores take no float32, and there are none then.
+// The dtype of groups of 16 bits and of recent tokens in `attend`; with float32, which tensor cores do not take, there
+// are none.
 template <class T>
 struct OfTwoBytes {
   using type = T;

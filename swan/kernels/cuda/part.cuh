@@ -10,7 +10,7 @@ __device__ __forceinline__ void finish(Running<L>& run) {
   unrolled<L::layout.count>([&](auto n) {
     constexpr Span span = L::layout.spans[n];
     if constexpr (span.coded()) {
-      const float factor = exp2_(-15.0f - span.bits - run.bias[span.scale]);
+      const float factor = exp2_(-15.0f - span.bits - run.bias);
       unrolled<span.size / 8>([&](auto c) {
         constexpr float step = 1 << (24 - place_of_value(span, c));
         float* o = run.o[span.stored / 16 + c / 2] + c % 2 * 2;
@@ -24,9 +24,10 @@ __device__ __forceinline__ void finish(Running<L>& run) {
 
 // Merges the warps' sums, in shared memory, and writes the program's output and log-sum-exp.
 template <class L>
-__device__ __forceinline__ void write_part(Running<L>& run, const AttendArguments& a, const Place& at, int part,
-                                           uint8_t* shared, int warp, int g, int t) {
+__device__ __forceinline__ void write_part(Running<L>& run, const AttendArguments& a, uint8_t* shared) {
   finish(run);
+  const Place at = place_of_program(a);
+  const int lane = lane_id(), warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int x = 4; x < 32; x *= 2) {
     run.total[0] += __shfl_xor_sync(~0u, run.total[0], x);
@@ -64,7 +65,7 @@ __device__ __forceinline__ void write_part(Running<L>& run, const AttendArgument
     }
   });
   __syncthreads();
-  const int64_t to = (at.head * a.parts() + part) * a.rows() + at.first_row;
+  const int64_t to = (at.head * a.parts() + blockIdx.x) * a.rows() + at.first_row;
   for (int i = threadIdx.x; i < at.rows * DV; i += WARPS * 32) {
     float x = 0;
     for (int k = 0; k < WARPS; ++k) x += sums[(k * DV + i % DV) * ROWS + i / DV];

@@ -109,9 +109,10 @@ __device__ __forceinline__ void add_whole_keys(float (&sums)[4], const uint8_t* 
 
 // Values -------------------------------------------------------------------------------------------------------------
 
-// A code of values becomes half precision without an exponent (subnormal), which is 2^(at - 24) times the code, wherever
-// it stands in the mantissa: constants would be large beside what sums over tokens leave. This is `at` for code j of a
-// lane's eighth: the high part, or of 3 bits the low one, is left where it stands in its byte, if the other part fits.
+// A code of values becomes a mantissa without an exponent (a subnormal number), which is 2^(at - 24) times the code
+// when it stands at bit `at`: a constant would be large beside what sums over tokens leave. This is `at` for code j of
+// a lane's eighth. Shifts are few where one part is left where it stands in its byte: the low one of 3 bits, else the
+// high one if there is room below.
 __device__ constexpr int place_of_value(Span span, int j) {
   const int high = j * span.part(0) % 8, low = span.shift(0);
   if (span.parts() == 1) return high;

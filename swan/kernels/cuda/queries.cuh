@@ -36,7 +36,8 @@ struct Queries {
     const float factor = finite ? up : __uint_as_float(0x7fc00000);  // then the outputs are no numbers either
     const bool own = writes && t == 0;
     if (own) place[g] = factor;
-    unrolled<L::layout.count>([&](auto i) { load_group<i>(row, place + ROWS + g / 2 * 4 + g % 2, own, finite ? sign : 0, finite, t); });
+    float* middle = place + ROWS + g / 2 * 4 + g % 2;
+    unrolled<L::layout.count>([&](auto i) { load_group<i>(row, middle, own, finite ? sign : 0, finite, t); });
   }
 
  private:

@@ -1,7 +1,7 @@
 // The bytes of packed rows that a lane owns, loaded as words.
 //
-// The order of coordinates in a product is free, so lane t of 4 (keys) or g of 8 (values) owns a quarter or an eighth of
-// each part of a row, in one piece.
+// The order of coordinates in a product is free, so lane t of 4 (keys) or g of 8 (values) owns a quarter or an eighth
+// of each part of a row, in one piece.
 #pragma once
 
 #include "layout.cuh"

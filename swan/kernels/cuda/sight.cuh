@@ -7,7 +7,7 @@ struct Sight {
   const Mask& mask;
   int first, end;  // no row sees others
   bool ends;       // queries may have ends of their own
-  int all_until;   // if there is no mask, all rows see the tokens from the first to before it
+  int all_until;   // all rows see the tokens from the first to before it
 };
 
 // The packed token of a column; 0 or `stop` if it is before or behind those.
@@ -23,7 +23,7 @@ __device__ __forceinline__ Sight sight_of_history(const AttendArguments& a, cons
     const int end = token_of(a, a.end[(at.first_row + i) % a.queries * a.end_query], stop);
     least = min(least, end), most = max(most, end);
   }
-  return {a.mask, first, most, a.end != nullptr, least};
+  return {a.mask, first, most, a.end != nullptr, a.mask.data ? 0 : least};
 }
 
 // Which of a lane's scores of column 2t + c are of tokens that the row sees: bit i is token_of_row(g) + 8 i.
@@ -45,7 +45,8 @@ __device__ __forceinline__ uint32_t seen_by(const Sight& sight, const AttendArgu
 
 template <int N>
 __device__ __forceinline__ void hide(float (&scores)[N][4], const Sight& sight, const AttendArguments& a,
-                                     const Place& at, int token, int g, int t) {
+                                     int token, int g, int t) {
+  const Place at = place_of_program(a);
 #pragma unroll 1
   for (int c = 0; c < 2; ++c) {
     const uint32_t seen = seen_by(sight, a, at, token + token_of_row(g), 2 * t + c, 2 * N);

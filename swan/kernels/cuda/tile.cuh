@@ -1,12 +1,16 @@
 // A tile of tokens: scores, the running softmax, and sums of values.
+//
+// Values' scales multiply weights, which become half precision: 11 bits, where bfloat16 has 8, but of small range. So
+// both factors are held below a power of two: weights by the reference of the softmax, scales by a bias. Both move
+// rarely.
 #pragma once
 
 #include "queries.cuh"
 #include "sight.cuh"
 
-constexpr int EARLY = 8;           // by how much a score exceeds the reference of the softmax before that moves
-constexpr float MOST = 7;          // exponents of scales of values: times weights they are 2^15 at most
-constexpr float LOWEST = -1e30f;   // the reference of rows that have seen nothing
+constexpr int EARLY = 8;          // by how much a score exceeds the reference of the softmax before that moves
+constexpr float MOST = 7;         // the exponent of the largest scale: times weights it is 2^15 at most
+constexpr float LOWEST = -1e30f;  // the reference of rows that have seen nothing: finite, so that differences are
 
 struct RecentKeys {
   static constexpr Group groups[] = {{D, 16}};
@@ -48,21 +52,15 @@ struct DenseTile {
   __device__ __forceinline__ Some<float, 4> group_scales(int, int) const { return {}; }
 };
 
-// What a warp has found so far: sums of values in tiles of 16 coordinates; of weights times scales, whose part in the
-// values' middle code is taken off at the end; the reference of the softmax and the sum of weights of columns 2t, 2t + 1.
-// Weights times scales are half precision: so scales count from one of their group's largest, as `bias` says.
+// What a warp has found so far: sums of codes in tiles of 16 coordinates; of weights times scales, from which the part
+// of the middle code is known at the end; the reference of the softmax and the sum of weights of columns 2t and 2t + 1.
 template <class L>
 struct Running {
   static constexpr int SCALES = L::layout.scales ? L::layout.scales : 1;
 
   float o[L::layout.stored / 16][4] = {}, w[SCALES][4] = {};
   float reference[2] = {LOWEST, LOWEST}, total[2] = {0, 0};
-  float bias[SCALES];  // a scale byte is 2^(byte / 8 + bias)
-
-  __device__ __forceinline__ Running() {
-#pragma unroll
-    for (float& x : bias) x = MOST;
-  }
+  float bias = MOST;  // a scale is 2^(byte / 8 + bias)
 
   __device__ __forceinline__ void move_reference(float top0, float top1) {
 #pragma unroll
@@ -80,24 +78,28 @@ struct Running {
     for (auto& x : w) x[0] *= f0, x[1] *= f1, x[2] *= f0, x[3] *= f1;
   }
 
-  // Lowers the exponents of a tile's scales, one of each group in each lane, to MOST or less; those of tokens that are
-  // not `there` may stay.
+  // Lowers the exponents of a tile's scales, one of each group in each lane, to MOST or less, and all that was summed.
+  // Those of tokens that are not `there` may stay above: their weights are 0.
   __device__ __forceinline__ void move_bias(float (&exponents)[SCALES], bool there) {
+    float top = MOST;
+#pragma unroll
+    for (float x : exponents) top = there ? fmaxf(top, x) : top;
+#pragma unroll
+    for (int x = 1; x < 32; x *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, x));
+    const float by = ceilf(top - MOST), factor = exp2_(-by);
+    bias -= by;
+#pragma unroll
+    for (float& x : exponents) x -= by;
+#pragma unroll
+    for (auto& sums : w)
+#pragma unroll
+      for (float& x : sums) x *= factor;
     unrolled<L::layout.count>([&](auto n) {
       constexpr Span span = L::layout.spans[n];
-      if constexpr (span.coded()) {
-        float top = there ? exponents[span.scale] : MOST;
 #pragma unroll
-        for (int x = 1; x < 32; x *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, x));
-        const float by = ceilf(fmaxf(top - MOST, 0)), factor = exp2_(-by);
-        exponents[span.scale] -= by, bias[span.scale] -= by;
+      for (int i = 0; span.coded() && i < span.size / 16; ++i)
 #pragma unroll
-        for (int i = 0; i < span.size / 16; ++i)
-#pragma unroll
-          for (float& x : o[span.stored / 16 + i]) x *= factor;
-#pragma unroll
-        for (float& x : w[span.scale]) x *= factor;
-      }
+        for (float& x : o[span.stored / 16 + i]) x *= factor;
     });
   }
 };
@@ -146,7 +148,8 @@ __device__ __forceinline__ void add_values(Running<L>& run, const Tile& tile, co
       const int j = 16 * h;
       if constexpr (span.coded()) {
         const float s0 = scale.at[2 * h], s1 = scale.at[2 * h + 1];
-        const uint32_t b0 = transpose8(pack2_half(s0 * p[0], s0 * p[1])), b1 = transpose8(pack2_half(s1 * p[2], s1 * p[3]));
+        const uint32_t b0 = transpose8(pack2_half(s0 * p[0], s0 * p[1]));
+        const uint32_t b1 = transpose8(pack2_half(s1 * p[2], s1 * p[3]));
         const uint32_t one[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};
         mma_half(run.w[span.scale], one, b0, b1);
         const uint8_t* const rows[4] = {tile.code_row(t, j), tile.code_row(t, j + 4), tile.code_row(t, j + 8),
@@ -165,12 +168,11 @@ __device__ __forceinline__ void add_values(Running<L>& run, const Tile& tile, co
 // A tile of 16 N tokens from `token` on.
 template <int N, class KL, class VL, class KTile, class VTile>
 __device__ __forceinline__ void add_tile(Running<VL>& run, const KTile& keys, const VTile& values, const Queries<KL>& q,
-                                         const Sight& sight, const AttendArguments& a, const Place& at, int token,
-                                         int g, int t) {
+                                         const Sight& sight, const AttendArguments& a, int token, int g, int t) {
   float x[N][4] = {};  // scores, then weights
   add_scores<N, KL>(x, keys, q, g, t);
-  const bool all_see = token >= sight.first && token + 16 * N <= sight.all_until && !sight.mask.data;
-  if (!all_see) hide(x, sight, a, at, token, g, t);
+  const bool all_see = token >= sight.first && token + 16 * N <= sight.all_until;
+  if (!all_see) hide(x, sight, a, token, g, t);
   float top0 = fmaxf(x[0][0], x[0][2]), top1 = fmaxf(x[0][1], x[0][3]);
 #pragma unroll
   for (int h = 1; h < N; ++h)
