@@ -38,8 +38,8 @@ def attend(
     of codes with weights $p_j s_j$ rounded to 15 bits of their largest in 64 tokens (with AVX-512 in float32 four
     bytes, and not rounded). Else each token is unpacked to floats, once for all rows.
 
-    On a GPU a program takes a KV head, a stretch of tokens and eight query rows, and tensor cores multiply: codes with
-    queries rounded to half precision, and values with weights $p_j s_j$ rounded to bfloat16.
+    On a GPU a program takes a KV head, a stretch of tokens and eight query rows, and tensor cores multiply codes, which
+    are exact in half precision, with queries and with weights $p_j s_j$ rounded to half precision.
 
     Args:
         q: ``[batch, heads, queries, d]``, float32, bfloat16 or float16.

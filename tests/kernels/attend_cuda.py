@@ -50,7 +50,7 @@ class AttendArguments(ctypes.Structure):
         *fields(ctypes.c_void_p, "first", "end"),
         *fields(ctypes.c_int64, "end_query", "origin"),
         *fields(ctypes.c_void_p, "partial", "lse", "out", "out_lse", "arrived"),
-        *fields(ctypes.c_int, "tokens", "recent", "splits", "span", "kv_heads", "groups", "queries"),
+        *fields(ctypes.c_int, "tokens", "recent", "splits", "kv_heads", "groups", "queries"),
         ("scale", ctypes.c_float),
     ]
 
@@ -145,7 +145,6 @@ def attend(
     kv_heads, tokens, dv = k.shape[1], k.shape[2], v.shape[3]
     splits = splits if tokens else 0
     rows, parts = heads // kv_heads * queries, splits + (recent is not None)
-    span = -(-tokens // max(splits, 1) // TILE) * TILE
     warps, stages = others.get("WARPS", 4), others.get("STAGES", 3)
     kernels = build(source, macros(k.format, v.format, q.dtype, **others))
     partial = unwritten(torch.empty(batch * kv_heads, parts, rows, dv))
@@ -179,7 +178,6 @@ def attend(
         tokens=tokens,
         recent=recent.keys.shape[2] if recent else 0,
         splits=splits,
-        span=span,
         kv_heads=kv_heads,
         groups=heads // kv_heads,
         queries=queries,

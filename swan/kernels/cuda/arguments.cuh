@@ -45,8 +45,8 @@ struct AttendArguments {
   // [eighths of rows, batch * kv_heads]: programs of these rows that have written their part, the last of which merges
   // all; zeros before and after a launch. If it is null, `merge` is launched after `attend`.
   uint32_t* arrived;
-  int tokens, recent, splits, span;  // span: tokens of a split, a multiple of 32
-  int kv_heads, groups, queries;     // groups: query heads of a KV head
+  int tokens, recent, splits;
+  int kv_heads, groups, queries;  // groups: query heads of a KV head
   float scale;
 
   __device__ int parts() const { return splits + (recent > 0); }

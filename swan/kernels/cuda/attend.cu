@@ -33,9 +33,10 @@ __device__ __forceinline__ void decode_key_scales(const uint8_t* bytes, float* t
   });
 }
 
+template <class L>
 __device__ __forceinline__ void decode_value_scales(const uint8_t* bytes, float* to, int lane, bool there,
-                                                    Running<Values>& run) {
-  constexpr int N = Values::layout.scales;
+                                                    Running<L>& run) {
+  constexpr int N = L::layout.scales;
   if constexpr (N > 0) {
     float exponents[N];
     bool above = false;
@@ -52,10 +53,11 @@ __device__ __forceinline__ void decode_value_scales(const uint8_t* bytes, float*
 
 __device__ __forceinline__ void attend_history(const AttendArguments& a, const Place& at, uint8_t* shared) {
   const int lane = lane_id(), warp = __shfl_sync(~0u, threadIdx.x / 32, 0), g = lane / 4, t = lane % 4;
-  const int begin = blockIdx.x * a.span;  // of the split
-  const Sight sight = sight_of_history(a, at, min(begin + a.span, a.tokens));
-  const int stop = sight.end;
-  const int start = max(begin, sight.first / TILE * TILE) + warp * TILE;  // of the warp
+  // Splits share what rows see: a static cache has room for far more tokens than there are.
+  const Sight sight = sight_of_history(a, at);
+  const int from = sight.first / TILE * TILE, tiles_seen = (max(sight.end - from, 0) + TILE - 1) / TILE;
+  const int span = (tiles_seen + a.splits - 1) / a.splits * TILE, begin = from + blockIdx.x * span;
+  const int stop = min(begin + span, sight.end), start = begin + warp * TILE;  // start: of the warp
 
   Fetch tiles(a, at, start, lane);
   const Address place = shared_address(shared) + warp * STAGE + lane * 16;

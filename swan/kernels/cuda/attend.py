@@ -19,7 +19,7 @@ TILE, ROWS = 32, 8  # tokens of a tile, which a warp reads at a time, and query 
 SHAPES = ((4, 3), (4, 2), (2, 3), (2, 2), (1, 2))  # warps of a program, and tiles of each in shared memory
 # The struct AttendArguments of arguments.cuh, in the notation of `struct`.
 PLANE, DENSE, MASK = "Q2q", "Q3q", "Q4q"
-ARGUMENTS = f"Q3q2Q{PLANE * 6}{DENSE * 2}{MASK * 2}2Q2q5Q7if"
+ARGUMENTS = f"Q3q2Q{PLANE * 6}{DENSE * 2}{MASK * 2}2Q2q5Q6if0Q"
 NO_PLANE, NO_DENSE, NO_MASK = (None, 0, 0), (None, 0, 0, 0), (None, 0, 0, 0, 0)
 
 
@@ -74,7 +74,7 @@ def attend(
         q, *q.stride()[:3], *mixes, *_planes(k), *_planes(v),
         *((*_dense(recent[0]), *_dense(recent[1])) if beside else NO_DENSE * 2), *_mask(mask), *_mask(recent_mask),
         first, end, int(end is not None and end.numel() > 1), start, partial, partial_lse, out, lse, arrived,
-        tokens, beside, splits, _span(tokens, splits), kv_heads, groups, queries, scale,
+        tokens, beside, splits, kv_heads, groups, queries, scale,
     )  # fmt: skip
     pair.attend.launch(index, (parts, workers, eighths), *arguments)
     if arrived is None:
@@ -105,7 +105,7 @@ def shared_bytes(keys: Groups, values: Groups, itemsize: int, warps: int, stages
     d, dv = (sum(size for size, _ in groups) for groups in (keys, values))
     stage = warps * TILE * sum(vector_bytes(groups, itemsize) for groups in (keys, values))
     scales = warps * TILE * len(coded(keys) + coded(values)) * 4
-    tiles = stages * stage + scales + (1 + len(coded(keys))) * ROWS * 4
+    tiles = stages * stage + scales + (1 + 2 * len(coded(keys))) * ROWS * 4
     queries = (stages - 1) * stage + ROWS * (d + 4) * 4
     recent = ROWS * (d + 4 + 1) * 4
     sums = warps * ROWS * (2 + dv) * 4
@@ -115,11 +115,6 @@ def shared_bytes(keys: Groups, values: Groups, itemsize: int, warps: int, stages
 def _splits(tokens: int, warps: int, programs: int) -> int:
     """Split a history so that programs fill the GPU, as long as each of their warps has a tile."""
     return min(max(programs, 1), -(-tokens // (warps * TILE)))
-
-
-def _span(tokens: int, splits: int) -> int:
-    """Count the tokens of a split, whole tiles."""
-    return -(-tokens // max(splits, 1) // TILE) * TILE
 
 
 def _in_pairs(q: Tensor) -> bool:

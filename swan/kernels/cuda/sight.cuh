@@ -15,12 +15,12 @@ __device__ __forceinline__ int token_of(const AttendArguments& a, int64_t column
   return static_cast<int>(min(max(column - a.origin, int64_t(0)), int64_t(stop)));
 }
 
-// What rows see of the packed tokens before `stop`. Tokens behind the last that some row sees are not read.
-__device__ __forceinline__ Sight sight_of_history(const AttendArguments& a, const Place& at, int stop) {
-  const int first = a.first ? token_of(a, a.first[at.batch], stop) : 0;
-  int least = stop, most = a.end ? 0 : stop;
+// What rows see of the packed tokens. Those behind the last that some row sees are not read.
+__device__ __forceinline__ Sight sight_of_history(const AttendArguments& a, const Place& at) {
+  const int first = a.first ? token_of(a, a.first[at.batch], a.tokens) : 0;
+  int least = a.tokens, most = a.end ? 0 : a.tokens;
   for (int i = 0; a.end && i < at.rows; ++i) {
-    const int end = token_of(a, a.end[(at.first_row + i) % a.queries * a.end_query], stop);
+    const int end = token_of(a, a.end[(at.first_row + i) % a.queries * a.end_query], a.tokens);
     least = min(least, end), most = max(most, end);
   }
   return {a.mask, first, most, a.end != nullptr, a.mask.data ? 0 : least};
