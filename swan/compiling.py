@@ -1,13 +1,17 @@
-"""Marks of functions and tensors for torch.compile. None imports the compiler, which takes longer than all of swan."""
+"""Marks of functions and tensors for the modes in which torch runs them: compiled, and in inference mode.
 
+None imports the compiler, which takes longer than all of swan.
+"""
+
+import functools
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["constant_result", "keep_in_place", "keep_in_place_if_compiling"]
+__all__ = ["constant_result", "keep_in_place", "keep_in_place_if_compiling", "outside_inference_mode"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,3 +35,20 @@ def keep_in_place_if_compiling(tensor: Tensor) -> None:
     """Do as `keep_in_place` if the compiler is loaded; for `constant_result` functions, which eager code calls too."""
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         dynamo.mark_static_address(tensor, guard=False)
+
+
+def outside_inference_mode(fn: F) -> F:
+    """Let a function make tensors that can be written to later in any mode, in whatever mode it is called.
+
+    Tensors that are made under `torch.inference_mode` cannot be changed outside of it, nor be used where gradients are
+    taken; a cache that is filled under it may be used outside. No gradients are recorded here.
+    """
+
+    @functools.wraps(fn)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return fn(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return fn(*args, **kwargs)
+
+    return cast(F, outside)

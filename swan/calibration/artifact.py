@@ -36,6 +36,7 @@ from swan.calibration.effects import (
 from swan.calibration.files import read_tensors, write_tensors
 from swan.calibration.moments import Moments
 from swan.calibration.progress import track
+from swan.compiling import outside_inference_mode
 from swan.functional.rotation import check_basis
 
 __all__ = ["Calibration", "LayerBases", "calibrate"]
@@ -192,6 +193,7 @@ class Calibration:
         return f"Calibration({shown}, effects={self.effects is not None})"
 
 
+@outside_inference_mode
 @torch.no_grad()
 def calibrate(
     model: nn.Module,

@@ -94,9 +94,15 @@ def call(model: nn.Module, batch: Any) -> Any:
     kwargs: dict[str, Any] = {} if swan_layers(model) else {"use_cache": False}
     if isinstance(batch, Mapping):
         named = cast("Mapping[str, Any]", batch)
-        kwargs |= {name: t.to(device) if isinstance(t, Tensor) else t for name, t in named.items()}
+        kwargs |= {name: _moved(t, device) if isinstance(t, Tensor) else t for name, t in named.items()}
         return model(**kwargs)
-    return model(batch.to(device), **kwargs)
+    return model(_moved(batch, device), **kwargs)
+
+
+def _moved(t: Tensor, device: torch.device) -> Tensor:
+    """Bring a tensor to a device; one of inference mode is copied, as no backward pass could use it."""
+    t = t.to(device)
+    return t.clone() if t.is_inference() else t
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

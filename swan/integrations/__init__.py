@@ -9,11 +9,13 @@ from torch import nn
 
 from swan.calibration import Calibration
 from swan.calibration.capture import swan_layers, unwrapped
+from swan.compiling import outside_inference_mode
 from swan.integrations.architectures import supported
 
 __all__ = ["attach", "attached", "detach", "supported"]
 
 
+@outside_inference_mode
 def attach(model: nn.Module, calibration: Calibration | str | Path, fold: bool = False) -> None:
     """Give a model the bases of its calibration, so that it can run on winnowed caches.
 

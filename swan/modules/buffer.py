@@ -7,7 +7,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from swan.compiling import keep_in_place
+from swan.compiling import keep_in_place, outside_inference_mode
 from swan.modules.state import CacheState, StaticState
 
 __all__ = ["DenseBuffer", "Evicted", "StaticBuffer", "ring_columns"]
@@ -70,6 +70,7 @@ class DenseBuffer(nn.Module):
         """Forget all tokens and free the memory."""
         self.state.reset()
 
+    @outside_inference_mode
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Take the memory for keys and values like these, of however many tokens."""
         slots = self.sinks + self.size
@@ -197,6 +198,7 @@ class StaticBuffer(DenseBuffer):
     Source: as of `DenseBuffer`.
     """
 
+    @outside_inference_mode
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Take the memory for keys and values like these, and for the counters."""
         super().allocate(k, v)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from swan.compiling import keep_in_place
+from swan.compiling import keep_in_place, outside_inference_mode
 from swan.functional.dispatch import Impl, pack_impl, store_kernel, take_in_kernel
 from swan.functional.packing import pack
 from swan.modules.buffer import Evicted
@@ -190,6 +190,7 @@ def _empty(like: Tensor, layout: Layout, capacity: int) -> Packed:
     return _resized(layout.pack(like.new_zeros(*like.shape[:2], 1, layout.d)).tokens(0, 0), capacity)
 
 
+@outside_inference_mode
 def _resized(history: Packed, capacity: int) -> Packed:
     """Return a history with room for `capacity` tokens that begins with those of another."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swan.compiling import keep_in_place
+from swan.compiling import keep_in_place, outside_inference_mode
 from swan.storage import LayerPlan, Layout, Packed
 
 __all__ = ["CacheState", "StaticState"]
@@ -99,6 +99,7 @@ class CacheState:
                 tensors |= {f"{side}.scales": packed.scales, f"{side}.positions": packed.positions}
         return {name: t for name, t in tensors.items() if t is not None}
 
+    @outside_inference_mode
     def from_dict(self, tensors: dict[str, Tensor], plan_layer: LayerPlan | None) -> None:
         """Take copies of the tensors that `to_dict` returned for the same layouts."""
         for name in COUNTERS:
@@ -110,6 +111,7 @@ class CacheState:
             self.k_history = _packed(copies, "k", plan_layer.keys)
             self.v_history = _packed(copies, "v", plan_layer.values)
 
+    @outside_inference_mode
     def _replace(self, of_tensor: Callable[[Tensor], Tensor], of_packed: Callable[[Packed], Packed]) -> None:
         for name, value in vars(self).items():
             if isinstance(value, Packed):

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 
 from swan.calibration import Plan
 from swan.calibration.capture import attention_layers, unwrapped
+from swan.compiling import outside_inference_mode
 from swan.integrations.sizes import byte_count
 from swan.integrations.transformers import report, saving
 from swan.integrations.transformers.attach import attachment_of, head_shape
@@ -220,6 +221,9 @@ class SwanCache(Cache):
         if self.static and layer_idx == first and not torch.compiler.is_compiling():
             assert self.max_length is not None
             check_room(tokens, next(iter(self.winnowed.values())).length, self.max_length)
+        layer: Any = self.layers[layer_idx]
+        if self.static and not layer.is_initialized:
+            _take_memory(layer, key_states, value_states)
         if self.byte_budget is None:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         stored, dtype = self.stored, computed_dtype(key_states)
@@ -228,7 +232,6 @@ class SwanCache(Cache):
             self.byte_budget.dense_itemsize = key_states.element_size()
             self.byte_budget.make_room(self, tokens, rows, dtype.itemsize)
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer: Any = self.layers[layer_idx]
         if tokens > 1 and layer.is_sliding:
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # views would keep all tokens in memory
         return states
@@ -308,6 +311,7 @@ class SwanCache(Cache):
         """The recent keys of one layer, for their batch size and dtype; None when empty."""
         return next((kv.state.k_recent for kv in self.winnowed.values()), None)
 
+    @outside_inference_mode
     def _new_layers(self) -> list[Any]:
         layers: list[Any] = DynamicCache(config=self._config).layers
         check_layers(layers, list(self.shapes))
@@ -332,3 +336,9 @@ class SwanCache(Cache):
     def _make_room_for_rows(self, rows: int) -> None:
         if self.byte_budget is not None:
             self.byte_budget.make_room_for_rows(self, rows)
+
+
+@outside_inference_mode
+def _take_memory(layer: Any, key_states: Tensor, value_states: Tensor) -> None:
+    """Have a static layer, swan's or transformers', take its memory for tokens like these."""
+    layer.lazy_initialization(key_states, value_states)

@@ -98,12 +98,6 @@ class StaticSwanLayer(SwanLayer):
         self.kv.allocate(key_states.to(dtype), value_states.to(dtype))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Hand new tokens on to the attention function."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        return super().update(key_states, value_states, *args, **kwargs)
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length and the offset of masks."""
         return self.get_max_length(), 0

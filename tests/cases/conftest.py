@@ -1,0 +1,1 @@
+from tests.strategies import one_thread  # noqa: F401
