@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from swan.modules import SwanAttention
 
 __all__ = [
-    "CHANGE_SCORES", "Observed", "attention_layers", "call", "config_fingerprint", "evaluating", "fingerprint", "given",
+    "CHANGE_SCORES", "Observed", "attention_layers", "boolean_mask", "call", "config_fingerprint", "evaluating",
+    "fingerprint", "given",
     "observing", "register_attention", "swan_layers", "tensor_parallel", "unwrapped",
 ]  # fmt: skip
 
@@ -26,7 +27,7 @@ class Observed:
         k: keys after RoPE ``[batch, kv_heads, tokens, d]``.
         v: values ``[batch, kv_heads, tokens, dv]``.
         out: input of the output projection ``[batch, tokens, heads, dv]``.
-        mask: boolean ``[batch, 1, tokens, tokens]``, or None where it is causal.
+        mask: boolean ``[batch or 1, heads or 1, tokens, tokens]``, or None where it is causal.
         scale: factor of the scores.
         sliding: the layer attends to a window only.
     """
@@ -43,12 +44,18 @@ class Observed:
     @property
     def real(self) -> Tensor | None:
         """``[batch, tokens]``, False for padding: a token is real where it sees itself."""
-        return None if self.mask is None else self.mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        if self.mask is None:
+            return None
+        seen = self.mask.any(1).diagonal(dim1=-2, dim2=-1)
+        return seen.expand(self.k.shape[0], -1)
 
 
 Observer = Callable[[int, Observed], None]
 OBSERVE = "swan_observe"  # name of the observing attention function in transformers
-CHANGE_SCORES = ("softcap", "s_aux", "position_bias")  # arguments of attention functions that change the scores
+# Arguments of attention functions that change the scores.
+CHANGE_SCORES = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+
+HIDING = -1e3  # a mask that is added to scores hides a token by a number of at most this: its weight is 0
 
 _observer: Observer | None = None
 
@@ -86,6 +93,45 @@ def register_attention(name: str, function: Callable[..., Any]) -> None:
 def given(arguments: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Return those of the names that an attention function was given a value for."""
     return [name for name in names if arguments.get(name) is not None and arguments[name] is not False]
+
+
+def boolean_mask(
+    module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool | None, before: int | Tensor = 0
+) -> Tensor | None:
+    """Return what an attention function is given as its mask as a boolean one, True where a token is seen.
+
+    Args:
+        module: the attention module.
+        mask: a boolean mask; numbers that are added to the scores; or None, which stands for what `is_causal` says.
+        query: of the tokens that attend ``[batch, heads, tokens, d]``.
+        is_causal: as the attention function got it; None for what the module says.
+        before: tokens before these.
+
+    Returns:
+        The mask; None where it is causal.
+
+    Raises:
+        ValueError: the numbers do more than hide tokens.
+        TypeError: there are such numbers in compiled code, which cannot look at them.
+    """
+    if mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        queries = query.shape[2]
+        if causal or queries == 1:
+            return None
+        return torch.ones(1, 1, queries, int(before) + queries, dtype=torch.bool, device=query.device)
+    if not mask.is_floating_point():
+        return mask
+    if torch.compiler.is_compiling():
+        raise TypeError(f"in compiled code a mask must be boolean (True where a token is seen), got {mask.dtype}")
+    seen = ~(mask <= HIDING)
+    if bool(((mask != 0) & seen).any()):
+        raise ValueError(
+            f"{type(module).__name__} computes its attention with a mask of {mask.dtype} that changes scores (it has "
+            f"other numbers than 0, and {HIDING:g} or less, which hide tokens): not supported; a boolean mask is True "
+            "where a token is seen"
+        )
+    return seen
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -192,11 +238,9 @@ def _observed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     assert _observer is not None
-    unsupported = given(kwargs, CHANGE_SCORES)
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        unsupported.append(f"a mask of {attention_mask.dtype}")
-    if unsupported:
+    if unsupported := given(kwargs, CHANGE_SCORES):
         raise ValueError(f"{type(module).__name__} computes its attention with {', '.join(unsupported)}: not supported")
+    mask = boolean_mask(module, attention_mask, query, kwargs.get("is_causal"))
     index = module.layer_idx
     assert isinstance(index, int)
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -204,7 +248,7 @@ def _observed_attention(
         out.requires_grad_()  # it does not, where the parameters of the model are frozen
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     sliding = kwargs.get("sliding_window") is not None
-    _observer(index, Observed(module, query, key, value, out, attention_mask, scale, sliding))
+    _observer(index, Observed(module, query, key, value, out, mask, scale, sliding))
     return out, None
 
 

@@ -212,12 +212,15 @@ def sensitivities(observed: Observed, gradient: Tensor) -> tuple[Tensor, Tensor]
     k, v = observed.k.float(), observed.v.float()
     by_key, by_value = torch.zeros_like(k), torch.zeros_like(v)
     key = torch.arange(tokens, device=k.device)
+    mask = observed.mask
+    if mask is not None:  # of all heads, or of each
+        mask = rearrange(mask, "b (h g) i j -> b h g i j", h=1 if mask.shape[1] == 1 else kv_heads)
     for start in range(0, tokens, QUERIES):
         rows = slice(start, start + QUERIES)
-        stop = start + QUERIES if observed.mask is None else tokens  # a causal query sees no key after it
+        stop = start + QUERIES if mask is None else tokens  # a causal query sees no key after it
         keys = slice(0, stop)
         columns, query = key[keys], key[rows, None]
-        visible = (columns <= query) if observed.mask is None else observed.mask[:, :, None, rows]
+        visible = (columns <= query) if mask is None else mask[..., rows, :]
         packed = (query - columns >= BUFFER) & (columns >= SINKS)
         scores = einsum(q[..., rows, :], k[:, :, keys], "b h g i d, b h j d -> b h g i j") * observed.scale
         weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1).nan_to_num_(0).mul_(packed)

@@ -210,7 +210,7 @@ class KVCache(nn.Module):
             q: rotated queries ``[batch, heads, tokens, d]``, as many tokens as were taken in.
             visible: the result of that `update`.
             mask: boolean ``[batch or 1, heads or 1, tokens, columns]`` over the whole sequence, True where
-                a query may see a token; by default causal, from each row's first real token.
+                a query sees a token, also one after it; by default causal, from each row's first real token.
             scale: factor of the scores, ``d ** -0.5`` by default.
             impl: how the history is read, as in `packed_attention`. Where a kernel is named, but there is no history
                 or new tokens see only each other, `dense_attention` chooses by ``"auto"``.

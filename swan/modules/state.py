@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +111,11 @@ class CacheState:
         if plan_layer is not None and "k.plane0" in copies:
             self.k_history = _packed(copies, "k", plan_layer.keys)
             self.v_history = _packed(copies, "v", plan_layer.values)
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        """Take the fields of a pickled or copied state, also where that was done in inference mode."""
+        vars(self).update(fields)
+        CacheState.apply(self, lambda t: t.clone() if t.is_inference() else t)
 
     @outside_inference_mode
     def _replace(self, of_tensor: Callable[[Tensor], Tensor], of_packed: Callable[[Packed], Packed]) -> None:

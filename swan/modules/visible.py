@@ -82,17 +82,20 @@ class Visible:
         return inside if seen is None else inside & seen.mask(tokens)
 
     def recent_mask(self, mask: Tensor | None = None) -> Tensor | None:
-        """Mask the dense tokens, as `history_mask` masks the packed ones."""
+        """Mask the dense tokens, as `history_mask` masks the packed ones; causally where no mask is given."""
         columns = self.columns
         if columns is None and mask is None and not self.is_new_only:
             return None
         if columns is None:
             columns = self._plain_columns()
-        queries = (torch.arange(self.queries, device=columns.device) + self.first_query)[None, :, None]
+        # A mask says which tokens are seen, those after the query too; without one they are those up to it.
+        offsets = torch.arange(self.queries, device=columns.device) if mask is None else self.queries - 1
+        last = offsets + self.first_query
+        last = last[None, :, None] if mask is None else last
         window = self.window if isinstance(self.window, int) else self.window.view(1, -1, 1)
         padding = 0 if self.padding is None else self.padding[:, None, None]
         key = columns[:, None]
-        visible = (key <= queries) & (key >= padding) & ((key >= window) | (key < padding + self.sinks))
+        visible = (key <= last) & (key >= padding) & ((key >= window) | (key < padding + self.sinks))
         visible = visible[:, None]
         return visible if mask is None else visible & at_columns(mask, columns)
 

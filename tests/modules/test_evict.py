@@ -28,7 +28,7 @@ from tests.strategies import (
 def test_dropping_is_masking(prefill, masked, padding, dtype):
     """As if a mask hid the dropped columns from all later queries; sinks are seen on."""
     q, k, v = sequence(50, dtype=dtype)
-    mask = torch.rand(2, 4, 50, 50) < 0.7 if masked else torch.ones(2, 4, 50, 50, dtype=torch.bool)
+    mask = (torch.rand(2, 4, 50, 50) < (0.7 if masked else 1.0)).tril()
     hidden = mask.clone()
     cache, other = cache_of(prefill=prefill), cache_of(prefill=prefill)
     start = 0

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from swan.calibration.capture import CHANGE_SCORES, given
+from swan.calibration.capture import CHANGE_SCORES, boolean_mask, given
 from swan.compiling import constant_result
 from swan.functional.rotation import inverse_rotate, rotate
 from swan.modules import KVCache
@@ -15,7 +15,7 @@ from swan.modules import KVCache
 __all__ = ["NAME", "Pending", "Strayed", "computed_dtype", "swan_attention_forward"]
 
 NAME = "swan"  # name of the attention function in transformers
-UNSUPPORTED = (*CHANGE_SCORES, "sliding_window", "cu_seq_lens_q", "cache", "output_attentions")
+UNSUPPORTED = (*CHANGE_SCORES, "cu_seq_lens_q", "cache", "output_attentions")
 
 
 class Strayed(AttributeError):
@@ -66,12 +66,13 @@ def swan_attention_forward(
     dtype = computed_dtype(query)
     query, keys, values, key_basis = (t.to(dtype) for t in (query, key.states, value.states, key_basis))
     value_basis = None if value_basis is None else cast(Tensor, value_basis).to(dtype)
+    mask = boolean_mask(module, attention_mask, query, kwargs.get("is_causal"), cache.state.length)
     out = cache(
         rotate(query, key_basis),
         rotate(keys, key_basis),
         values if value_basis is None else rotate(values, value_basis),
-        mask=attention_mask,
-        padding=_padding(cache, attention_mask, query.shape[2]),
+        mask=mask,
+        padding=_padding(cache, mask, query.shape[2]),
         scale=scaling,
     )
     if value_basis is not None:
@@ -96,7 +97,7 @@ def _padding(cache: KVCache, mask: Tensor | None, queries: int) -> Tensor | None
     length, earlier, static = cache.state.length, cache.state.padding, cache.static
     if mask is None or (not static and (length > 0 if earlier is None else bool((earlier < length).all()))):
         return None
-    new = mask[:, 0, -1].index_select(-1, torch.arange(queries, device=mask.device) + length)
-    before = torch.where(new.any(-1), new.int().argmax(-1), queries)  # new tokens before the first that is no padding
+    new = mask.any((1, 2)).index_select(-1, torch.arange(queries, device=mask.device) + length)
+    before = torch.where(new.any(-1), new.int().argmax(-1), queries)  # new tokens before the first that some query sees
     padding = before if earlier is None else torch.where(earlier < length, earlier, length + before)
     return padding if earlier is not None or bool(padding.any()) else None
