@@ -17,6 +17,7 @@ from swan.calibration.capture import (
     Observed,
     call,
     config_fingerprint,
+    device_of,
     evaluating,
     fingerprint,
     observing,
@@ -297,7 +298,7 @@ def calibrate(
         return calibration
     bases = {index: (x.key_basis, x.value_basis) for index, x in zip(ordered, calibration.layers, strict=True)}
     tokens = sum(tokens_of(beginning(batch)) for batch in sample)
-    device = next(iter(model.parameters())).device
+    device = device_of(model)
     return dataclasses.replace(calibration, effects=effects_of(gradients, bases, tokens, device))
 
 

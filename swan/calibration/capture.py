@@ -1,6 +1,7 @@
 """Observation of q, k and v inside the attention function of a model: no hooks per architecture."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from swan.modules import SwanAttention
 
 __all__ = [
-    "CHANGE_SCORES", "Observed", "attention_layers", "boolean_mask", "call", "config_fingerprint", "evaluating",
-    "fingerprint", "given",
+    "CHANGE_SCORES", "Observed", "attention_layers", "boolean_mask", "call", "config_fingerprint", "decoder",
+    "device_of", "evaluating", "fingerprint", "given", "hides",
     "observing", "register_attention", "swan_layers", "tensor_parallel", "unwrapped",
 ]  # fmt: skip
 
@@ -71,14 +72,55 @@ def swan_layers(model: nn.Module) -> list[SwanAttention]:
     return [module for module in model.modules() if isinstance(module, SwanAttention)]
 
 
+def decoder(model: nn.Module) -> Any:
+    """Return the part of a transformers model that reads text: towers for images or sound have attention of their own.
+
+    It is the outermost module with the configuration of the text; the model itself where there is none.
+    """
+    text = _config(model)
+    parts = (m for m in model.modules() if getattr(m, "config", None) is text and hasattr(m, "set_attn_implementation"))
+    return next(parts, model)
+
+
 def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the attention modules of a transformers model by their layer index."""
-    layers = {}
-    for module in model.modules():
+    """Return the attention modules of the decoder of a transformers model by their layer index.
+
+    Raises:
+        ValueError: a layer has two.
+    """
+    layers: dict[int, nn.Module] = {}
+    for module in decoder(model).modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and hasattr(module, "is_causal"):
+            if index in layers:
+                names = f"{type(layers[index]).__name__} and {type(module).__name__}"
+                raise ValueError(f"layer {index} of {type(model).__name__} has two attentions ({names}): not supported")
             layers[index] = module
     return layers
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device that a module computes on, at its beginning where there are several.
+
+    Weights that accelerate keeps elsewhere are on `meta` until they are used: its hooks know where that is.
+    """
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(each, "execution_device", None)) is not None:
+                return torch.device(device)
+        for t in itertools.chain(part.parameters(recurse=False), part.buffers(recurse=False)):
+            if t.device.type != "meta":
+                return t.device
+    return torch.device("cpu")
+
+
+def hides(window: int | None, config: Any) -> bool:
+    """Tell if a sliding window hides anything from a model with a configuration: some are wider than its positions."""
+    positions = (
+        None if config is None else getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    )
+    return window is not None and (positions is None or window < positions)
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
@@ -136,7 +178,7 @@ def boolean_mask(
 
 def call(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch as `calibrate` takes it (token ids, or a mapping of arguments); return its output."""
-    device = next(iter(model.parameters())).device
+    device = device_of(model)
     kwargs: dict[str, Any] = {} if swan_layers(model) else {"use_cache": False}
     if isinstance(batch, Mapping):
         named = cast("Mapping[str, Any]", batch)
@@ -220,16 +262,16 @@ def _observe_transformers(model: nn.Module, observer: Observer) -> Iterator[None
 
     register_attention(OBSERVE, _observed_attention)
     assert isinstance(model, transformers.PreTrainedModel)
-    implementation = config._attn_implementation
+    part, implementation = decoder(model), config._attn_implementation
     if _observer is not None:
         raise RuntimeError("another calibration is running in this process; wait for it")
     _observer = observer
-    model.set_attn_implementation(OBSERVE)
+    part.set_attn_implementation(OBSERVE)
     try:
         yield
     finally:
         _observer = None
-        model.set_attn_implementation(implementation)
+        part.set_attn_implementation(implementation)
 
 
 def _observed_attention(
@@ -247,7 +289,7 @@ def _observed_attention(
     if torch.is_grad_enabled() and not out.requires_grad:
         out.requires_grad_()  # it does not, where the parameters of the model are frozen
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    sliding = kwargs.get("sliding_window") is not None
+    sliding = hides(kwargs.get("sliding_window"), getattr(module, "config", None))
     _observer(index, Observed(module, query, key, value, out, mask, scale, sliding))
     return out, None
 

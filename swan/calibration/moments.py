@@ -88,7 +88,7 @@ def _output_moment(projection: nn.Module, kv_heads: int, dv: int, like: Tensor) 
         heads_d = projection.weight.shape[0] if isinstance(projection.weight, Tensor) else kv_heads * dv
     weight = next(projection.parameters(), like)
     dtype = weight.dtype if weight.is_floating_point() else like.dtype
-    unit = torch.eye(heads_d, dtype=dtype, device=weight.device)
+    unit = torch.eye(heads_d, dtype=dtype, device=like.device)  # offloaded weights come there
     columns = (projection(unit) - projection(torch.zeros_like(unit[:1]))).double()
     by_head = rearrange(columns, "(h g d) o -> h g d o", h=kv_heads, d=dv)
     return einsum(by_head, by_head, "h g d o, h g e o -> h d e")

@@ -1,6 +1,7 @@
 """Every use of a cache on every architecture: token-exact where everything is kept, or refused with its reason."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ CAN_FAIL += [(architecture, "greedy") for architecture in ARCHITECTURES if archi
 def test_a_cell_notices_a_wrong_attention(architecture, name, monkeypatch):
     """One that stays exact where a cache answers nothing but sevens could not fail."""
     forward = KVCache.forward
+    monkeypatch.setattr(sys.modules["swan.integrations.transformers.attach"], "try_cache", lambda *_: None)
     monkeypatch.setattr(KVCache, "forward", lambda *given, **more: torch.full_like(forward(*given, **more), 7.0))
     with pytest.raises(AssertionError, match="other tokens"):
         cell(architecture, name)

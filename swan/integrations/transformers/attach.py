@@ -1,33 +1,28 @@
 """`attach` gives a transformers model the bases of its calibration and swan's attention; `detach` takes them back."""
 
-import dataclasses
-from dataclasses import dataclass
+import hashlib
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from swan.calibration import Calibration, Plan
-from swan.calibration.capture import attention_layers, evaluating, register_attention, tensor_parallel, unwrapped
+from swan.calibration import Calibration
+from swan.calibration.capture import (
+    attention_layers,
+    decoder,
+    device_of,
+    register_attention,
+    tensor_parallel,
+)
 from swan.calibration.moments import output_projection
 from swan.functional.rotation import fold_value_rotation
-from swan.integrations.transformers.attention import NAME, Strayed, swan_attention_forward
-from swan.integrations.transformers.keyword import accept_cache, cache_keyword
+from swan.integrations.transformers.attachment import Attachment, is_attached
+from swan.integrations.transformers.attention import NAME, swan_attention_forward
+from swan.integrations.transformers.generation import KeepsCache
+from swan.integrations.transformers.keyword import accept_cache
+from swan.integrations.transformers.trial import hidden_states_of_trial, reason_of, try_cache
 
-__all__ = ["Attachment", "attach", "attachment_of", "detach", "head_shape", "is_attached"]
-
-
-@dataclass
-class Attachment:
-    """The data of an attached model: its calibration and plan for caches, and its former state for `detach`."""
-
-    calibration: Calibration
-    implementation: str  # the model's own attention implementation
-    folded: list[tuple[nn.Parameter, Tensor]]  # parameters that were folded, and their original values
-    plan: Plan | None = None  # for caches that are made without a plan
-    hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
+__all__ = ["attach", "detach"]
 
 
 def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False) -> None:
@@ -46,30 +41,31 @@ def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False)
     if fold:
         for index, layer in layers.items():
             _check_foldable(index, layer)
+    expected = hidden_states_of_trial(model)
     register_attention(NAME, swan_attention_forward)
-    attachment = Attachment(calibration, _config(model)._attn_implementation, [])
+    attachment = Attachment(calibration, _digest(calibration), _config(model)._attn_implementation, [])
     model._swan_attachment = attachment  # type: ignore[assignment]
     rank, ranks = tensor_parallel(model)
     for index, bases in zip(sorted(layers), calibration.layers, strict=True):
         layer = layers[index]
         key_basis, value_basis = (b.chunk(ranks)[rank] for b in (bases.key_basis, bases.value_basis))
         weight = next((p for p in layer.parameters() if p.is_floating_point()), None)
-        options: dict[str, Any] = (
-            {"dtype": model.dtype} if weight is None else {"dtype": weight.dtype, "device": weight.device}
-        )
+        dtype = model.dtype if weight is None else weight.dtype
+        options: dict[str, Any] = {"dtype": dtype, "device": device_of(layer)}
+        cast(Any, layer).swan_bases = attachment.bases
         layer.register_buffer("swan_key_basis", key_basis.to(**options), persistent=False)
         if fold:
             attachment.folded += _fold(layer, value_basis)
         layer.register_buffer("swan_value_basis", None if fold else value_basis.to(**options), persistent=False)
-    model.set_attn_implementation(NAME)
+    decoder(model).set_attn_implementation(NAME)
     attachment.hooks += accept_cache(model)
+    if hasattr(model, "prepare_inputs_for_generation"):
+        vars(model)["prepare_inputs_for_generation"] = KeepsCache(model)
     try:
-        _try_cache(model)
+        try_cache(model, expected)
     except Exception as error:
         detach(model)
-        computes = "it computes with keys and values between its cache and its attention"
-        reason = computes if isinstance(error, Strayed) else error
-        raise ValueError(f"swan does not support {type(model).__name__}: {reason}") from error
+        raise ValueError(f"swan does not support {type(model).__name__}: {reason_of(error)}") from error
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -80,56 +76,26 @@ def detach(model: PreTrainedModel) -> None:
     for parameter, original in attachment.folded:
         parameter.data.copy_(original)
     for layer in attention_layers(model).values():
-        del layer.swan_key_basis, layer.swan_value_basis
-    model.set_attn_implementation(attachment.implementation)
+        del layer.swan_key_basis, layer.swan_value_basis, layer.swan_bases
+    decoder(model).set_attn_implementation(attachment.implementation)
     for hook in attachment.hooks:
         hook.remove()
-    vars(model).pop("generate", None)
+    for name in ("generate", "prepare_inputs_for_generation"):
+        vars(model).pop(name, None)
     del model._swan_attachment
-
-
-def is_attached(model: nn.Module) -> bool:
-    """Tell whether `attach` was called on this model."""
-    return isinstance(getattr(unwrapped(model), "_swan_attachment", None), Attachment)
-
-
-def attachment_of(model: nn.Module) -> Attachment:
-    """Return the data that `attach` left in a model.
-
-    Raises:
-        ValueError: it is not attached.
-    """
-    attachment = getattr(unwrapped(model), "_swan_attachment", None)
-    if not isinstance(attachment, Attachment):
-        raise ValueError("this model is not attached; call swan.attach(model, calibration) first")
-    return attachment
-
-
-def head_shape(attention: nn.Module) -> tuple[int, int, int]:
-    """Return the KV heads, and the dimensions of keys and of values, of an attached layer."""
-    key_basis, value_basis = attention.swan_key_basis, attention.swan_value_basis
-    head_dim = getattr(attention, "head_dim", None)
-    assert isinstance(key_basis, Tensor)
-    dv = value_basis.shape[-1] if isinstance(value_basis, Tensor) else head_dim or key_basis.shape[-1]
-    return key_basis.shape[0], key_basis.shape[-1], dv
 
 
 def _config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def _try_cache(model: PreTrainedModel) -> None:
-    """Run two tokens on a cache: some architectures use it elsewhere than in their attention, or not at all."""
-    from swan.integrations.transformers.cache import SwanCache  # here, as cache.py imports this file
-
-    body = cast(nn.Module, model.base_model)
-    cache = SwanCache(model, retention=1.0)
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    with torch.no_grad(), evaluating(model):
-        body(tokens, **{cache_keyword(body): cache})
-    unused = [index for index, kv in cache.winnowed.items() if kv.length != 2]
-    if unused:
-        raise ValueError(f"it does not use the cache in layers {unused}")
+def _digest(calibration: Calibration) -> str:
+    """Hash the bases in which keys and values are stored."""
+    digest = hashlib.sha256()
+    for layer in calibration.layers:
+        for basis in (layer.key_basis, layer.value_basis):
+            digest.update(basis.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_foldable(index: int, layer: nn.Module) -> None:

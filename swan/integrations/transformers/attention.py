@@ -31,8 +31,8 @@ class Strayed(AttributeError):
 class Pending:
     """Keys or values of new tokens on their way from `Cache.update` to swan's attention function."""
 
-    def __init__(self, states: Tensor, cache: KVCache) -> None:
-        self.states, self.cache = states, cache
+    def __init__(self, states: Tensor, cache: KVCache, bases: str) -> None:
+        self.states, self.cache, self.bases = states, cache, bases
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
@@ -61,11 +61,16 @@ def swan_attention_forward(
         )
     if unsupported := given(kwargs, UNSUPPORTED):
         raise ValueError(f"swan's attention does not support {', '.join(unsupported)}")
+    if key.bases != module.swan_bases:
+        raise ValueError(
+            "this SwanCache was made for a model with other bases; make one for this model: swan.SwanCache(model, ...)"
+        )
     cache, key_basis, value_basis = key.cache, module.swan_key_basis, module.swan_value_basis
     assert isinstance(key_basis, Tensor)
-    dtype = computed_dtype(query)
-    query, keys, values, key_basis = (t.to(dtype) for t in (query, key.states, value.states, key_basis))
-    value_basis = None if value_basis is None else cast(Tensor, value_basis).to(dtype)
+    dtype, device = computed_dtype(query), query.device
+    query, keys, values = (t.to(dtype) for t in (query, key.states, value.states))
+    key_basis = key_basis.to(device, dtype)  # it is there already but where accelerate moves layers
+    value_basis = None if value_basis is None else cast(Tensor, value_basis).to(device, dtype)
     mask = boolean_mask(module, attention_mask, query, kwargs.get("is_causal"), cache.state.length)
     out = cache(
         rotate(query, key_basis),

@@ -7,17 +7,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from swan.calibration import Plan
 from swan.calibration.capture import attention_layers, unwrapped
 from swan.compiling import outside_inference_mode
 from swan.integrations.sizes import byte_count
 from swan.integrations.transformers import report, saving
-from swan.integrations.transformers.attach import attachment_of, head_shape
+from swan.integrations.transformers.attachment import attachment_of, head_shape
 from swan.integrations.transformers.attention import computed_dtype
 from swan.integrations.transformers.budget import Budget, OnFull
-from swan.integrations.transformers.layers import StaticSwanLayer, SwanLayer, check_excluded, check_layers, layer_bytes
+from swan.integrations.transformers.layers import (
+    StaticSwanLayer,
+    SwanLayer,
+    check_excluded,
+    check_layers,
+    is_full,
+    layer_bytes,
+)
 from swan.integrations.transformers.levels import Dial, check_static, origin_of
 from swan.modules import KVCache
 from swan.modules.cache import Prefill
@@ -125,7 +132,7 @@ class SwanCache(Cache):
         excluded = [row for row, index in enumerate(self.shapes) if index in self.exclude]
         self.dial = Dial(attachment.calibration, excluded, buffer, sinks)
         self.dial.start(origin)
-        self.plan = self.dial.levels[0]
+        self.plan, self.bases = self.dial.levels[0], attachment.bases
         self._config = model.config
         super().__init__(layers=self._new_layers())
 
@@ -314,18 +321,18 @@ class SwanCache(Cache):
     @outside_inference_mode
     def _new_layers(self) -> list[Any]:
         layers: list[Any] = DynamicCache(config=self._config).layers
-        check_layers(layers, list(self.shapes))
-        check_excluded(self.exclude, layers)
+        check_layers(layers, list(self.shapes), self._config)
+        check_excluded(self.exclude, layers, self._config)
         if self.byte_budget is not None and len(layers) > len(self.shapes):
             raise ValueError("a budget needs layers of attention only; this model has others, so give retention")
-        winnowed = [type(layer) is DynamicLayer and i not in self.exclude for i, layer in enumerate(layers)]
+        winnowed = [is_full(layer, self._config) and i not in self.exclude for i, layer in enumerate(layers)]
         if self.max_length is not None:
             layers = StaticCache(config=self._config, max_cache_len=self.max_length).layers
         settings: dict[str, Any] = {"prefill": self.prefill, "static": self.static, "max_length": self.max_length}
         for index, plan_layer in zip(self.shapes, self.plan.layers, strict=True):
             if winnowed[index]:
                 kv = KVCache(plan_layer, buffer=self.plan.buffer, sinks=self.plan.sinks, **settings)
-                layers[index] = StaticSwanLayer(kv) if self.static else SwanLayer(kv)
+                layers[index] = (StaticSwanLayer if self.static else SwanLayer)(kv, self.bases)
         return layers
 
     def _check_rows(self, verb: str) -> None:

@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from swan.calibration.capture import hides
 from swan.integrations.transformers.attention import Pending, computed_dtype
 from swan.modules import KVCache
 
-__all__ = ["StaticSwanLayer", "SwanLayer", "check_excluded", "check_layers", "layer_bytes"]
+__all__ = ["StaticSwanLayer", "SwanLayer", "check_excluded", "check_layers", "is_full", "layer_bytes"]
 
 
 class SwanLayer(CacheLayerMixin):
@@ -20,9 +21,9 @@ class SwanLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, kv: KVCache) -> None:
+    def __init__(self, kv: KVCache, bases: str) -> None:
         super().__init__()
-        self.kv = kv
+        self.kv, self.bases = kv, bases
         self.home: torch.device | None = None  # the device that an offloaded layer goes back to
         self.is_initialized = not kv.static
 
@@ -35,7 +36,7 @@ class SwanLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Hand new tokens on to the attention function."""
         self.prefetch()
-        return Pending(key_states, self.kv), Pending(value_states, self.kv)
+        return Pending(key_states, self.kv, self.bases), Pending(value_states, self.kv, self.bases)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length and the offset of masks."""
@@ -120,7 +121,14 @@ def layer_bytes(layer: Any) -> tuple[int, int]:
     return size, size
 
 
-def check_layers(layers: list[Any], attention: list[int]) -> None:
+def is_full(layer: Any, config: Any) -> bool:
+    """Tell if a layer of transformers keeps all tokens: its window, if it has one, hides nothing from the model."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return not hides(layer.sliding_window, config)
+    return type(layer) is DynamicLayer
+
+
+def check_layers(layers: list[Any], attention: list[int], config: Any) -> None:
     """Check that transformers would keep only full and sliding attention in the caches of attention layers.
 
     Raises:
@@ -133,13 +141,13 @@ def check_layers(layers: list[Any], attention: list[int]) -> None:
             f"{len(attention)} attention layers with a cache of their own each were expected, got {len(layers)} caches"
             + (f" with {', '.join(sorted(other))} among them" if other else "")
         )
-    if DynamicLayer not in kinds:
+    if not any(is_full(layer, config) for layer in layers):
         raise ValueError("every layer attends to a sliding window only; there is no history to winnow")
 
 
-def check_excluded(exclude: tuple[int, ...], layers: list[Any]) -> None:
+def check_excluded(exclude: tuple[int, ...], layers: list[Any], config: Any) -> None:
     """Raise a ValueError if other layers than those of full attention are excluded, or all of them."""
-    full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    full = [index for index, layer in enumerate(layers) if is_full(layer, config)]
     if not set(exclude) <= set(full):
         raise ValueError(f"exclude takes layers of full attention, here {full}, got {list(exclude)}")
     if len(exclude) == len(full):

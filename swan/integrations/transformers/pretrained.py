@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from swan.calibration import Calibration, Plan
 from swan.calibration.capture import unwrapped
 from swan.calibration.files import replacing
-from swan.integrations.transformers.attach import attach, attachment_of
+from swan.integrations.transformers.attach import attach
+from swan.integrations.transformers.attachment import attachment_of
 
 __all__ = ["attach_saved", "from_pretrained", "has_calibration", "save_pretrained"]
 

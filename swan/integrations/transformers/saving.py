@@ -1,6 +1,5 @@
 """A `SwanCache` in a safetensors file: written layer by layer, and read into a new cache."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from swan.calibration import Calibration, Plan
-from swan.calibration.capture import attention_layers
+from swan.calibration import Plan
+from swan.calibration.capture import attention_layers, device_of
 from swan.calibration.files import read_tensors, write_tensors
 from swan.compiling import keep_in_place
-from swan.integrations.transformers.attach import attachment_of
+from swan.integrations.transformers.attachment import attachment_of
 
 if TYPE_CHECKING:
     from swan.integrations.transformers.cache import SwanCache
@@ -34,7 +33,7 @@ def save(cache: "SwanCache", path: str | Path) -> None:
     budget = cache.byte_budget
     metadata = {
         "format": FORMAT,
-        "bases": _digest(cache.dial.calibration),
+        "bases": cache.bases,
         "settings": {
             "prefill": cache.prefill, "static": cache.static, "max_length": cache.max_length, "exclude": cache.exclude
         },
@@ -50,7 +49,7 @@ def save(cache: "SwanCache", path: str | Path) -> None:
 def load(cls: type["SwanCache"], path: str | Path, model: PreTrainedModel) -> "SwanCache":
     """Read a cache: see `SwanCache.load`."""
     metadata, layers = _read(path)
-    if _digest(attachment_of(model).calibration) != metadata["bases"]:
+    if attachment_of(model).bases != metadata["bases"]:
         raise ValueError(
             f"{path} was filled in other bases; attach the model with the calibration that it was filled with"
         )
@@ -61,8 +60,7 @@ def load(cls: type["SwanCache"], path: str | Path, model: PreTrainedModel) -> "S
         cache.set_budget(*metadata["budget"])
     attention, winnowed = attention_layers(model), cache.winnowed
     for index, (layer, (values, tensors)) in enumerate(zip(cache.layers, layers, strict=True)):
-        basis = getattr(attention.get(index), "swan_key_basis", None)
-        device = model.device if basis is None else basis.device
+        device = device_of(attention.get(index, model))
         tensors = {name: t.to(device) for name, t in tensors.items()}
         if index in winnowed:
             winnowed[index].load_state_dict(tensors)
@@ -79,15 +77,6 @@ def _read(path: str | Path) -> tuple[dict[str, Any], list[Saved]]:
         index, rest = name.split(".", 1)
         layers[int(index)][1][rest] = t
     return metadata, layers
-
-
-def _digest(calibration: Calibration) -> str:
-    """Hash the bases in which keys and values are stored."""
-    digest = hashlib.sha256()
-    for layer in calibration.layers:
-        for basis in (layer.key_basis, layer.value_basis):
-            digest.update(basis.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _other_to_dicts(layer: Any) -> Saved:
