@@ -4,7 +4,7 @@ import dataclasses
 import json
 import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from swan.calibration.bases import Basis, layer_bases
+from swan.calibration.batches import beginning, check_batch, check_batches, rows_of, tokens_of
 from swan.calibration.capture import (
     Observed,
     call,
@@ -26,19 +27,19 @@ from swan.calibration.capture import (
 )
 from swan.calibration.effects import (
     BUFFER,
+    TOKENS,
     WINDOWS,
     Effects,
     LayerGradients,
-    beginning,
     effects_of,
     run_backward,
-    tokens_of,
 )
 from swan.calibration.files import read_tensors, write_tensors
 from swan.calibration.moments import Moments
 from swan.calibration.progress import track
 from swan.compiling import outside_inference_mode
 from swan.functional.rotation import check_basis
+from swan.storage.layout import MAX_DIM
 
 __all__ = ["Calibration", "LayerBases", "calibrate"]
 
@@ -231,9 +232,10 @@ def calibrate(
         The calibration: give it to `swan.attach`.
 
     Raises:
-        TypeError: the model has no attention that swan knows, or `batches` is a single batch.
-        ValueError: no batch came, activations hold NaN or infinity, the model changes its attention scores
-            in a way that swan does not know (softcap, learned sinks), or is split over processes.
+        TypeError: the model has no attention that swan knows, or `batches` is a single batch, or a text.
+        ValueError: no batch came, or an empty one, or one with ids that the model does not have; activations hold NaN
+            or infinity; the model changes its attention scores in a way that swan does not know (softcap, learned
+            sinks), or is split over processes.
 
     Example:
         >>> import swan
@@ -244,11 +246,7 @@ def calibrate(
 
     Source: arXiv:2511.18936.
     """
-    if isinstance(batches, Tensor | Mapping | str):
-        raise TypeError(
-            f"batches must be several, such as ids.split(1) or [batch, ...], got one {type(batches).__name__}; put it "
-            "into a list"
-        )
+    check_batches(batches)
     model = unwrapped(model)
     if tensor_parallel(model)[1] > 1:
         raise ValueError(
@@ -263,7 +261,11 @@ def calibrate(
 
     def observe(index: int, observed: Observed) -> None:
         if index not in moments:
-            moments[index] = Moments.begin(observed.k, observed.v, observed.module)
+            if (d := max(observed.k.shape[3], observed.v.shape[3])) > MAX_DIM:
+                raise ValueError(
+                    f"layer {index} has heads of {d} dimensions, swan stores up to {MAX_DIM}: not supported"
+                )
+            moments[index] = Moments.begin(observed.q, observed.k, observed.v, observed.module)
         moments[index].add(observed.q, observed.k, observed.v, observed.real)
 
     def run(batch: Any) -> None:
@@ -272,6 +274,7 @@ def calibrate(
 
     with evaluating(model):
         for batch in track(batches, "calibrating", show=progress):
+            check_batch(batch, model if is_transformers else None)
             count += 1
             if measures_effects and count <= WINDOWS:
                 sample.append(batch)
@@ -297,7 +300,8 @@ def calibrate(
     if not gradients:
         return calibration
     bases = {index: (x.key_basis, x.value_basis) for index, x in zip(ordered, calibration.layers, strict=True)}
-    tokens = sum(tokens_of(beginning(batch)) for batch in sample)
+    windows = [beginning(batch, TOKENS) for batch in sample]
+    tokens = sum(rows_of(window) * tokens_of(window) for window in windows)
     device = device_of(model)
     return dataclasses.replace(calibration, effects=effects_of(gradients, bases, tokens, device))
 
@@ -322,7 +326,7 @@ def _run_sample(
             f"effects are measured on tokens beyond the buffer: give texts of more than {BUFFER} tokens"
         )
     for batch in track(batches, "measuring effects", show=progress):
-        window = beginning(batch)
+        window = beginning(batch, TOKENS)
         if failure is None:
             try:
                 layers, layer_gradients = run_backward(model, window, generator)

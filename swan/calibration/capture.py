@@ -112,7 +112,8 @@ def device_of(module: nn.Module) -> torch.device:
         for t in itertools.chain(part.parameters(recurse=False), part.buffers(recurse=False)):
             if t.device.type != "meta":
                 return t.device
-    return torch.device("cpu")
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def hides(window: int | None, config: Any) -> bool:
@@ -282,6 +283,8 @@ def _observed_attention(
     assert _observer is not None
     if unsupported := given(kwargs, CHANGE_SCORES):
         raise ValueError(f"{type(module).__name__} computes its attention with {', '.join(unsupported)}: not supported")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"{type(module).__name__} attends to other tokens than its own: not supported")
     mask = boolean_mask(module, attention_mask, query, kwargs.get("is_causal"))
     index = module.layer_idx
     assert isinstance(index, int)
@@ -308,6 +311,16 @@ def _config(model: nn.Module) -> Any:
         raise TypeError(
             f"{type(model).__name__} makes keys and values from a latent vector (MLA): its cache should hold that, and "
             "swan does not winnow it"
+        )
+    if shared := getattr(text, "num_kv_shared_layers", 0):
+        raise TypeError(
+            f"{type(model).__name__} has {shared} layers that use the keys and values of earlier ones: swan does not "
+            "winnow those"
+        )
+    if crossing := getattr(text, "cross_attention_layers", None):
+        raise TypeError(
+            f"{type(model).__name__} attends to images in layers {list(crossing)} (cross-attention): swan does not "
+            "winnow those"
         )
     return text
 

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from einops import einsum, rearrange
@@ -16,16 +16,15 @@ from swan.storage.codes import scale_byte, scale_of
 
 __all__ = [
     "KEYS",
+    "TOKENS",
     "VALUES",
     "Effects",
     "Groups",
     "LayerGradients",
-    "beginning",
     "effects_of",
     "graded",
     "run_backward",
     "sensitivities",
-    "tokens_of",
 ]
 
 Groups = tuple[tuple[int, int], ...]
@@ -120,7 +119,7 @@ def run_backward(
 
     Args:
         model: in evaluation mode; its output is logits ``[batch, tokens, vocabulary]`` or has them as ``logits``.
-        batch: as for `calibrate`; `beginning` keeps it small.
+        batch: as for `calibrate`; `swan.calibration.batches.beginning` keeps it small.
         generator: generator of the draws, on the CPU.
 
     Returns:
@@ -136,6 +135,8 @@ def run_backward(
         if not full:
             raise RuntimeError("every layer attends to a sliding window only")
         logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor):
+            raise RuntimeError(f"{type(model).__name__} has no head: its output has no logits")
         out = [observed.out for observed in full.values()]
         by_out = torch.autograd.grad(logits, out, _likelihood_gradient(logits, generator, full))
     gradients = {}
@@ -187,11 +188,6 @@ def effects_of(
             keys[row] = keys[row].nan_to_num(0) + _kl(layer.k, layer.by_key, key_basis, KEYS, device)
             values[row] = values[row].nan_to_num(0) + _kl(layer.v, layer.by_value, value_basis, VALUES, device)
     return Effects(keys / tokens, values / tokens)
-
-
-def tokens_of(batch: Any) -> int:
-    """Count the tokens in a row of a batch."""
-    return (batch["input_ids"] if isinstance(batch, Mapping) else batch).shape[1]
 
 
 def sensitivities(observed: Observed, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,12 +261,3 @@ def _changes(x: Tensor, h: Tensor, bits: Sequence[int]) -> list[Tensor]:
         steps = (below_one * 2.0 ** (each - 1)).floor_().add_(0.5).mul_(2.0 ** (1 - each)) if each else 0
         changes.append(torch.linalg.vecdot(h, steps - fraction) * scale[..., 0])
     return changes
-
-
-def beginning(batch: Any) -> Any:
-    """Cut a batch to its first row and at most `TOKENS` tokens; return the batch itself if that is all of it."""
-    named = cast("Mapping[str, Any]", batch if isinstance(batch, Mapping) else {"input_ids": batch})
-    window = {n: t[:1, :TOKENS] if isinstance(t, Tensor) and t.ndim > 1 else t for n, t in named.items()}
-    if all(not isinstance(t, Tensor) or window[n].shape == t.shape for n, t in named.items()):
-        return batch
-    return window if isinstance(batch, Mapping) else window["input_ids"]

@@ -30,12 +30,14 @@ class Moments:
     tokens: int = 0
 
     @classmethod
-    def begin(cls, k: Tensor, v: Tensor, attention: nn.Module | None) -> "Moments":
-        """Begin with zero moments for keys and values of these shapes, and the output moment of `attention`."""
+    def begin(cls, q: Tensor, k: Tensor, v: Tensor, attention: nn.Module | None) -> "Moments":
+        """Begin with zero moments for queries, keys and values like these, and the output moment of `attention`."""
         kv_heads, d, dv = k.shape[1], k.shape[3], v.shape[3]
         zeros_k, zeros_v = (torch.zeros(kv_heads, n, n, dtype=torch.float64, device=k.device) for n in (d, dv))
         projection = None if attention is None else output_projection(attention)
-        o = zeros_v.clone() if projection is None else _output_moment(projection, kv_heads, dv, k).to(zeros_v)
+        o = zeros_v.clone()
+        if projection is not None:
+            o = _output_moment(projection, q.shape[1], kv_heads, dv, k).to(zeros_v)
         return cls(zeros_k.clone(), zeros_k.clone(), zeros_v, o)
 
     @torch.no_grad()
@@ -78,17 +80,14 @@ def output_projection(attention: nn.Module) -> nn.Module | None:
 
 
 @torch.no_grad()
-def _output_moment(projection: nn.Module, kv_heads: int, dv: int, like: Tensor) -> Tensor:
+def _output_moment(projection: nn.Module, heads: int, kv_heads: int, dv: int, like: Tensor) -> Tensor:
     """Compute the Gram matrix of the outputs of the projection for each value coordinate.
 
     The module is applied to unit vectors, so that quantized and adapted projections count as they act.
     """
-    heads_d = getattr(projection, "in_features", None)
-    if not isinstance(heads_d, int):  # transformers' Conv1D keeps its weight as [in, out]
-        heads_d = projection.weight.shape[0] if isinstance(projection.weight, Tensor) else kv_heads * dv
     weight = next(projection.parameters(), like)
     dtype = weight.dtype if weight.is_floating_point() else like.dtype
-    unit = torch.eye(heads_d, dtype=dtype, device=like.device)  # offloaded weights come there
+    unit = torch.eye(heads * dv, dtype=dtype, device=like.device)  # offloaded weights come there
     columns = (projection(unit) - projection(torch.zeros_like(unit[:1]))).double()
     by_head = rearrange(columns, "(h g d) o -> h g d o", h=kv_heads, d=dv)
     return einsum(by_head, by_head, "h g d o, h g e o -> h d e")

@@ -104,8 +104,8 @@ def test_leaves_a_transformers_model_as_it_was_when_a_batch_raises():
     modes = [module.training for module in model.modules()]
     with pytest.raises(OSError, match="the text ended"):
         calibrate(model, broken_batches(tokens(1, 5)))
-    with pytest.raises(IndexError):
-        calibrate(model, [tokens(1, 5) + 1000])
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        calibrate(model, [{"input_ids": tokens(1, 5), "inputs_embeds": torch.zeros(1, 5, 64)}])
     assert model.config._attn_implementation == "eager"
     assert [module.training for module in model.modules()] == modes
     assert calibrate(model, [tokens(1, 5)]).tokens == 5  # nothing of the broken runs is left

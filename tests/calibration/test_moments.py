@@ -224,7 +224,7 @@ def test_a_wrapped_projection_counts_as_it_acts():
 def test_without_a_known_projection_the_output_moment_is_zero():
     attention = nn.Module()
     assert output_projection(attention) is None
-    k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 4)
-    moments = Moments.begin(k, v, attention)
+    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 4)
+    moments = Moments.begin(q, k, v, attention)
     assert moments.k.shape == (2, 8, 8)
     assert torch.equal(moments.o, torch.zeros(2, 4, 4, dtype=torch.float64))

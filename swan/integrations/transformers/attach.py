@@ -108,6 +108,8 @@ def _check_foldable(index: int, layer: nn.Module) -> None:
                 f"layer {index}: fold=True needs a plain torch.nn.Linear as {name}, got {got}; attach with fold=False, "
                 "which rotates at run time and changes no weight"
             )
+        if child.weight.is_meta:
+            raise ValueError(f"layer {index}: the weight of {name} is offloaded; attach with fold=False")
 
 
 def _fold(layer: nn.Module, basis: Tensor) -> list[tuple[nn.Parameter, Tensor]]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from swan.calibration import Calibration, Plan
@@ -63,7 +63,7 @@ def save_pretrained(model: PreTrainedModel, directory: str | Path, plan: Plan | 
 
 
 def from_pretrained(directory: str | Path, *, fold: bool = False, **kwargs: Any) -> PreTrainedModel:
-    """Load a model with its calibration, attached: `AutoModelForCausalLM.from_pretrained` and `swan.attach` in one.
+    """Load a model with its calibration, attached: transformers' ``from_pretrained`` and `swan.attach` in one.
 
     Args:
         directory: a folder that `save_pretrained` wrote to.
@@ -95,8 +95,9 @@ def from_pretrained(directory: str | Path, *, fold: bool = False, **kwargs: Any)
             f"{folder} holds no {CALIBRATION}; load the model with transformers, swan.attach it to a calibration, and "
             "write that with swan.save_pretrained"
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
-    assert isinstance(model, nn.Module)
+    architecture = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
+    model_class: Any = getattr(transformers, architecture, AutoModelForCausalLM)  # some read images too
+    model = model_class.from_pretrained(folder, **kwargs).eval()
     attach_saved(model, folder, fold=fold)
     return model
 
