@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from swan import Plan, SwanCache, attach, detach
+from swan import KVCache, Plan, SwanCache, attach, calibrate, detach
 from swan.integrations.architectures import ARCHITECTURES as KNOWN
 from swan.integrations.transformers import cache_keyword, is_attached
 from tests.matrix import REFUSED, model_type
@@ -233,6 +233,49 @@ def test_refuses_an_architecture_that_a_cache_cannot_serve(architecture, reason)
         attach(model, calibration)
     assert_unchanged(model, before)
     assert not is_attached(model)
+
+
+WRONG = {
+    "a scale of its own": lambda forward: lambda *given, scale, **more: forward(*given, scale=2 * scale, **more),
+    "later tokens seen": lambda forward: lambda *given, mask, **more: forward(*given, mask=both_ways(given), **more),
+    "no history": lambda forward: lambda self, q, *given, **more: forward(self, q, *given, **more) * (q.shape[2] > 1),
+}
+
+
+def both_ways(given):
+    cache, q = given[0], given[1]
+    return torch.ones(1, 1, q.shape[2], q.shape[2] + cache.length, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "mixtral"])
+def test_attach_looks_at_what_comes_out(wrong, dtype, architecture, monkeypatch):
+    model = tiny(architecture).to(dtype)
+    calibration, before = calibration_of(model), snapshot(model)
+    monkeypatch.setattr(KVCache, "forward", wrong(KVCache.forward))
+    computes = "on a SwanCache that keeps everything it computes something else than on its own cache"
+    with pytest.raises(ValueError, match=computes):
+        attach(model, calibration)
+    assert_unchanged(model, before)
+
+
+def test_a_cache_belongs_to_the_bases_of_its_model():
+    """With another model it would store vectors in one basis and read them in another."""
+    model, ids = attached(), {"input_ids": tokens(1, 20)}
+    cache = everything(model)
+    logits_of(model, cache, **ids)
+    held = [t.clone() for kv in cache.winnowed.values() for t in kv.tensors]
+    others = [attached(seed=1), attached(num_hidden_layers=3), attached("qwen2"), tiny()]
+    attach(others[3], calibrate(others[3], [tokens(2, 40, seed=8)], progress=False))
+    for other in others:
+        with pytest.raises(ValueError, match=r"made for a model with other bases; make one .* swan\.SwanCache\(model"):
+            logits_of(other, cache, **ids)
+    assert cache.get_seq_length() == 20
+    assert all(map(torch.equal, (t for kv in cache.winnowed.values() for t in kv.tensors), held))
+    again = attached()
+    logits_of(again, cache, input_ids=tokens(1, 3))  # the same bases
+    assert cache.get_seq_length() == 23
 
 
 def test_cache_of_a_model_that_is_not_attached():

@@ -20,7 +20,7 @@ from swan.integrations.transformers.attachment import Attachment, is_attached
 from swan.integrations.transformers.attention import NAME, swan_attention_forward
 from swan.integrations.transformers.generation import KeepsCache
 from swan.integrations.transformers.keyword import accept_cache
-from swan.integrations.transformers.trial import hidden_states_of_trial, reason_of, try_cache
+from swan.integrations.transformers.trial import dense_trial, reason_of, try_cache
 
 __all__ = ["attach", "detach"]
 
@@ -41,7 +41,7 @@ def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False)
     if fold:
         for index, layer in layers.items():
             _check_foldable(index, layer)
-    expected = hidden_states_of_trial(model)
+    expected = dense_trial(model)
     register_attention(NAME, swan_attention_forward)
     attachment = Attachment(calibration, _digest(calibration), _config(model)._attn_implementation, [])
     model._swan_attachment = attachment  # type: ignore[assignment]
