@@ -23,6 +23,7 @@ from swan.cli.common import (
 from swan.cli.tables import mebibytes, number
 from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.dtypes import dtype_name
+from swan.evaluation.texts import utf8
 from swan.integrations import attach
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ def generate(
 ) -> None:
     """Generate text on a winnowed cache and say what the cache held."""
     with user_errors():
+        prompt = _read(prompt)  # before a model is loaded
         network, tokenizer = load(model, dtype)
-        inputs = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw=raw).to(network.device)
+        inputs = encode(tokenizer, prompt, raw=raw).to(network.device)
         if dense:
             from transformers import DynamicCache
 
@@ -81,12 +83,29 @@ def generate(
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, *, raw: bool = False) -> "Tensor":
-    """Encode a prompt as token ids ``[1, tokens]``, in the chat template where there is one."""
+    """Encode a prompt as token ids ``[1, tokens]``, in the chat template where there is one.
+
+    Raises:
+        ValueError: the prompt has no tokens.
+    """
     if raw or not tokenizer.chat_template:
-        return tokenizer(prompt, return_tensors="pt")["input_ids"]  # type: ignore[return-value]
+        ids: Any = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        if ids.shape[1] == 0:
+            raise ValueError("the prompt is empty; give some text to go on from")
+        return ids
     chat = [{"role": "user", "content": prompt}]
     encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     return encoded["input_ids"]  # type: ignore[index, return-value]
+
+
+def _read(prompt: str) -> str:
+    """Return a prompt, from standard input where it is ``-``.
+
+    Raises:
+        ValueError: its bytes are not UTF-8.
+    """
+    content = sys.stdin.buffer.read() if prompt == "-" else prompt.encode(errors="surrogateescape")
+    return utf8(content, "the prompt")
 
 
 def stream(

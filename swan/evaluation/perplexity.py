@@ -13,6 +13,7 @@ from torch import Tensor
 
 from swan.calibration import Calibration, Plan
 from swan.calibration.bases import Basis
+from swan.calibration.batches import check_ids
 from swan.calibration.progress import track
 from swan.integrations import attached
 from swan.storage import Graded, LayerPlan, Layout, TopK
@@ -207,9 +208,11 @@ def evaluate(
         ``retention``, ``windows`` (how many were scored), ``seconds``.
 
     Raises:
-        ValueError: windows are shorter than two tokens.
+        TypeError: the windows are no tensor, such as a text or what a tokenizer gives.
+        ValueError: they are not token ids of the model ``[windows, tokens]``, or shorter than two tokens.
     """
-    if windows.ndim != 2 or windows.shape[1] < 2:
+    check_ids(windows, model)
+    if windows.shape[1] < 2:
         raise ValueError(f"expected windows [windows, tokens] of at least two tokens, got {list(windows.shape)}")
     settings = [s for s in settings if s.form != "dense"]
     scores = [_Scores() for _ in range(len(settings) + 1)]

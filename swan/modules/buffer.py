@@ -130,6 +130,7 @@ class DenseBuffer(nn.Module):
 
     def crop(self, length: int) -> None:
         """Forget the tokens from column `length` on; tokens already evicted do not come back."""
+        self._clear(length)
         state = self.state
         state.length, state.first = length, min(int(state.first), length)
 
@@ -143,6 +144,22 @@ class DenseBuffer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.state.convert(fn)
         return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
+
+    @torch.no_grad()
+    def _clear(self, length: int) -> None:
+        """Write zeros over the tokens from column `length` on.
+
+        They would be hidden by a weight of 0, which does not hide infinity or NaN.
+        """
+        state, now = self.state, int(self.state.length)
+        if state.k_recent is None or state.v_recent is None:
+            return
+        forgotten = torch.arange(max(length, now - self.size), now, device=state.k_recent.device)
+        sinks = torch.arange(self.sinks, device=state.k_recent.device)[None]
+        sinks = sinks if state.padding is None else sinks + state.padding[:, None]
+        for stored in (state.k_recent, state.v_recent):
+            stored.index_fill_(2, forgotten % self.size + self.sinks, 0)
+            stored[:, :, : self.sinks].masked_fill_(rearrange(sinks >= length, "b s -> b 1 s 1"), 0)
 
     def _set_padding(self, padding: Tensor) -> None:
         self.state.padding, self.state.padded = padding, int(padding.max())
@@ -219,6 +236,7 @@ class StaticBuffer(DenseBuffer):
         state = self.state
         if not isinstance(state.length, Tensor) or not isinstance(state.first, Tensor):
             return  # empty
+        self._clear(length)
         state.length.fill_(length)
         state.first.clamp_(max=length)
         if length == 0 and state.padding is not None:

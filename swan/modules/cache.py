@@ -290,7 +290,9 @@ class KVCache(nn.Module):
             raise ValueError(f"cannot crop to {length} tokens, the cache holds {self.length}")
         if length == 0 and not self.static:
             return self.reset()
+        first = int(self.state.first)
         self.buffer.crop(length)
+        self.history.crop(first)
         if self.state.dropped:
             self.state.dropped = min(self.state.dropped, max(int(self.state.first) - self.buffer.sinks, 0))
 

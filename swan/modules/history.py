@@ -125,6 +125,9 @@ class History:
             state.k_history = _resized(state.k_history.tokens(start, stored), capacity) if remaining else None
             state.v_history = _resized(state.v_history.tokens(start, stored), capacity) if remaining else None
 
+    def crop(self, first: int) -> None:
+        """Forget the tokens that the buffer's `crop` has uncounted, up to column `first`; they are not read again."""
+
     def _write(self, k: Packed, v: Packed, place: int) -> None:
         assert self.state.k_history is not None and self.state.v_history is not None
         _put(self.state.k_history, k, place)
@@ -174,6 +177,16 @@ class StaticHistory(History):
         """Move all tokens to other layouts, in memory that stays where it is from then on."""
         super().repack(plan_layer)
         keep_in_place(*self.state.tensors)
+
+    def crop(self, first: int) -> None:
+        """Write zeros over the tokens that the buffer's `crop` has uncounted, up to column `first`.
+
+        All room is read, with weights of 0 where there is no token; the slot for the contents of empty slots too.
+        """
+        for history in (self.state.k_history, self.state.v_history):
+            for t in () if history is None else history.tensors:
+                t[:, :, self.length : max(first - self.start, 0)].zero_()
+                t[:, :, self.room :].zero_()
 
     def evict(self, tokens: int) -> None:
         """Refuse: the memory would not shrink."""
