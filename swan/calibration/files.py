@@ -50,6 +50,8 @@ def read_tensors(path: str | Path, version: str, name: str, advice: str) -> tupl
     Raises:
         ValueError: the file is not whole, or of another format.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder, and no file of a {name}")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("swan", "{}"))

@@ -67,7 +67,7 @@ def user_errors() -> Iterator[None]:
     """Show the message of an expected error, without a traceback, and end with status 1."""
     try:
         yield
-    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         messages.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 

@@ -212,7 +212,7 @@ def evaluate(
         ValueError: they are not token ids of the model ``[windows, tokens]``, or shorter than two tokens.
     """
     check_ids(windows, model)
-    if windows.shape[1] < 2:
+    if windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(f"expected windows [windows, tokens] of at least two tokens, got {list(windows.shape)}")
     settings = [s for s in settings if s.form != "dense"]
     scores = [_Scores() for _ in range(len(settings) + 1)]

@@ -86,6 +86,7 @@ def needle_cases(
         The cases, by length and context.
 
     Raises:
+        TypeError: the haystack is no string.
         ValueError: counts that do not fit together, or a haystack or length that is too short.
 
     Example:
@@ -94,6 +95,8 @@ def needle_cases(
         >>> tokenizer.decode(cases[0].question + cases[0].answer)  # doctest: +SKIP
         '\n\nQuestion: What is the magic number of planet?\nAnswer: The magic number of planet is 9208870'
     """
+    if not isinstance(haystack, str):
+        raise TypeError(f"a haystack is a text, got {type(haystack).__name__}")
     if not 1 <= needles <= depths <= len(KEYS):
         raise ValueError(f"expected 1 <= needles <= depths <= {len(KEYS)}, got needles={needles} and depths={depths}")
     if not lengths or cases < 1 or cases % (len(lengths) * depths):

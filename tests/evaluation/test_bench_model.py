@@ -62,7 +62,7 @@ def _nonsense(run):
 
 def test_settings_are_checked():
     network = tiny()
-    with pytest.raises(ValueError, match=r"a prompt \[batch, tokens\]"):
+    with pytest.raises(ValueError, match=r"token ids are integers \[rows, tokens\]"):
         bench_model(network, torch.arange(4), calibration_of(network))
     with pytest.raises(ValueError, match=r"impls of eager, compiled, got .*'sdpa'"):
         bench_model(network, torch.ones(1, 4, dtype=torch.long), calibration_of(network), impls=["sdpa"])

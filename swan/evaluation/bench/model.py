@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from swan.calibration import Calibration
+from swan.calibration.batches import check_ids
 from swan.calibration.progress import track
 from swan.evaluation.baselines import TransformersQuantized
 from swan.evaluation.bench.common import Setup, add_speedups, reason_in, relative_error, summary
@@ -79,7 +80,8 @@ def bench_model(
         ``growth_counted`` (the same of ``bytes``).
 
     Raises:
-        ValueError: an unknown impl, or the prompt is not ``[batch, tokens]``.
+        TypeError: the prompt is no tensor.
+        ValueError: an unknown impl, or the prompt is not token ids of the model ``[batch, tokens]``.
 
     Example:
         ```python
@@ -88,11 +90,9 @@ def bench_model(
         rows = bench_model(model, prompt, Calibration.load("smollm2.safetensors"))
         ```
     """
-    if prompt.ndim != 2 or not set(impls) <= set(MODEL_IMPLS):
-        raise ValueError(
-            f"expected a prompt [batch, tokens] and impls of {', '.join(MODEL_IMPLS)}, got {list(prompt.shape)} and "
-            f"{list(impls)}"
-        )
+    check_ids(prompt, model)
+    if not set(impls) <= set(MODEL_IMPLS):
+        raise ValueError(f"expected impls of {', '.join(MODEL_IMPLS)}, got {list(impls)}")
     generation = _Generation(model, prompt.to(model.device), tokens, compile_seconds)
     setup = Setup(batch=prompt.shape[0], dtype=model.dtype, device=model.device)
     rows: list[dict[str, Any]] = []
