@@ -1,7 +1,4 @@
-"""Inputs that are no batches, given to functions that calibrate and evaluate (transformers#3678, #13774).
-
-Each is answered in one sentence, before a model runs.
-"""
+"""Inputs that are no batches, given to functions that calibrate and evaluate: answered before a model runs."""
 
 import pytest
 import torch

@@ -20,6 +20,7 @@ from swan.integrations.transformers.budget import Budget, OnFull
 from swan.integrations.transformers.layers import (
     StaticSwanLayer,
     SwanLayer,
+    check_croppable,
     check_excluded,
     check_layers,
     is_full,
@@ -255,6 +256,20 @@ class SwanCache(Cache):
         self.layers = [old if isinstance(old, SwanLayer) else new for old, new in zip(self.layers, fresh, strict=True)]
         if self.byte_budget is not None:
             self.move_to(self.dial.levels[0])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens.
+
+        Args:
+            tokens_to_remove: how many, as a negative number; a positive one is the length to keep.
+
+        Raises:
+            ValueError: a layer of transformers cannot; nothing has changed then.
+        """
+        check_croppable(self.layers)
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(tokens_to_remove - int(self.get_seq_length()), 0)
+        super().crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row; a budget makes room first."""

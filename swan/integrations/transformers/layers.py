@@ -1,5 +1,6 @@
 """Winnowed layers in transformers' cache protocol, and checks of the layers that are not winnowed."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -8,10 +9,16 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from swan.calibration.capture import hides
+from swan.compiling import constant_result
 from swan.integrations.transformers.attention import Pending, computed_dtype
 from swan.modules import KVCache
 
-__all__ = ["StaticSwanLayer", "SwanLayer", "check_excluded", "check_layers", "is_full", "layer_bytes"]
+__all__ = [
+    "StaticSwanLayer", "SwanLayer", "check_croppable", "check_excluded", "check_layers", "is_full", "layer_bytes",
+]  # fmt: skip
+
+
+_said = False  # whether it was said that dynamic caches are not for torch.compile
 
 
 class SwanLayer(CacheLayerMixin):
@@ -35,6 +42,8 @@ class SwanLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Hand new tokens on to the attention function."""
+        if torch.compiler.is_compiling() and not self.kv.static:
+            _say_what_to_compile()
         self.prefetch()
         return Pending(key_states, self.kv, self.bases), Pending(value_states, self.kv, self.bases)
 
@@ -112,6 +121,20 @@ class StaticSwanLayer(SwanLayer):
         self.kv.crop(0)
 
 
+@constant_result
+def _say_what_to_compile() -> bool:
+    """Warn, the first time that code on a dynamic cache is compiled; return whether that was done."""
+    global _said
+    if not _said:
+        _said = True
+        warnings.warn(
+            "this SwanCache is dynamic: its shapes change from step to step, and torch.compile compiles each anew; "
+            "SwanCache(model, levels=[0.33], static=True, max_length=4096) is meant for it",
+            stacklevel=2,
+        )
+    return _said
+
+
 def layer_bytes(layer: Any) -> tuple[int, int]:
     """Count the bytes that a layer of any kind holds, and those of a dense cache."""
     if isinstance(layer, SwanLayer):
@@ -143,6 +166,30 @@ def check_layers(layers: list[Any], attention: list[int], config: Any) -> None:
         )
     if not any(is_full(layer, config) for layer in layers):
         raise ValueError("every layer attends to a sliding window only; there is no history to winnow")
+
+
+def check_croppable(layers: list[Any]) -> None:
+    """Raise a ValueError if a layer of transformers cannot forget its last tokens."""
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, SwanLayer) and (reason := _uncroppable(layer)) is not None:
+            raise ValueError(f"layer {index}, a {type(layer).__name__} of transformers, cannot forget tokens: {reason}")
+
+
+def _uncroppable(layer: Any) -> str | None:
+    if not hasattr(layer, "crop"):
+        return "it has no way to"
+    recurrent = getattr(layer, "is_recurrent_states_initialized", False)
+    if any(recurrent.values()) if isinstance(recurrent, dict) else recurrent:
+        return "its state holds them for good"
+    records = getattr(layer, "record_past", False)
+    if hasattr(layer, "conv_states") and not records:
+        return "call cache.activate_past_recording() before they come"
+    if not layer.is_sliding or records:
+        return None
+    length = int(layer.get_seq_length())
+    if hasattr(layer, "max_cache_len"):
+        return "its window has moved on; use a dynamic cache" if length > layer.max_cache_len else None
+    return "call cache.activate_past_recording() before they come" if length >= layer.sliding_window else None
 
 
 def check_excluded(exclude: tuple[int, ...], layers: list[Any], config: Any) -> None:
