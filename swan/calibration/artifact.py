@@ -144,13 +144,18 @@ class Calibration:
 
     def _check(self, fingerprint: dict[str, Any]) -> None:
         expected, got = self.fingerprint, json.loads(json.dumps(fingerprint))
-        differing = [name for name in {**expected, **got} if expected.get(name) != got.get(name)]
+        differing = [name for name in got if expected.get(name) != got[name]]  # older files have a field more
         if differing:
             listed = ", ".join(f"{n}: {expected.get(n)} calibrated, {got.get(n)} here" for n in differing)
             raise ValueError(f"this calibration is of another model ({listed}); run swan.calibrate on this one")
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; an older file is replaced whole or not at all."""
+        """Write one safetensors file; an older file is replaced whole or not at all.
+
+        Raises:
+            ValueError: a basis is not orthogonal, or a moment not finite; nothing is written then.
+        """
+        self._check_numbers("this calibration")
         tensors = {}
         for i, (layer, moments) in enumerate(zip(self.layers, self.moments, strict=True)):
             for field in dataclasses.fields(layer):
@@ -181,14 +186,19 @@ class Calibration:
         count = 1 + max(int(name.split(".")[1]) for name in tensors)
         layers, moments = [], []
         for i in range(count):
-            layer = LayerBases(*(tensors[f"layers.{i}.{f.name}"] for f in dataclasses.fields(LayerBases)))
-            check_basis(layer.key_basis)
-            check_basis(layer.value_basis)
-            layers.append(layer)
+            layers.append(LayerBases(*(tensors[f"layers.{i}.{f.name}"] for f in dataclasses.fields(LayerBases))))
             moments.append(Moments(*(tensors[f"layers.{i}.moments.{n}"] for n in MOMENTS), tokens=metadata["tokens"]))
-            moments[-1].check(f"layer {i} of {path}")
         basis, seed, fingerprint = (metadata[name] for name in ("basis", "seed", "fingerprint"))
-        return cls(tuple(layers), tuple(moments), basis, seed, fingerprint, effects)
+        calibration = cls(tuple(layers), tuple(moments), basis, seed, fingerprint, effects)
+        calibration._check_numbers(str(path))
+        return calibration
+
+    def _check_numbers(self, name: str) -> None:
+        """Raise a ValueError where a basis is not orthogonal, or a moment not finite."""
+        for index, (layer, moments) in enumerate(zip(self.layers, self.moments, strict=True)):
+            for basis in (layer.key_basis, layer.value_basis):
+                check_basis(basis)
+            moments.check(f"layer {index} of {name}")
 
     def __repr__(self) -> str:
         shown = f"basis={self.basis!r}, layers={len(self.layers)}, tokens={self.tokens}"

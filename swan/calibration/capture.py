@@ -195,7 +195,10 @@ def _moved(t: Tensor, device: torch.device) -> Tensor:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Return the fields of the configuration in which a calibration and its model must agree; never weights."""
+    """Return the fields of the configuration in which a calibration and its model must agree; never weights.
+
+    The vocabulary is not among them: words may be added to a model that was calibrated.
+    """
     layers = swan_layers(model)
     if layers:
         return {"kind": "swan", "layers": [[a.dim, a.heads, a.kv_heads, a.head_dim, a.rope] for a in layers]}
@@ -206,7 +209,7 @@ def config_fingerprint(config: Any) -> dict[str, Any]:
     """Return the `fingerprint` of a configuration of transformers."""
     config = config.get_text_config(decoder=True)
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return {"kind": "transformers", **{name: _field(config, name) for name in (*names, "vocab_size")}}
+    return {"kind": "transformers", **{name: _field(config, name) for name in names}}
 
 
 @contextlib.contextmanager

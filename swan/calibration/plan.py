@@ -63,6 +63,7 @@ class Plan:
         sinks: first tokens kept dense.
 
     Raises:
+        TypeError: a layer is no `LayerPlan`, or `buffer` or `sinks` no whole number.
         ValueError: `buffer` below 1 or `sinks` below 0.
 
     Example:
@@ -81,6 +82,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        for layer in self.layers:
+            if not isinstance(layer, LayerPlan | None):
+                raise TypeError(f"a plan has a LayerPlan for each layer, or None, got {type(layer).__name__}")
+        if not all(type(number) is int for number in (self.buffer, self.sinks)):
+            raise TypeError(f"buffer and sinks are numbers of tokens, got {self.buffer!r} and {self.sinks!r}")
         if self.buffer < 1 or self.sinks < 0:
             raise ValueError(f"a plan needs buffer >= 1 and sinks >= 0, got {self.buffer} and {self.sinks}")
 
@@ -207,6 +213,17 @@ class Plan:
         weights = [layer.keys.d + layer.values.d for layer in layers]
         return sum(layer.retention * w for layer, w in zip(layers, weights, strict=True)) / sum(weights)
 
+    def check_dims(self, dims: Sequence[tuple[int, int]]) -> None:
+        """Raise a ValueError if this is no plan for layers of such head dimensions of keys and values."""
+        if len(self.layers) != len(dims):
+            raise ValueError(f"the plan has {len(self.layers)} layers, the model {len(dims)}")
+        for index, (layer, pair) in enumerate(zip(self.layers, dims, strict=True)):
+            if layer is not None and (layer.keys.d, layer.values.d) != pair:
+                raise ValueError(
+                    f"the plan stores keys and values of {layer.keys.d} and {layer.values.d} coordinates in layer "
+                    f"{index}, the model has {pair[0]} and {pair[1]}"
+                )
+
     def to_json(self) -> str:
         """Write the plan as JSON text; `from_json` reads it."""
         layers = [None if p is None else {"keys": _to_json(p.keys), "values": _to_json(p.values)} for p in self.layers]
@@ -225,7 +242,7 @@ class Plan:
                 None if p is None else LayerPlan(_from_json(p["keys"]), _from_json(p["values"])) for p in data["layers"]
             ]
             return cls(tuple(layers), buffer=data["buffer"], sinks=data["sinks"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is not the JSON of a plan ({error!r}); write one with Plan.to_json") from error
 
 

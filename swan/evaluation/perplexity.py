@@ -14,6 +14,7 @@ from torch import Tensor
 from swan.calibration import Calibration, Plan
 from swan.calibration.bases import Basis
 from swan.calibration.batches import check_ids
+from swan.calibration.capture import device_of
 from swan.calibration.progress import track
 from swan.integrations import attached
 from swan.storage import Graded, LayerPlan, Layout, TopK
@@ -224,7 +225,7 @@ def evaluate(
     for i, window in enumerate(track(list(windows), "evaluating", show=progress)):
         if after_window is not None and i > 0:
             after_window(rows())
-        _score_window(model, window.to(model.device)[None], settings, calibration, scores)
+        _score_window(model, window.to(device_of(model))[None], settings, calibration, scores)
     return rows()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from swan.calibration.capture import device_of
 from swan.calibration.progress import track
 from swan.evaluation.perplexity import CHUNK
 from swan.evaluation.texts import token_windows
@@ -170,7 +171,7 @@ def evaluate_needles(
     rows: list[dict[str, Any]] = []
     for context, group in track(contexts, "looking for needles", show=progress):
         cache = make_cache()
-        tokens = torch.tensor([context], device=model.device)
+        tokens = torch.tensor([context], device=device_of(model))
         for part in tokens.split(chunk, dim=1):
             model(input_ids=part, use_cache=True, logits_to_keep=1, **{keyword: cache})
         for i, case in enumerate(group, start=1):
@@ -239,7 +240,7 @@ def _cases_of_context(
 
 
 def _ask(model: "PreTrainedModel", case: NeedleCase, cache: dict[str, Any]) -> dict[str, Any]:
-    tokens = torch.tensor([case.question + case.answer], device=model.device)
+    tokens = torch.tensor([case.question + case.answer], device=device_of(model))
     answer = tokens[0, len(case.question) :]
     # The logits after a token are about the next one; those after the last token of the answer are not needed.
     logits = model(input_ids=tokens[:, :-1], use_cache=True, logits_to_keep=len(answer), **cache).logits[0]

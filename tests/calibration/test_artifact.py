@@ -211,8 +211,7 @@ def test_a_save_replaces_the_old_file(calibration, saved):
 def test_refuses_another_model(calibration):
     calibration.check_model(tiny(seed=5))  # weights do not matter
     with pytest.raises(ValueError, match=r"another model \(num_attention_heads: 4 calibrated, 8 here") as error:
-        calibration.check_model(tiny(num_attention_heads=8, vocab_size=99))
-    assert "vocab_size: 97 calibrated, 99 here" in str(error.value)
+        calibration.check_model(tiny(num_attention_heads=8))
     assert "hidden_size" not in str(error.value)
     with pytest.raises(ValueError, match="model_type: llama calibrated, qwen2 here"):
         calibration.check_model(tiny("qwen2"))

@@ -1,4 +1,4 @@
-"""A dynamic cache under torch.compile is compiled again at each step: it says once that a static one is meant for it."""
+"""A dynamic cache under torch.compile is compiled anew at each step: it says once that a static one is meant for it."""
 
 import warnings
 

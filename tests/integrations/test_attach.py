@@ -304,10 +304,8 @@ def test_plan_of_another_number_of_layers():
 
 
 def test_plan_of_another_head_dimension():
-    model = attached()
-    cache = SwanCache(model, Plan.for_retention(0.5, dims=[(32, 32)] * 2))
-    with pytest.raises(ValueError, match="the plan stores keys of 32 coordinates, got 16"):
-        logits_of(model, cache, input_ids=tokens(1, 5))
+    with pytest.raises(ValueError, match=r"the plan stores .* 32 and 32 .* in layer 0, the model has 16 and 16"):
+        SwanCache(attached(), Plan.for_retention(0.5, dims=[(32, 32)] * 2))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -332,6 +330,13 @@ def test_models_that_share_a_config_object():
     logits_of(first, everything(first), **inputs)
     detach(first)
     attach(second, calibration)
+    assert first.config._attn_implementation == "swan"
+    third = type(first)(copy.deepcopy(first.config)).eval()  # a copy says swan too
+    with pytest.raises(ValueError, match=r"or has a copy that .* call model\.set_attn_implementation\('sdpa'\)"):
+        attach(third, calibration)
+    third.set_attn_implementation("sdpa")
+    attach(third, calibration)
+    logits_of(third, everything(third), **inputs)
     detach(second)
     assert first.config._attn_implementation == "sdpa"
 

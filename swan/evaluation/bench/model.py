@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from swan.calibration import Calibration
 from swan.calibration.batches import check_ids
+from swan.calibration.capture import device_of
 from swan.calibration.progress import track
 from swan.evaluation.baselines import TransformersQuantized
 from swan.evaluation.bench.common import Setup, add_speedups, reason_in, relative_error, summary
@@ -93,8 +94,8 @@ def bench_model(
     check_ids(prompt, model)
     if not set(impls) <= set(MODEL_IMPLS):
         raise ValueError(f"expected impls of {', '.join(MODEL_IMPLS)}, got {list(impls)}")
-    generation = _Generation(model, prompt.to(model.device), tokens, compile_seconds)
-    setup = Setup(batch=prompt.shape[0], dtype=model.dtype, device=model.device)
+    generation = _Generation(model, prompt.to(device_of(model)), tokens, compile_seconds)
+    setup = Setup(batch=prompt.shape[0], dtype=model.dtype, device=device_of(model))
     rows: list[dict[str, Any]] = []
     reference: tuple[Tensor, Tensor] | None = None
     for rival in track(_rivals(retentions, impls, quantized, buffer), "decoding", show=progress):
@@ -175,10 +176,10 @@ class _Generation:
         start = time.perf_counter()
         logits = model(self.prompt, use_cache=True, **keyword, **last).logits[:, -1]
         chosen = [logits.argmax(-1)]
-        synchronize(model.device)
+        synchronize(device_of(model))
         prefill_seconds = time.perf_counter() - start
         forward: Any = model.forward
-        graphs: dict[str, Any] = {"mode": "reduce-overhead"} if model.device.type == "cuda" else {}
+        graphs: dict[str, Any] = {"mode": "reduce-overhead"} if device_of(model).type == "cuda" else {}
         if rival.impl == "compiled":
             torch.compiler.reset()
             forward = torch.compile(forward, fullgraph=True, **graphs)
@@ -191,21 +192,21 @@ class _Generation:
                 torch.compiler.cudagraph_mark_step_begin()
             logits = forward(token[:, None], use_cache=True, **keyword).logits[:, -1]
             chosen.append(logits.argmax(-1))
-            synchronize(model.device)
+            synchronize(device_of(model))
             return time.perf_counter() - start
 
         with at_most(self.compile_seconds, "the first step, which compiles,"):
             step(0)
         for i in range(1, WARM_UP):
             step(i)
-        memory, counted = _memory(model.device), cache_nbytes(cache)
+        memory, counted = _memory(device_of(model)), cache_nbytes(cache)
         with torch._dynamo.config.patch(error_on_recompile=True):
             times = [step(i) for i in range(WARM_UP, steps)]
         count, nbytes = len(self.prompt) * self.tokens, cache_nbytes(cache)
         measured = summary(times) | {"bytes": nbytes, "prefill_seconds": prefill_seconds}
         measured |= {"tokens_per_second": count / sum(times), "growth_counted": (nbytes - counted) / count}
         if memory is not None:
-            measured["growth"] = ((_memory(model.device) or memory) - memory) / count
+            measured["growth"] = ((_memory(device_of(model)) or memory) - memory) / count
         return measured, torch.stack(chosen, dim=1), logits.clone()
 
 

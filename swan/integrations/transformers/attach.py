@@ -31,8 +31,8 @@ def attach(model: PreTrainedModel, calibration: Calibration, fold: bool = False)
         raise ValueError("this model is already attached; call swan.detach(model) first")
     if _config(model)._attn_implementation == NAME:
         raise ValueError(
-            "this model shares its config object with an attached model, and its attention with it; build it from a "
-            "copy of the config"
+            "this model shares its config object with an attached model, and its attention with it, or has a copy that "
+            "was made of such a one; build it from a copy of the config, and call model.set_attn_implementation('sdpa')"
         )
     calibration.check_model(model)
     layers = attention_layers(model)

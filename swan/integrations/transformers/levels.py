@@ -100,8 +100,7 @@ class Dial:
             plans = Plan.levels(self._competing, buffer=self.buffer, sinks=self.sinks)
         else:
             plans = [self.plan(retention) for retention in origin.retentions]
-        if len(plans[0].layers) != len(self.calibration.layers):
-            raise ValueError(f"the plan has {len(plans[0].layers)} layers, the model {len(self.calibration.layers)}")
+        plans[0].check_dims(self.calibration.dims)
         self.levels = [self._without_excluded(plan) for plan in plans]
         self.retentions = list(origin.retentions) or [self.levels[0].retention]
 

@@ -26,8 +26,9 @@ def save_pretrained(model: PreTrainedModel, directory: str | Path, plan: Plan | 
         plan: the plan of a ``SwanCache(model)`` that is given no other.
 
     Raises:
-        ValueError: the model is not attached, the folder is that of another, or the model would have to be written with
-            folded values or an adapter; nothing is written then.
+        TypeError: the plan is none.
+        ValueError: the model is not attached, the folder or the plan is that of another, or the model would have to be
+            written with folded values or an adapter; nothing is written then.
 
     Example:
         >>> import tempfile, torch, swan
@@ -42,6 +43,10 @@ def save_pretrained(model: PreTrainedModel, directory: str | Path, plan: Plan | 
         ['swan_calibration.safetensors', 'swan_plan.json']
     """
     folder, attachment = Path(directory), attachment_of(model)
+    if not isinstance(plan, Plan | None):
+        raise TypeError(f"save_pretrained takes a Plan, got {type(plan).__name__}; make one by Plan.for_retention")
+    if plan is not None:
+        plan.check_dims(attachment.calibration.dims)
     if (folder / "config.json").is_file():
         attachment.calibration.check_config(AutoConfig.from_pretrained(folder))
     else:
