@@ -18,7 +18,7 @@ DOCS := $(VENV)/.has-hf,cli,cpp,plot,docs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-matrix mutants matrix check format docs docs-test docs-serve bench model dist clean
+.PHONY: help install demo test test-all test-matrix cases mutants matrix check format docs docs-test docs-serve bench model dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ test-all: $(TEST) ## every test, with more random examples
 test-matrix: $(TEST) .venv-oldest/.has-test ## the tests of transformers on its newest and its oldest version
 	@$(PYTEST) tests/integrations
 	@$(subst $(BIN),.venv-oldest/bin,$(PYTEST)) tests/integrations
+
+cases: $(TEST) ## troubles that people reported about caches like ours
+	@$(PYTEST) tests/cases
 
 mutants: $(TEST) ## make mistakes in a copy, one by one: some test must notice each
 	@$(BIN)/python -m tests.mutants

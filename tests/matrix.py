@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache, TextStreamer
 
 from swan import SwanCache, detach
+from swan.calibration.capture import hides
 from swan.integrations.transformers import cache_keyword
 from tests.tiny import ARCHITECTURES, attached, everything, generated, left_padded, tiny, tokens
 
@@ -36,6 +37,9 @@ REFUSED = {
     "falcon-h1": "2 caches with LinearAttentionAndFullAttentionLayer among them",
     "bloom": "has no attention that swan knows",
     "mamba": "has no attention that swan knows",
+    "gemma3n": "2 layers that use the keys and values of earlier ones",
+    "gemma4-e": "2 layers that use the keys and values of earlier ones",
+    "mllama": r"attends to images in layers \[1\]",
     "bart": "has an encoder and a decoder",
 }
 
@@ -277,7 +281,7 @@ def mask_4d(model, new_cache):
     mask = torch.ones(6, 26, dtype=torch.bool).tril(20)
     mask[3:, 20:23] = False
     positions, given = torch.tensor([[20, 21, 22, 20, 21, 22]]), mask[None, None]
-    if getattr(model.config, "sliding_window", None):
+    if hides(getattr(model.config, "sliding_window", None), model.config):
         kept = model.config.sliding_window - 1 + 6
         given = {"full_attention": given, "sliding_attention": given[..., -kept:]}
     return [start, forward(model, cache, ids[:, 20:], attention_mask=given, position_ids=positions)]

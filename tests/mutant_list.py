@@ -39,6 +39,10 @@ HF_ATTENTION, HF_CACHE = "swan/integrations/transformers/attention.py", "swan/in
 KEYWORD, LAYERS = "swan/integrations/transformers/keyword.py", "swan/integrations/transformers/layers.py"
 LEVELS, SAVING = "swan/integrations/transformers/levels.py", "swan/integrations/transformers/saving.py"
 
+CAPTURE, GENERATION = "swan/calibration/capture.py", "swan/integrations/transformers/generation.py"
+TRIAL = "swan/integrations/transformers/trial.py"
+
+OF_MASKS, OF_IMAGES, OF_NAN = ("cases/test_masks.py",), ("cases/test_images.py",), ("cases/test_nan.py",)
 OF_ATTENTION = ("functional/test_attention.py",)
 OF_ROTATION = ("functional/test_rotation.py",)
 OF_STORAGE = ("storage/test_graded.py", "storage/test_packed.py")
@@ -404,7 +408,15 @@ MUTANTS = [
         "first = None",
         OF_CACHE,
     ),
-    Mutant("dense-mask-ignores-padding", VISIBLE, "(key <= queries) & (key >= padding)", "(key <= queries)", OF_CACHE),
+    Mutant("dense-mask-ignores-padding", VISIBLE, "(key <= last) & (key >= padding)", "(key <= last)", OF_CACHE),
+    Mutant("every-mask-is-causal", VISIBLE, "first = 0 if mask is None else self.queries - 1", "first = 0", OF_MASKS),
+    Mutant(
+        "empty-slots-are-seen-by-a-mask",
+        VISIBLE,
+        "(key <= last) & ",
+        "((key <= last) | (mask is not None)) & ",
+        OF_MASKS,
+    ),
     Mutant(
         "ring-full-before-the-sinks-left",
         VISIBLE,
@@ -569,13 +581,30 @@ MUTANTS = [
         "del layer.swan_key_basis",
         OF_ATTACH,
     ),
-    Mutant("detach-leaves-generate", ATTACH, 'vars(model).pop("generate", None)', "pass", OF_KEYWORD),
+    Mutant("detach-leaves-generate", ATTACH, '("generate", "prepare', '("prepare', OF_KEYWORD),
+    Mutant("attach-does-not-look-at-states", TRIAL, "> OF_HIDDEN_STATES", "> torch.inf", OF_ATTACH),
+    Mutant("attach-does-not-look-at-attention", TRIAL, "> OF_ATTENTION", "> torch.inf", OF_ATTACH),
+    Mutant(
+        "a-cache-belongs-to-every-model", HF_ATTENTION, "if key.bases != module.swan_bases:", "if False:", OF_ATTACH
+    ),
+    Mutant("padding-is-what-the-last-query-misses", HF_ATTENTION, "mask.any((1, 2))", "mask[:, 0, -1]", OF_MASKS),
+    Mutant("a-cache-is-left-behind", GENERATION, "inputs[name] = cache", "pass", ("cases/test_longrope.py",)),
+    Mutant("a-cache-is-filled-twice", GENERATION, "cache.reset()", "pass", ("cases/test_longrope.py",)),
+    Mutant(
+        "the-tower-observes-too",
+        CAPTURE,
+        "part, implementation = decoder(model)",
+        "part, implementation = model",
+        OF_IMAGES,
+    ),
+    Mutant("a-wide-window-hides", CAPTURE, "window < positions", "window > 0", ("cases/test_wide_windows.py",)),
+    Mutant("a-bias-is-a-mask", CAPTURE, "if bool(((mask != 0) & seen).any()):", "if False:", OF_MASKS),
     Mutant("detach-leaves-its-hooks", ATTACH, "hook.remove()", "pass", OF_KEYWORD),
     Mutant(
         "a-refused-model-stays-attached",
         ATTACH,
-        "        detach(model)\n        computes",
-        "        computes",
+        "        detach(model)\n        raise",
+        "        raise",
         OF_ATTACH,
     ),
     Mutant(
@@ -629,4 +658,17 @@ MUTANTS = [
     Mutant(
         "unpacked-as-keys", CUDA + "pack.py", "*_plane(out), tokens, values)", "*_plane(out), tokens, 0)", OF_CUDA_HOST
     ),
+    Mutant("forgotten-tokens-stay-in-the-ring", BUFFER, "stored.index_fill_(2, forgotten", "(2, forgotten", OF_NAN),
+    Mutant(
+        "forgotten-sinks-stay",
+        BUFFER,
+        ".masked_fill_(rearrange(sinks >= length",
+        ".masked_fill(rearrange(sinks >= length",
+        OF_NAN,
+    ),
+    Mutant(
+        "forgotten-history-stays", HISTORY, "max(first - self.start, 0)].zero_()", "max(first - self.start, 0)]", OF_NAN
+    ),
+    Mutant("the-slot-of-empty-slots-stays", HISTORY, "t[:, :, self.room :].zero_()", "pass", OF_NAN),
+    Mutant("memory-of-inference-mode", HISTORY, "@outside_inference_mode\n", "", ("cases/test_inference_mode.py",)),
 ]

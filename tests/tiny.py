@@ -50,6 +50,15 @@ DEEPSEEK |= {"moe_intermediate_size": 48, "num_key_value_heads": 4}
 FALCON_H1 = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
 FALCON_H1 |= {"mamba_chunk_size": 16}
 HYBRID = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+# As released: the window of Phi-3.5-mini is wider than its positions, and its frequencies change at a length.
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "factor": 8.0}
+LONGROPE |= {"short_factor": [1 + 0.1 * i for i in range(8)], "long_factor": [4.0 + i for i in range(8)]}
+PHI3_LONG = {"max_position_embeddings": 384, "sliding_window": 768, "original_max_position_embeddings": 48}
+PHI3_LONG |= {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 48}}
+SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 8, "hidden_size_per_layer_input": 8}
+SHARED |= {"vocab_size_per_layer_input": VOCABULARY, "layer_types": ["sliding_attention", "full_attention"] * 2}
+GEMMA3N = SHARED | {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4}
+CROSSING = {"num_hidden_layers": 3, "cross_attention_layers": [1]}
 # With the embeddings as its head a random Gemma repeats its last token, whatever its attention says.
 GEMMA3 = HYBRID | {"query_pre_attn_scalar": 16, "tie_word_embeddings": False}
 
@@ -68,6 +77,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2_SIZES),  # no RoPE, fused qkv, Conv1D
     "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES),  # fused qkv, partial RoPE
     "phi3": ("Phi3ForCausalLM", "Phi3Config", SIZES),  # fused qkv
+    "phi3-long": ("Phi3ForCausalLM", "Phi3Config", SIZES | PHI3_LONG),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", SIZES | {"sliding_window": None, "num_local_experts": 2}),
     "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", SIZES | QWEN3_MOE),
     "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", SIZES | {"num_experts": 2, "num_experts_per_tok": 1}),
@@ -90,6 +100,9 @@ ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
     "falcon-h1": ("FalconH1ForCausalLM", "FalconH1Config", SIZES | FALCON_H1),  # a state in the layers of attention
     "bloom": ("BloomForCausalLM", "BloomConfig", OTHER_SIZES | {"n_layer": 2, "n_head": 4}),  # attention of its own
     "mamba": ("MambaForCausalLM", "MambaConfig", OTHER_SIZES | {"num_hidden_layers": 2}),
+    "gemma3n": ("Gemma3nForCausalLM", "Gemma3nTextConfig", SIZES | GEMMA3N),  # layers use keys and values of others
+    "gemma4-e": ("Gemma4ForCausalLM", "Gemma4TextConfig", SIZES | SHARED),  # likewise
+    "mllama": ("MllamaForCausalLM", "MllamaTextConfig", SIZES | CROSSING),  # attends to images
     "bart": ("BartForConditionalGeneration", "BartConfig", BART_SIZES),
 }
 

@@ -33,8 +33,8 @@ def attach(model: nn.Module, calibration: Calibration | str | Path, fold: bool =
         TypeError: `calibration` is neither.
         FileNotFoundError: there is no such file.
         ValueError: the calibration is of another model, the model is attached already, a projection
-            cannot be folded, or the architecture does not work with a `SwanCache` (two tokens are run to
-            see that); the model is unchanged then.
+            cannot be folded, or the architecture does not work with a `SwanCache` (a few tokens are run
+            on it and on the model's own cache to see that); the model is unchanged then.
 
     Example:
         >>> import torch, swan

@@ -53,6 +53,9 @@ ARCHITECTURES: dict[str, Support] = {
     "jetmoe": Support(False, note="keys are repeated between cache and attention"),
     "bloom": Support(False, note="attention of its own (ALiBi)"),
     "mamba": Support(False, note="no attention"),
+    "gemma3n_text": Support(False, note="layers use the keys and values of earlier ones"),
+    "gemma4_text": Support(False, note="layers use the keys and values of earlier ones, or heads of 512 dimensions"),
+    "mllama_text_model": Support(False, note="attends to images by layers of their own"),
     "bart": Support(False, note="an encoder and a decoder"),
 }
 
@@ -60,7 +63,7 @@ ARCHITECTURES: dict[str, Support] = {
 def supported() -> list[dict[str, Any]]:
     """List the architectures of transformers that are known to work, and why others do not.
 
-    `swan.attach` tries others too: it runs two tokens on a cache and refuses what does not come out right.
+    `swan.attach` tries others too: it runs a few tokens on a cache and refuses what does not come out right.
 
     Returns:
         A row for each: ``architecture``, ``supported``, ``fold`` (whether ``fold=True`` works) and ``note``.

@@ -89,9 +89,8 @@ class Visible:
         if columns is None:
             columns = self._plain_columns()
         # A mask says which tokens are seen, those after the query too; without one they are those up to it.
-        offsets = torch.arange(self.queries, device=columns.device) if mask is None else self.queries - 1
-        last = offsets + self.first_query
-        last = last[None, :, None] if mask is None else last
+        first = 0 if mask is None else self.queries - 1
+        last = (torch.arange(first, self.queries, device=columns.device) + self.first_query)[None, :, None]
         window = self.window if isinstance(self.window, int) else self.window.view(1, -1, 1)
         padding = 0 if self.padding is None else self.padding[:, None, None]
         key = columns[:, None]
