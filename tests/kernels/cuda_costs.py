@@ -75,9 +75,10 @@ def table() -> dict[tuple[str, str, str], dict[str, Row]]:
 def main() -> None:
     """Compile everything, and print or write what it costs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("sources", nargs="*", choices=[*SOURCES], default=[*SOURCES])
+    parser.add_argument("sources", nargs="*", choices=[*SOURCES, []], metavar="source", help="attend, pack; or both")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
+    options.sources = options.sources or [*SOURCES]
     before = table() if FILE.exists() else {}
     rows = {key: row for key, row in before.items() if key[0] not in options.sources}
     for source in options.sources:

@@ -1,19 +1,23 @@
 """The library on a GPU that is emulated: operators, what they launch, and caches that take them by themselves."""
 
 import itertools
+import re
 import warnings
 
 import pytest
 import torch
 
-from swan import Graded, KVCache, LayerPlan, TopK, pack, packed_attention, swan_attention
+from swan import Graded, KVCache, LayerPlan, SwanCache, TopK, pack, packed_attention, swan_attention
 from swan.kernels import Seen, calls, cuda
-from swan.kernels.cuda import attend, device
+from swan.kernels.cuda import ahead, attend, device
+from swan.kernels.cuda.build import file_of
 from swan.kernels.cuda.device import Limits
 from swan.kernels.cuda.layouts import in_room
 from tests.compilers import needs_cxx
 from tests.kernels.emulated import emulated  # noqa: F401
 from tests.strategies import assert_packed, normal
+from tests.tiny import attached, logits_of
+from tests.tiny import tokens as text
 
 pytestmark = needs_cxx
 BF16 = torch.bfloat16
@@ -245,6 +249,37 @@ def test_a_gpu_that_cannot_have_them_says_so_once(monkeypatch):
     with pytest.raises(RuntimeError, match=r"compute capability 7.5.*cuda-core"):
         cuda.require(torch.device("cpu"))
     cuda._built_once.cache_clear()
+
+
+def test_kernels_of_many_layers_are_compiled_once_and_at_once(emulated, monkeypatch, tmp_path, capfd):  # noqa: F811
+    compiled = []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(ahead, "arch_of", lambda index: "sm_90")
+
+    def compile_one(source, defines, arch):
+        compiled.append((source.name, defines["K_GROUPS"], arch))
+        file_of(source, defines, arch).touch()
+
+    monkeypatch.setattr(ahead, "compiled", compile_one)
+    layers = [PLAN, PLAN, LayerPlan(PLAN.values, PLAN.keys), LayerPlan(TopK(64, 20), TopK(64, 20))]
+    for _ in range(2):
+        cuda.compile_ahead(layers, BF16, torch.device("cpu", 0))
+    groups = ["{{16,3},{48,2}}", "{{16,5},{16,3},{32,1}}"]
+    assert sorted(compiled) == [(name, each, "sm_90") for name in ("attend.cu", "pack.cu") for each in groups]
+    assert re.fullmatch(r"swan: compiled 4 files in \d+ s\n", capfd.readouterr().err)
+
+
+def test_a_cache_of_transformers_compiles_ahead(emulated, monkeypatch):  # noqa: F811
+    asked = []
+    monkeypatch.setattr(cuda, "built", lambda device: False)  # tensor code computes
+    model = attached(num_hidden_layers=2)
+    monkeypatch.setattr(cuda, "compile_ahead", lambda layers, dtype, device: asked.append((len(layers), dtype)))
+    cache = SwanCache(model, retention=0.33)
+    for _ in range(2):
+        logits_of(model, cache, input_ids=text(1, 9))
+    cache.retention = 0.5
+    logits_of(model, cache, input_ids=text(1, 1))
+    assert asked == [(2, torch.float32)] * 2
 
 
 # Geometry -----------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ from swan.integrations.transformers.layers import (
     layer_bytes,
 )
 from swan.integrations.transformers.levels import Dial, check_static, origin_of
+from swan.kernels import cuda
+from swan.kernels.calls import kernels_on
 from swan.modules import KVCache
 from swan.modules.cache import Prefill
 from swan.modules.checks import check_room
@@ -134,6 +136,7 @@ class SwanCache(Cache):
         self.dial = Dial(attachment.calibration, excluded, buffer, sinks)
         self.dial.start(origin)
         self.plan, self.bases = self.dial.levels[0], attachment.bases
+        self._compiled: Plan | None = None
         self._config = model.config
         super().__init__(layers=self._new_layers())
 
@@ -163,7 +166,9 @@ class SwanCache(Cache):
 
     def move_to(self, plan: Plan) -> None:
         """Store the history, and new tokens, in the layouts of a plan; setting `retention` does that by a number."""
-        winnowed = self.winnowed
+        winnowed, recent = self.winnowed, self.stored
+        if recent is not None:
+            self._compile_ahead(plan, recent)
         for index, plan_layer in zip(self.shapes, plan.layers, strict=True):
             if index in winnowed:
                 assert plan_layer is not None
@@ -229,6 +234,8 @@ class SwanCache(Cache):
         if self.static and layer_idx == first and not torch.compiler.is_compiling():
             assert self.max_length is not None
             check_room(tokens, next(iter(self.winnowed.values())).length, self.max_length)
+        if self._compiled is not self.plan and not torch.compiler.is_compiling():
+            self._compile_ahead(self.plan, key_states)
         layer: Any = self.layers[layer_idx]
         if self.static and not layer.is_initialized:
             _take_memory(layer, key_states, value_states)
@@ -349,6 +356,14 @@ class SwanCache(Cache):
                 kv = KVCache(plan_layer, buffer=self.plan.buffer, sinks=self.plan.sinks, **settings)
                 layers[index] = (StaticSwanLayer if self.static else SwanLayer)(kv, self.bases)
         return layers
+
+    def _compile_ahead(self, plan: Plan, like: Tensor) -> None:
+        """Compile the kernels of all layers at once for caches of keys like these, where there are GPU kernels."""
+        self._compiled = plan
+        if kernels_on(like.device) is cuda:
+            plans = self.dial.levels if self.static else [plan]
+            layers = [layer for each in plans for layer in each.layers if layer is not None]
+            cuda.compile_ahead(layers, computed_dtype(like), like.device)
 
     def _check_rows(self, verb: str) -> None:
         for layer in self.layers:

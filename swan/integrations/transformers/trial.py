@@ -1,6 +1,7 @@
 """The trial of a model before it is attached: on a `SwanCache` it must compute what it computes on its own cache."""
 
 import itertools
+import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -49,7 +50,9 @@ def try_cache(model: PreTrainedModel, expected: Trial | None) -> None:
         ValueError: something else comes out.
     """
     cache = SwanCache(model, retention=1.0, buffer=2, sinks=1)
-    found = _run(model, cache)
+    with warnings.catch_warnings():  # a cache of float32 that keeps everything is slow on a GPU; this one is short
+        warnings.filterwarnings("ignore", "impl='cuda' attends to")
+        found = _run(model, cache)
     unused = [index for index, kv in cache.winnowed.items() if kv.length != ENDS[-1]]
     if unused:
         raise ValueError(f"it does not use the cache in layers {unused}")

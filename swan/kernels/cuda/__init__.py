@@ -2,18 +2,18 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from swan.compiling import constant_result
 from swan.kernels.cuda.build import folder, missing, not_built
-from swan.storage import Graded, Layout
+from swan.storage import Graded, LayerPlan, Layout
 
 __all__ = [
-    "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "built", "folder", "missing", "operator",
-    "packs", "require", "restores", "say_slow",
+    "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "built", "compile_ahead", "folder", "missing",
+    "operator", "packs", "require", "restores", "say_slow",
 ]  # fmt: skip
 
 IMPL = "cuda"
@@ -87,6 +87,15 @@ def _built_once(device: torch.device) -> bool:
         _say_slow_once(str(error))
         return False
     return True
+
+
+def compile_ahead(layers: Iterable[LayerPlan], dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the kernels of many layers at once, where each would be compiled when it is first launched."""
+    attended = [layer for layer in layers if attends(dtype, layer.keys, layer.values)]
+    if attended and built(device):
+        from swan.kernels.cuda.ahead import compile_all
+
+        compile_all(attended, dtype, torch.cuda.current_device() if device.index is None else device.index)
 
 
 @constant_result
