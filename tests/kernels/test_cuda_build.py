@@ -274,7 +274,7 @@ LAUNCHES = """
 import ctypes, sys, threading
 from pathlib import Path
 import torch
-from swan.kernels.cuda import Kernel
+from swan.kernels.cuda.launch import Kernel
 device = 0
 torch._C._cuda_getDevice = lambda: device
 torch._C._cuda_getCurrentRawStream = lambda device: 0x5700 + device

@@ -111,5 +111,5 @@ def test_a_full_history_is_not_written_past():
     cache.update(*torch.randn(2, 1, 1, 4, 16))
     before = cache.state.k_history.map(torch.clone)
     with pytest.raises(RuntimeError, match="no room"):
-        cache._take_in(*torch.randn(2, 1, 1, 2, 16), None)  # compiled code does not check the length before
+        cache._take_in(*torch.randn(2, 1, 1, 70, 16), None)  # compiled code does not check the length before
     assert all(torch.equal(a, b) for a, b in zip(cache.state.k_history.tensors, before.tensors, strict=True))

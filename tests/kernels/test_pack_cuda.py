@@ -266,6 +266,14 @@ class Cache:
             in_turns=True,
         )
 
+    def crop(self, tokens):
+        """The newest tokens are forgotten, and their slots filled with zeros."""
+        state = self.buffer.state
+        self.buffer.crop(int(state.length) - tokens)
+        for side, recent in zip(self.sides, (state.k_recent, state.v_recent), strict=True):
+            assert recent is not None
+            side.recent.tensor[(recent == 0).all(-1)] = 0
+
     def drop(self, tokens):
         """The history forgets its oldest tokens, and the others move."""
         self.dropped += tokens
@@ -317,7 +325,7 @@ def test_takes_tokens_in_as_buffer_and_history_do(case, run):
     for seed, step in enumerate(run.steps):
         cache.take_in(*(tokens_of(layout, seed, step.tokens, case.dtype) for layout in (case.keys, case.values)))
         cache.check_recent()
-        cache.buffer.crop(int(cache.buffer.state.length) - step.crop)
+        cache.crop(step.crop)
         if step.drop:
             cache.drop(step.drop)
     if run.room:
