@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-OLDEST := transformers==5.10.4
+OLDEST_TORCH ?= $(TORCH)
+OLDEST := transformers==5.10.4 einops==0.8.2 numpy==1.26.0 safetensors==0.4.3 # the lowest that pyproject.toml allows
 KATEX  := katex@0.16.22
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -18,10 +19,10 @@ DOCS := $(VENV)/.has-hf,cli,cpp,plot,docs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-matrix cases mutants matrix check format docs docs-test docs-serve bench model dist clean
+.PHONY: help install demo test test-all test-matrix cases mutants matrix check format public-names docs docs-test docs-serve bench model dist release-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 install: $(DEV) ## make .venv with everything to develop (but the docs tools)
 
@@ -37,7 +38,7 @@ test: $(TEST) ## tests and docstring examples, in minutes
 test-all: $(TEST) ## every test, with more random examples
 	@HYPOTHESIS_PROFILE=deep $(PYTEST)
 
-test-matrix: $(TEST) .venv-oldest/.has-test ## the tests of transformers on its newest and its oldest version
+test-matrix: $(TEST) .venv-oldest/.has-test ## the tests of transformers on the newest versions and on the oldest
 	@$(PYTEST) tests/integrations
 	@$(subst $(BIN),.venv-oldest/bin,$(PYTEST)) tests/integrations
 
@@ -50,16 +51,20 @@ mutants: $(TEST) ## make mistakes in a copy, one by one: some test must notice e
 matrix: $(TEST) ## print what works on which architecture, dynamic and static
 	@$(BIN)/python -m tests.matrix
 
-check: $(DEV) ## format, lint, types, floors
+check: $(DEV) ## format, lint, types, floors, licences and vulnerabilities of what is installed
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
 	@$(BIN)/pyright
 	@$(BIN)/pyright --project pyright-strict.json
 	@$(BIN)/lint-imports
+	@$(BIN)/python -m tests.audit
 
 format: $(DEV) ## format, and fix what ruff can
 	@$(BIN)/ruff check --fix-only
 	@$(BIN)/ruff format
+
+public-names: $(TEST) ## write the public names and signatures into tests/public_names.txt
+	@$(BIN)/python -m tests.public_names
 
 docs: $(DOCS) docs/vendor/katex ## build the pages into site/ (needs npm)
 	@$(MKDOCS) build --strict
@@ -77,6 +82,10 @@ bench: $(RUN) ## timings, written to benchmarks/results (needs a GPU)
 dist: $(BIN)/pip ## build the wheel and the sdist into dist/
 	@$(PIP) install build
 	@$(BIN)/python -m build
+
+release-check: $(BIN)/pip ## build both, look into them, use the wheel in an empty environment
+	@$(PIP) install build
+	@$(BIN)/python -m tests.release --torch "$(TORCH)"
 
 clean: ## remove all that make has made
 	rm -rf $(VENV) .venv-oldest .hypothesis .import_linter_cache .ruff_cache dist site site-screenshots docs/vendor
@@ -97,12 +106,13 @@ $(VENV)/.has-%: pyproject.toml $(VENV)/.torch
 	@$(PIP) install --editable ".[$*]"
 	@touch $@
 
-# An environment with the oldest transformers that swan is for.
+# An environment with the oldest versions that swan is for, but of torch: OLDEST_TORCH=torch==2.11.0 takes that too (on Linux
+# a build for CUDA, 7 GB).
 .venv-oldest/.has-test: pyproject.toml
 	@$(PYTHON) -m venv .venv-oldest
-	@echo "installing $(TORCH), $(OLDEST) and swan[hf,cli,cpp,plot,lm-eval,test]"
-	@.venv-oldest/bin/pip -qq --disable-pip-version-check install "$(TORCH)"
-	@.venv-oldest/bin/pip -qq --disable-pip-version-check install --editable ".[hf,cli,cpp,plot,lm-eval,test]" "$(OLDEST)"
+	@echo "installing $(OLDEST_TORCH), $(OLDEST) and swan[hf,cli,cpp,plot,lm-eval,test]"
+	@.venv-oldest/bin/pip -qq --disable-pip-version-check install "$(OLDEST_TORCH)"
+	@.venv-oldest/bin/pip -qq --disable-pip-version-check install --editable ".[hf,cli,cpp,plot,lm-eval,test]" $(OLDEST)
 	@touch $@
 
 # The formulas of the pages are set by KaTeX, served with them: no page loads anything from elsewhere.
