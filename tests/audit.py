@@ -1,7 +1,7 @@
 """Licences and known vulnerabilities of what is installed beside swan; `make check` runs it.
 
-Licences are those that the packages declare. Vulnerabilities come from pip-audit, which asks the package index: where that
-cannot be asked or has no records, a line says so and nothing fails.
+Licences are those that the packages declare. Vulnerabilities come from pip-audit, which asks the package index: where
+that cannot be asked or has no records, a line says so and nothing fails.
 """
 
 import json

@@ -76,7 +76,7 @@ def use(wheel: Path, torch: str, folder: Path) -> None:
     run(*pip, torch)
     run(*pip, str(wheel))
     run(python, "-I", "-W", "error", str(SMOKE), cwd=folder)
-    run(*pip, *(bound for bound in lowest(["einops", "numpy", "safetensors"])))
+    run(*pip, *lowest(["einops", "numpy", "safetensors"]))
     run(python, "-I", str(SMOKE), cwd=folder)
 
 

@@ -1,4 +1,4 @@
-"""What a release must do where nothing but swan and what it needs is installed: `make release-check` runs this file there.
+"""What a release must do where nothing but swan and what it needs is installed; `make release-check` runs it there.
 
 It imports nothing of the tests, and no extra may be installed. Expected: every call works in tensor code or says which
 extra it needs.
@@ -43,7 +43,9 @@ def check_functions() -> None:
             warnings.simplefilter("always")
             out = swan.packed_attention(q, keys, values)
         assert all("swan-attention[cpp]" in str(w.message) for w in caught), [str(w.message) for w in caught]
-        torch.testing.assert_close(out, swan.dense_attention(q, swan.unpack(keys), swan.unpack(values)), atol=0.02, rtol=0)
+        torch.testing.assert_close(
+            out, swan.dense_attention(q, swan.unpack(keys), swan.unpack(values)), atol=0.02, rtol=0
+        )
 
 
 def check_cache() -> None:

@@ -37,14 +37,20 @@ def test_licences_are_read_and_judged(fields, text, permissive):
 
 
 def test_a_package_without_a_known_licence_is_named(capsys):
-    packages = {"a": metadata(License="MIT"), "b": metadata(), "chardet": metadata(License="LGPL"), "nvidia-x": metadata()}
+    packages = {
+        "a": metadata(License="MIT"),
+        "b": metadata(),
+        "chardet": metadata(License="LGPL"),
+        "nvidia-x": metadata(),
+    }
     assert audit.check_licences(packages) == ["b: no licence"]
     assert capsys.readouterr().out == "licences of 4 packages: permissive, or known: chardet, nvidia-x\n"
 
 
 ANSWER = """{"dependencies": [
     {"name": "numpy", "version": "1.0", "vulns": []},
-    {"name": "torch", "version": "2.0", "vulns": [{"id": "X-1", "fix_versions": ["2.1"]}, {"id": "X-2", "fix_versions": []}]},
+    {"name": "torch", "version": "2.0", "vulns": [
+        {"id": "X-1", "fix_versions": ["2.1"]}, {"id": "X-2", "fix_versions": []}]},
     {"name": "own", "skip_reason": "not found"}]}"""  # fmt: skip
 
 
@@ -71,7 +77,11 @@ def test_vulnerabilities_are_named_with_the_versions_that_mend_them(monkeypatch,
 @pytest.mark.parametrize(
     ("stdout", "stderr", "reason"),
     [
-        ('{"dependencies": [{"name": "numpy", "skip_reason": "not found"}]}', "", "the package index has no records of any"),
+        (
+            '{"dependencies": [{"name": "numpy", "skip_reason": "not found"}]}',
+            "",
+            "the package index has no records of any",
+        ),
         ("", "python: No module named pip_audit\n", "python: No module named pip_audit"),
         ("", "Traceback\n  ...\nConnectionError: no network\n", "ConnectionError: no network"),
     ],

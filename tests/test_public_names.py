@@ -9,8 +9,8 @@ pytest.importorskip("transformers")
 from tests import public_names
 
 ADVICE = (
-    "What is public has changed. If that is meant: `make public-names`, say so in CHANGELOG.md, and where something went "
-    "or was renamed, read about deprecation in CONTRIBUTING.md."
+    "What is public has changed. If that is meant: `make public-names`, say so in CHANGELOG.md, and where something "
+    "went or was renamed, read about deprecation in CONTRIBUTING.md."
 )
 
 
