@@ -17,7 +17,7 @@ import torch
 
 import swan
 
-EXTRAS = ("transformers", "typer", "ninja", "matplotlib", "lm_eval", "triton", "pytest", "jaxtyping")
+EXTRAS = ("transformers", "typer", "ninja", "matplotlib", "lm_eval", "pytest", "jaxtyping")
 
 
 def main() -> None:
@@ -35,17 +35,15 @@ def main() -> None:
 
 
 def check_functions() -> None:
-    """Packed attention is that over what the packed vectors unpack to."""
+    """Packed attention is that over what the packed vectors unpack to; a warning says what would be faster."""
     q, k, v = torch.randn(1, 4, 1, 64), *torch.randn(2, 1, 2, 40, 64)
-    for layout in (swan.Graded(((16, 5), (32, 3), (16, 0))), swan.TopK(64, keep=32)):
-        keys, values = swan.pack(k, layout), swan.pack(v, layout)
-        with warnings.catch_warnings(record=True) as caught:  # without a compiler or ninja a warning says so
-            warnings.simplefilter("always")
-            out = swan.packed_attention(q, keys, values)
-        assert all("swan-attention[cpp]" in str(w.message) for w in caught), [str(w.message) for w in caught]
-        torch.testing.assert_close(
-            out, swan.dense_attention(q, swan.unpack(keys), swan.unpack(values)), atol=0.02, rtol=0
-        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for layout in (swan.Graded(((16, 5), (32, 3), (16, 0))), swan.TopK(64, keep=32)):
+            keys, values = swan.pack(k, layout), swan.pack(v, layout)
+            expected = swan.dense_attention(q, swan.unpack(keys), swan.unpack(values))
+            torch.testing.assert_close(swan.packed_attention(q, keys, values), expected)
+    assert ["swan-attention[cpp]" in str(warning.message) for warning in caught] == [True], caught
 
 
 def check_cache() -> None:
@@ -55,7 +53,8 @@ def check_cache() -> None:
         cache = swan.KVCache(layer, buffer=8, sinks=2, static=static, max_length=50 if static else None)
         for tokens in (40, 1):
             q, k, v = torch.randn(1, 4, tokens, 64), *torch.randn(2, 1, 2, tokens, 64)
-            assert cache(q, k, v, impl="compiled").isfinite().all()
+            out = cache(q, k, v)
+            assert out.shape == q.shape and out.isfinite().all()
         assert int(cache.history_length) == 41 - 8 - 2
 
 
