@@ -19,7 +19,7 @@ DOCS := $(VENV)/.has-hf,cli,cpp,plot,docs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-matrix cases mutants matrix check format public-names docs docs-test docs-serve bench model dist release-check clean
+.PHONY: help install demo test test-all test-matrix cases mutants soak matrix check format public-names docs docs-test docs-serve bench model dist release-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ cases: $(TEST) ## troubles that people reported about caches like ours
 
 mutants: $(TEST) ## make mistakes in a copy, one by one: some test must notice each
 	@$(BIN)/python -m tests.mutants
+
+soak: $(TEST) ## read 100,000 damaged files of all kinds (half an hour)
+	@$(BIN)/python -m tests.fuzz --mutants 100000
 
 matrix: $(TEST) ## print what works on which architecture, dynamic and static
 	@$(BIN)/python -m tests.matrix

@@ -7,8 +7,8 @@ reads its settings when it is loaded, so they are set here, and for the command 
 
 import os
 import sys
-from pathlib import Path
 
-is_command = Path(sys.argv[0]).name in ("swan", "swan.exe")
+from swan.interrupts import is_command
+
 if is_command and "bench" not in sys.argv[1:2] and "OMP_WAIT_POLICY" not in os.environ:  # bench measures the default
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

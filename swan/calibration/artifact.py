@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from swan.calibration.bases import Basis, layer_bases
+from swan.calibration.bases import Basis, LayerBases, layer_bases
 from swan.calibration.batches import beginning, check_batch, check_batches, rows_of, tokens_of
 from swan.calibration.capture import (
     Observed,
@@ -25,6 +25,7 @@ from swan.calibration.capture import (
     tensor_parallel,
     unwrapped,
 )
+from swan.calibration.checks import check_calibration
 from swan.calibration.effects import (
     BUFFER,
     TOKENS,
@@ -34,34 +35,17 @@ from swan.calibration.effects import (
     effects_of,
     run_backward,
 )
-from swan.calibration.files import read_tensors, write_tensors
+from swan.calibration.files import read_tensors, reason_of, write_tensors
 from swan.calibration.moments import Moments
 from swan.calibration.progress import track
 from swan.compiling import outside_inference_mode
-from swan.functional.rotation import check_basis
 from swan.storage.layout import MAX_DIM
 
-__all__ = ["Calibration", "LayerBases", "calibrate"]
+__all__ = ["Calibration", "calibrate"]
 
-FORMAT = "swan-calibration-3"  # changes with the candidates of effects.py too
+FORMATS = ("swan-calibration-3", "swan-calibration-4")  # that are read; changes with the candidates of effects.py too
+AGAIN = "run swan.calibrate again"
 MOMENTS = ("q", "k", "v", "o")
-
-
-@dataclass(frozen=True)
-class LayerBases:
-    """Bases of one layer, float32.
-
-    Args:
-        key_basis: ``[kv_heads, d, d]``.
-        value_basis: ``[kv_heads, dv, dv]``.
-        key_spectrum: share of importance of each column ``[kv_heads, d]``, descending.
-        value_spectrum: the same for values.
-    """
-
-    key_basis: Tensor
-    value_basis: Tensor
-    key_spectrum: Tensor
-    value_spectrum: Tensor
 
 
 @dataclass(frozen=True)
@@ -153,19 +137,23 @@ class Calibration:
         """Write one safetensors file; an older file is replaced whole or not at all.
 
         Raises:
-            ValueError: a basis is not orthogonal, or a moment not finite; nothing is written then.
+            ValueError: `load` would refuse it, or `path` is a folder; then nothing is written.
+            OSError: the file cannot be written; then an older one is as it was.
         """
-        self._check_numbers("this calibration")
+        try:
+            check_calibration(self)
+        except ValueError as error:
+            raise ValueError(f"this calibration is not written to {path}: {error}; {AGAIN}") from error
         tensors = {}
         for i, (layer, moments) in enumerate(zip(self.layers, self.moments, strict=True)):
             for field in dataclasses.fields(layer):
                 tensors[f"layers.{i}.{field.name}"] = getattr(layer, field.name).contiguous().cpu()
             for name in MOMENTS:
-                tensors[f"layers.{i}.moments.{name}"] = getattr(moments, name).cpu()
+                tensors[f"layers.{i}.moments.{name}"] = getattr(moments, name).contiguous().cpu()
         if self.effects is not None:
             tensors |= {"effects.keys": self.effects.keys, "effects.values": self.effects.values}
         metadata = {
-            "format": FORMAT,
+            "format": FORMATS[-1],
             "basis": self.basis,
             "seed": self.seed,
             "tokens": self.tokens,
@@ -178,27 +166,28 @@ class Calibration:
         """Read a file that `save` wrote.
 
         Raises:
-            ValueError: the file is not a calibration, or its tensors are not finite or not orthogonal.
+            ValueError: the file is not a whole calibration, or its tensors are not finite or not orthogonal.
         """
-        metadata, tensors = read_tensors(path, FORMAT, "calibration", "run swan.calibrate again")
-        key_effects, value_effects = (tensors.pop(f"effects.{side}", None) for side in ("keys", "values"))
-        effects = None if key_effects is None or value_effects is None else Effects(key_effects, value_effects)
-        count = 1 + max(int(name.split(".")[1]) for name in tensors)
-        layers, moments = [], []
-        for i in range(count):
-            layers.append(LayerBases(*(tensors[f"layers.{i}.{f.name}"] for f in dataclasses.fields(LayerBases))))
-            moments.append(Moments(*(tensors[f"layers.{i}.moments.{n}"] for n in MOMENTS), tokens=metadata["tokens"]))
-        basis, seed, fingerprint = (metadata[name] for name in ("basis", "seed", "fingerprint"))
-        calibration = cls(tuple(layers), tuple(moments), basis, seed, fingerprint, effects)
-        calibration._check_numbers(str(path))
+        metadata, tensors = read_tensors(path, FORMATS, "calibration", AGAIN)
+        try:
+            calibration = cls._from_file(metadata, {name: t.clone() for name, t in tensors.items()})
+            check_calibration(calibration)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no whole calibration ({reason_of(error)}); {AGAIN}") from error
         return calibration
 
-    def _check_numbers(self, name: str) -> None:
-        """Raise a ValueError where a basis is not orthogonal, or a moment not finite."""
-        for index, (layer, moments) in enumerate(zip(self.layers, self.moments, strict=True)):
-            for basis in (layer.key_basis, layer.value_basis):
-                check_basis(basis)
-            moments.check(f"layer {index} of {name}")
+    @classmethod
+    def _from_file(cls, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> "Calibration":
+        layers, moments, effects, tokens = [], [], None, metadata["tokens"]
+        for i in range(sum(name.endswith(".key_basis") for name in tensors)):
+            layers.append(LayerBases(*(tensors.pop(f"layers.{i}.{f.name}") for f in dataclasses.fields(LayerBases))))
+            moments.append(Moments(*(tensors.pop(f"layers.{i}.moments.{name}") for name in MOMENTS), tokens=tokens))
+        if "effects.keys" in tensors:
+            effects = Effects(tensors.pop("effects.keys"), tensors.pop("effects.values"))
+        if tensors:
+            raise ValueError(f"unknown tensors, such as {next(iter(tensors))[:40]!r}")
+        basis, seed, fingerprint = (metadata[name] for name in ("basis", "seed", "fingerprint"))
+        return cls(tuple(layers), tuple(moments), basis, seed, fingerprint, effects)
 
     def __repr__(self) -> str:
         shown = f"basis={self.basis!r}, layers={len(self.layers)}, tokens={self.tokens}"

@@ -1,5 +1,6 @@
 """Orthogonal bases from second moments, their columns sorted by importance."""
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -9,9 +10,26 @@ from torch import Tensor
 from swan.calibration.moments import Moments
 from swan.functional.rotation import random_rotation
 
-__all__ = ["Basis", "layer_bases"]
+__all__ = ["Basis", "LayerBases", "layer_bases"]
 
 Basis = Literal["joint", "pca", "random", "identity"]
+
+
+@dataclass(frozen=True)
+class LayerBases:
+    """Bases of one layer, float32.
+
+    Args:
+        key_basis: ``[kv_heads, d, d]``.
+        value_basis: ``[kv_heads, dv, dv]``.
+        key_spectrum: share of importance of each column ``[kv_heads, d]``, descending.
+        value_spectrum: the same for values.
+    """
+
+    key_basis: Tensor
+    value_basis: Tensor
+    key_spectrum: Tensor
+    value_spectrum: Tensor
 
 
 def layer_bases(moments: Moments, basis: Basis, *, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """`Plan`: the layouts of each layer of a cache."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -11,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from swan.calibration.effects import KEYS, VALUES, Effects, Groups, graded
+from swan.calibration.files import parse_json, reason_of
+from swan.calibration.json_layouts import fields_of, layer_from_json, to_json
 from swan.modules import KVCache
 from swan.modules.cache import Prefill
-from swan.storage import Graded, LayerPlan, Layout, TopK
+from swan.storage import Graded, LayerPlan
 
 if TYPE_CHECKING:
     from swan.calibration.artifact import Calibration
@@ -47,7 +48,11 @@ LADDER: tuple[tuple[Groups, Groups], ...] = (
     (((16, 8),), ((16, 8),)),
 )
 
+FORMAT = "swan-plan-1"
+MOST_TOKENS = 2**31  # of a buffer or of sinks that are read
 ROUNDING = 1e-9  # retentions are quotients, equal only up to the rounding of floats
+
+Dims = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -225,9 +230,11 @@ class Plan:
                 )
 
     def to_json(self) -> str:
-        """Write the plan as JSON text; `from_json` reads it."""
-        layers = [None if p is None else {"keys": _to_json(p.keys), "values": _to_json(p.values)} for p in self.layers]
-        return json.dumps({"buffer": self.buffer, "sinks": self.sinks, "layers": layers})
+        """Write the plan as JSON text; `from_json` reads it, and what that would refuse is not written."""
+        layers = [None if p is None else {"keys": to_json(p.keys), "values": to_json(p.values)} for p in self.layers]
+        text = json.dumps({"format": FORMAT, "buffer": self.buffer, "sinks": self.sinks, "layers": layers})
+        self.from_json(text)
+        return text
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -237,16 +244,17 @@ class Plan:
             ValueError: the text is not such a plan.
         """
         try:
-            data = json.loads(text)
-            layers = [
-                None if p is None else LayerPlan(_from_json(p["keys"]), _from_json(p["values"])) for p in data["layers"]
-            ]
-            return cls(tuple(layers), buffer=data["buffer"], sinks=data["sinks"])
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"this is not the JSON of a plan ({error!r}); write one with Plan.to_json") from error
-
-
-Dims = Sequence[tuple[int, int]]
+            values = parse_json(text)
+            if isinstance(values, dict) and values.pop("format", FORMAT) != FORMAT:  # the first plans have none
+                raise ValueError(f"this version of swan reads the format {FORMAT!r}")
+            buffer, sinks, layers = fields_of(values, "buffer", "sinks", "layers")
+            if max(buffer, sinks) >= MOST_TOKENS:
+                raise ValueError(f"buffer and sinks must be below {MOST_TOKENS}")
+            return cls(tuple(None if layer is None else layer_from_json(layer) for layer in layers), buffer, sinks)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"this is not the JSON of a plan ({reason_of(error)}); write one with Plan.to_json"
+            ) from error
 
 
 def _dims_and_effects(calibration: "Calibration | None", dims: Dims | None) -> tuple[Dims, Effects | None]:
@@ -326,14 +334,3 @@ def _hull(points: list[tuple[int, float, Graded]]) -> list[tuple[int, float, Gra
 
 def _slope(a: tuple[int, float, Graded], b: tuple[int, float, Graded]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
-
-
-def _to_json(layout: Layout) -> dict[str, Any]:
-    if not isinstance(layout, TopK | Graded):
-        raise TypeError(f"only TopK and Graded layouts can be written as JSON, got {layout}")
-    return {"form": layout.form, **dataclasses.asdict(layout)}
-
-
-def _from_json(fields: dict[str, Any]) -> Layout:
-    settings = {name: value for name, value in fields.items() if name != "form"}
-    return {"topk": TopK, "graded": Graded}[fields["form"]](**settings)

@@ -1,6 +1,9 @@
 """The command line: `swan info`, `calibrate`, `generate`, `evaluate`, `frontier`, `bench` and `demo`."""
 
+import signal
 import sys
+
+from swan import interrupts
 
 __all__ = ["main"]
 
@@ -13,4 +16,6 @@ def main() -> None:
         if error.name in ("typer", "rich"):
             sys.exit("the command line needs typer and rich: pip install 'swan-attention[cli,hf]'")
         raise
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        interrupts.during_work()
     app()

@@ -7,6 +7,7 @@ import typer
 from swan.cli.bench import bench
 from swan.cli.calibrate import calibrate
 from swan.cli.demo import demo
+from swan.cli.errors import Commands
 from swan.cli.evaluate import evaluate
 from swan.cli.frontier import frontier
 from swan.cli.generate import generate
@@ -17,6 +18,7 @@ for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 app = typer.Typer(
+    cls=Commands,
     help="Smaller key-value caches by rotation and winnowing (SWAN, arXiv:2511.18936).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -14,13 +14,14 @@ from swan.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
-    check_plot,
+    check_outputs,
+    check_retentions,
+    check_size,
     console,
     envelope,
     layer_dtype,
     load,
     print_json,
-    user_errors,
     write_json,
 )
 from swan.cli.tables import Columns, Row, mebibytes, milliseconds, number, percent, print_table, ratio
@@ -32,21 +33,27 @@ from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.figures import save
 from swan.evaluation.machine import memory_bandwidth
 from swan.evaluation.texts import evaluation_text, token_windows
+from swan.integrations.sizes import byte_count
+from swan.storage.layout import MAX_DIM
 
 bench = typer.Typer(help="Timings against the strongest dense attention.", no_args_is_help=True)
 
 Form = tuple[str, float]
 
-LengthsOption = Annotated[list[int] | None, typer.Option("--lengths", help="Tokens in the cache (repeat it).")]
+LengthsOption = Annotated[list[int] | None, typer.Option("--lengths", min=1, help="Tokens in the cache (repeat it).")]
 ShapeOption = Annotated[
     str,
-    typer.Option(help=f"{', '.join(SHAPES)}, or query heads/KV heads/head dimension, such as 32/8/128."),
+    typer.Option(
+        callback=lambda shape: _shape(shape) and shape,
+        help=f"{', '.join(SHAPES)}, or query heads/KV heads/head dimension, such as 32/8/128.",
+    ),
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Sequences.")]
 BufferOption = Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")]
 FormOption = Annotated[list[str] | None, typer.Option(help="graded, topk, leading or fp8 (repeat it).")]
 RetentionOption = Annotated[
-    list[float] | None, typer.Option(help="Retentions of the forms, or of graded if none is given (repeat it).")
+    list[float] | None,
+    typer.Option(callback=check_retentions, help="Retentions of the forms, or of graded if none is given (repeat it)."),
 ]
 
 
@@ -69,17 +76,16 @@ def decode(
 ) -> None:
     """Time the attention of one decoding step of one layer, swan beside dense."""
     lengths = lengths or [8192]
-    with user_errors():
-        check_plot(plot)
-        setup = Setup(batch=batch, buffer=buffer, **_shape(shape))
-        bandwidth = memory_bandwidth(setup.device)
-        if not dtype and setup.device.type == "cpu":
-            dtype = [Dtype.float32, Dtype.bfloat16, Dtype.float16]  # CPUs differ in which they are fastest with
-        dtypes = [layer_dtype(each) for each in dtype] if dtype else None
-        chosen = _forms(form, retention)
-        rows = benchmarks.bench_decode(lengths, setup, dtypes=dtypes, forms=chosen, impls=impl, bandwidth=bandwidth)
-        if plot is not None:
-            save(benchmarks.plot_decode(rows, _about(setup)), plot)
+    check_outputs(plot=plot)
+    setup = Setup(batch=batch, buffer=buffer, **_shape(shape))
+    bandwidth = memory_bandwidth(setup.device)
+    if not dtype and setup.device.type == "cpu":
+        dtype = [Dtype.float32, Dtype.bfloat16, Dtype.float16]  # CPUs differ in which they are fastest with
+    dtypes = [layer_dtype(each) for each in dtype] if dtype else None
+    chosen = _forms(form, retention)
+    rows = benchmarks.bench_decode(lengths, setup, dtypes=dtypes, forms=chosen, impls=impl, bandwidth=bandwidth)
+    if plot is not None:
+        save(benchmarks.plot_decode(rows, _about(setup)), plot)
     if json:
         return print_json(_settings(setup, shape, lengths=lengths, bandwidth=bandwidth), rows)
     columns: Columns = {
@@ -114,9 +120,8 @@ def step(
     """Time the parts of one decoding step of one layer, and find the length from which on swan's is faster."""
     lengths = lengths or [512, 2048, 8192]
     options = _given(forms=_forms(form, retention), impls=impl)
-    with user_errors():
-        setup = Setup(batch=batch, buffer=buffer, dtype=layer_dtype(dtype), **_shape(shape))
-        rows = benchmarks.bench_step(lengths, setup, **options)
+    setup = Setup(batch=batch, buffer=buffer, dtype=layer_dtype(dtype), **_shape(shape))
+    rows = benchmarks.bench_step(lengths, setup, **options)
     if json:
         return print_json(_settings(setup, shape, lengths=lengths), rows)
     columns: Columns = {
@@ -155,9 +160,8 @@ def prefill(
 ) -> None:
     """Measure time and peak of memory of taking in a prompt in one layer, swan beside dense."""
     lengths = lengths or [2048]
-    with user_errors():
-        setup = Setup(batch=batch, buffer=buffer, dtype=layer_dtype(dtype), **_shape(shape))
-        rows = benchmarks.bench_prefill(lengths, setup, **_given(forms=_forms(form, retention)))
+    setup = Setup(batch=batch, buffer=buffer, dtype=layer_dtype(dtype), **_shape(shape))
+    rows = benchmarks.bench_prefill(lengths, setup, **_given(forms=_forms(form, retention)))
     if json:
         return print_json(_settings(setup, shape, lengths=lengths), rows)
     columns: Columns = {
@@ -174,7 +178,9 @@ def prefill(
 
 @bench.command()
 def capacity(
-    memory: Annotated[str, typer.Option(help="Memory for the cache of one layer, such as 64MiB.")] = "1GiB",
+    memory: Annotated[
+        str, typer.Option(callback=check_size, help="Memory for the cache of one layer, such as 64MiB.")
+    ] = "1GiB",
     lengths: LengthsOption = None,
     shape: ShapeOption = "llama",
     buffer: BufferOption = 128,
@@ -188,13 +194,10 @@ def capacity(
 ) -> None:
     """Measure tokens per second of one layer at the largest batch that fits a memory."""
     lengths = lengths or [8192]
-    with user_errors():
-        from swan.integrations.sizes import byte_count
-
-        setup = Setup(buffer=buffer, dtype=layer_dtype(dtype), **_shape(shape))
-        size, bandwidth = byte_count(memory), memory_bandwidth(setup.device)
-        chosen = _forms(form, retention)
-        rows = benchmarks.bench_capacity(size, lengths, setup, forms=chosen, impl=impl, bandwidth=bandwidth)
+    setup = Setup(buffer=buffer, dtype=layer_dtype(dtype), **_shape(shape))
+    size, bandwidth = byte_count(memory), memory_bandwidth(setup.device)
+    chosen = _forms(form, retention)
+    rows = benchmarks.bench_capacity(size, lengths, setup, forms=chosen, impl=impl, bandwidth=bandwidth)
     if json:
         settings = _settings(setup, shape, lengths=lengths, memory=size, bandwidth=bandwidth)
         return print_json(settings, rows)
@@ -221,7 +224,8 @@ def model(
     batch: BatchOption = 1,
     buffer: BufferOption = 128,
     retention: Annotated[
-        list[float] | None, typer.Option(help="Retentions beside 1 (repeat it); 0.5 and 0.26 if none is given.")
+        list[float] | None,
+        typer.Option(callback=check_retentions, help="Retentions beside 1 (repeat it); 0.5 and 0.26 if none is given."),
     ] = None,
     impl: Annotated[list[str] | None, typer.Option(help="Of eager, compiled (repeat it); both by default.")] = None,
     quantized: Annotated[bool, typer.Option(help="Also transformers' quantized cache, if quanto is there.")] = True,
@@ -232,18 +236,18 @@ def model(
 ) -> None:
     """Measure tokens per second of a whole model, swan's caches beside those of transformers."""
     options = _given(retentions=retention, impls=impl)
-    with user_errors():
-        network, tokenizer = load(model, dtype)
-        ids = token_windows(evaluation_text("qasper"), tokenizer, batch, prompt)
-        calibration = calibration_of(model, network, tokenizer, path=calibration_file)
-        options |= {"tokens": tokens, "quantized": quantized, "buffer": buffer}
-        settings = {"model": model, "prompt": prompt, "tokens": tokens, "batch": batch, "buffer": buffer}
-        settings |= {"dtype": dtype_name(network.dtype), "threads": torch.get_num_threads()}
+    check_outputs(out=out)
+    network, tokenizer = load(model, dtype)
+    ids = token_windows(evaluation_text("qasper"), tokenizer, batch, prompt)
+    calibration = calibration_of(model, network, tokenizer, path=calibration_file)
+    options |= {"tokens": tokens, "quantized": quantized, "buffer": buffer}
+    settings = {"model": model, "prompt": prompt, "tokens": tokens, "batch": batch, "buffer": buffer}
+    settings |= {"dtype": dtype_name(network.dtype), "threads": torch.get_num_threads()}
 
-        def write(rows: list[Row]) -> None:
-            write_json(out, envelope(settings, rows))
+    def write(rows: list[Row]) -> None:
+        write_json(out, envelope(settings, rows))
 
-        rows = benchmarks.bench_model(network, ids, calibration, after_row=write, **options)
+    rows = benchmarks.bench_model(network, ids, calibration, after_row=write, **options)
     if json:
         return print_json(settings, rows)
     columns: Columns = {
@@ -268,8 +272,11 @@ def _shape(shape: str) -> dict[str, Any]:
         return SHAPES[shape]
     numbers = shape.split("/")
     if len(numbers) != 3 or not all(number.isdigit() and int(number) for number in numbers):
-        raise ValueError(f"a shape is {', '.join(SHAPES)}, or such as 32/8/128, got {shape!r}")
-    return dict(zip(("heads", "kv_heads", "head_dim"), map(int, numbers), strict=True))
+        raise typer.BadParameter(f"a shape is {', '.join(SHAPES)}, or such as 32/8/128, got {shape!r}")
+    heads, kv_heads, head_dim = map(int, numbers)
+    if heads % kv_heads or head_dim > MAX_DIM:
+        raise typer.BadParameter(f"query heads must be a multiple of KV heads, heads have up to {MAX_DIM} coordinates")
+    return {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
 
 
 def _forms(form: list[str] | None, retention: list[float] | None) -> list[Form] | None:

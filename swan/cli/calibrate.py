@@ -12,10 +12,10 @@ from swan.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    check_outputs,
     console,
     load,
     print_json,
-    user_errors,
 )
 from swan.cli.tables import Columns, number, percent, print_table
 from swan.evaluation.calibrations import calibration_of
@@ -31,10 +31,10 @@ def calibrate(
     json: JsonOption = False,
 ) -> None:
     """Find the bases of a model by running it over some text."""
-    with user_errors():
-        network, tokenizer = load(model, dtype)
-        calibration = calibration_of(model, network, tokenizer, basis=basis.value, tokens=tokens, text=text)
-        calibration.save(out)
+    check_outputs(out=out)
+    network, tokenizer = load(model, dtype)
+    calibration = calibration_of(model, network, tokenizer, basis=basis.value, tokens=tokens, text=text)
+    calibration.save(out)
     rows = calibration.report()
     if json:
         settings = {"model": model, "basis": basis, "tokens": calibration.tokens, "text": text, "out": str(out)}
@@ -47,4 +47,4 @@ def calibrate(
         "values: d/2": lambda row: percent(row["values_half"]),
     }
     print_table("Share of importance in the leading coordinates", columns, rows)
-    console.print(f"{calibration} written to {out}")
+    console.print(f"{calibration} written to {out}", markup=False)

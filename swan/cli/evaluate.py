@@ -13,9 +13,9 @@ from swan.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    check_retentions,
     load,
     print_json,
-    user_errors,
 )
 from swan.cli.tables import Columns, Row, number, percent, print_table
 from swan.evaluation.calibrations import calibration_of
@@ -28,7 +28,10 @@ from swan.evaluation.texts import evaluation_text, token_windows
 def evaluate(
     model: ModelArgument,
     retention: Annotated[
-        list[float] | None, typer.Option(help="Retentions to score (repeat it); without any, the default sweep.")
+        list[float] | None,
+        typer.Option(
+            callback=check_retentions, help="Retentions to score (repeat it); without any, the default sweep."
+        ),
     ] = None,
     text: Annotated[str, typer.Option(help="qasper, squad (fetched once with pip), or a text file.")] = "qasper",
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 8,
@@ -41,14 +44,13 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Score a text with compression active, as if decoded token by token."""
-    with user_errors():
-        network, tokenizer = load(model, dtype)
-        tokens = token_windows(evaluation_text(text), tokenizer, windows, length)
-        calibration = calibration_of(model, network, tokenizer, path=calibration_file, basis=basis.value)
-        plans = [Plan.for_retention(r, calibration, buffer=buffer, sinks=sinks) for r in retention or []]
-        sweep = [Setting(plan, basis=basis.value) for plan in plans]
-        sweep = sweep or default_sweep(calibration.dims, buffer=buffer, sinks=sinks)
-        rows = evaluate_settings(network, tokens, sweep, calibration)
+    network, tokenizer = load(model, dtype)
+    tokens = token_windows(evaluation_text(text), tokenizer, windows, length)
+    calibration = calibration_of(model, network, tokenizer, path=calibration_file, basis=basis.value)
+    plans = [Plan.for_retention(r, calibration, buffer=buffer, sinks=sinks) for r in retention or []]
+    sweep = [Setting(plan, basis=basis.value) for plan in plans]
+    sweep = sweep or default_sweep(calibration.dims, buffer=buffer, sinks=sinks)
+    rows = evaluate_settings(network, tokens, sweep, calibration)
     rows = [{"model": model, "text": text, **row} for row in rows]
     if json:
         settings = {

@@ -1,7 +1,6 @@
 """`swan frontier`: quality against bytes, swan beside its rivals."""
 
 import functools
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +14,12 @@ from swan.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
-    check_plot,
+    check_outputs,
+    check_retentions,
     console,
     envelope,
     load,
-    user_errors,
+    print_result,
     write_json,
 )
 from swan.cli.tables import Columns, Row, number, percent, print_table
@@ -44,13 +44,17 @@ from swan.integrations import attached
 
 def frontier(
     model: ModelArgument,
-    retention: Annotated[list[float] | None, typer.Option(help="Retentions of the default plans (repeat it).")] = None,
+    retention: Annotated[
+        list[float] | None,
+        typer.Option(callback=check_retentions, help="Retentions of the default plans (repeat it)."),
+    ] = None,
     text: Annotated[list[str] | None, typer.Option(help="qasper, squad, or a text file (repeat it).")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 4,
     length: Annotated[int, typer.Option(min=130, help="Tokens of a window.")] = 2048,
     needles: Annotated[int, typer.Option(min=0, help="Needles to find, a multiple of 10; 0 for none.")] = 60,
     needle_retention: Annotated[
-        list[float] | None, typer.Option(help="Retentions to look for needles at (repeat it); 0.26 if none is given.")
+        list[float] | None,
+        typer.Option(callback=check_retentions, help="Retentions to look for needles at (repeat it); 0.26 by default."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Draws of random rotations.")] = 3,
     buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 64,
@@ -68,44 +72,43 @@ def frontier(
     if quick:
         windows, length, needles, seeds = 1, 1024, min(needles, 10), 1
         retentions = retention or [0.5, 0.26, 0.15]
-    with user_errors():
-        check_plot(plot)
-        network, tokenizer = load(model, dtype)
-        tokens = torch.cat([token_windows(evaluation_text(name), tokenizer, windows, length) for name in texts])
-        cases = []
-        if needles:
-            cases = needle_cases(tokenizer, evaluation_text("qasper"), cases=needles, lengths=(length // 2, length))
-        calibration = calibration_of(model, network, tokenizer, path=calibration_file)
-        compared_methods = methods(calibration, retentions, buffer=buffer, sinks=sinks, seeds=seeds)
-        if not rivals:
-            compared_methods = [m for m in compared_methods if m.form == DEFAULT]
-        if quick:
-            compared_methods = [m for m in compared_methods if m.basis is not None]  # those of transformers are slow
-        settings = {"texts": texts, "windows": windows, "length": length, "buffer": buffer, "sinks": sinks}
-        settings |= {"dtype": dtype_name(network.dtype), "calibration": repr(calibration), "layers": _layers(network)}
+    check_outputs(out=out, plot=plot)
+    network, tokenizer = load(model, dtype)
+    tokens = torch.cat([token_windows(evaluation_text(name), tokenizer, windows, length) for name in texts])
+    cases = []
+    if needles:
+        cases = needle_cases(tokenizer, evaluation_text("qasper"), cases=needles, lengths=(length // 2, length))
+    calibration = calibration_of(model, network, tokenizer, path=calibration_file)
+    compared_methods = methods(calibration, retentions, buffer=buffer, sinks=sinks, seeds=seeds)
+    if not rivals:
+        compared_methods = [m for m in compared_methods if m.form == DEFAULT]
+    if quick:
+        compared_methods = [m for m in compared_methods if m.basis is not None]  # those of transformers are slow
+    settings = {"texts": texts, "windows": windows, "length": length, "buffer": buffer, "sinks": sinks}
+    settings |= {"dtype": dtype_name(network.dtype), "calibration": repr(calibration), "layers": _layers(network)}
 
-        def written(scored: list[Row]) -> dict[str, Any]:
-            rows = [{"model": model, "text": "+".join(texts), **row} for row in scored]
-            mark_frontier(rows)
-            result = envelope(settings, rows) | {"needles": []}
-            write_json(out, result)
-            return result
+    def written(scored: list[Row]) -> dict[str, Any]:
+        rows = [{"model": model, "text": "+".join(texts), **row} for row in scored]
+        mark_frontier(rows)
+        result = envelope(settings, rows) | {"needles": []}
+        write_json(out, result)
+        return result
 
-        result = written(evaluate(network, tokens, compared_methods, calibration, after_window=written))
-        plans = [Plan.for_retention(r, calibration, buffer=buffer, sinks=sinks) for r in needle_retention or [0.26]]
-        needle_settings = [Setting(), *(Setting(plan, name=DEFAULT) for plan in plans)] if cases else []
-        for method in needle_settings:
-            with attached(network, None if method.form == "dense" else calibration):
-                answers = evaluate_needles(network, cases, functools.partial(method.cache, network))
-            row = {"form": method.form, "retention": method.retention}
-            result["needles"].append(row | summarize_needles(answers))
-            write_json(out, result)
+    result = written(evaluate(network, tokens, compared_methods, calibration, after_window=written))
+    plans = [Plan.for_retention(r, calibration, buffer=buffer, sinks=sinks) for r in needle_retention or [0.26]]
+    needle_settings = [Setting(), *(Setting(plan, name=DEFAULT) for plan in plans)] if cases else []
+    for method in needle_settings:
+        with attached(network, None if method.form == "dense" else calibration):
+            answers = evaluate_needles(network, cases, functools.partial(method.cache, network))
+        row = {"form": method.form, "retention": method.retention}
+        result["needles"].append(row | summarize_needles(answers))
+        write_json(out, result)
     shown = average_seeds(result["rows"])
     mark_frontier(shown)
     if plot is not None:
         save(plot_frontier(shown, f"{model}, {len(tokens)} windows of {length} tokens"), plot)
     if json:
-        return print(json_module.dumps(result, indent=2))
+        return print_result(result)
     sizes = f"{len(tokens)} windows of {length} tokens, buffer {buffer}, sinks {sinks}"
     _print_methods(f"{model} on {' and '.join(texts)}, {sizes}", shown)
     _print_rivals([row for row in compared(shown) if row["ratio"] is not None])

@@ -15,10 +15,11 @@ from swan.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    check_retention,
+    check_size,
     load,
     messages,
     print_json,
-    user_errors,
 )
 from swan.cli.tables import mebibytes, number
 from swan.evaluation.calibrations import calibration_of
@@ -34,9 +35,12 @@ if TYPE_CHECKING:
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The prompt, or - to read it from standard input.")],
-    retention: Annotated[float, typer.Option(help="Bytes kept of each history token; 1 keeps all.")] = 0.33,
+    retention: Annotated[
+        float, typer.Option(callback=check_retention, help="Bytes kept of each history token; 1 keeps all.")
+    ] = 0.33,
     budget: Annotated[
-        str | None, typer.Option(help="Most bytes of the cache, such as 64MiB, instead of a retention.")
+        str | None,
+        typer.Option(callback=check_size, help="Most bytes of the cache, such as 64MiB, instead of a retention."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 200,
     buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 128,
@@ -51,25 +55,24 @@ def generate(
     json: JsonOption = False,
 ) -> None:
     """Generate text on a winnowed cache and say what the cache held."""
-    with user_errors():
-        prompt = _read(prompt)  # before a model is loaded
-        network, tokenizer = load(model, dtype)
-        inputs = encode(tokenizer, prompt, raw=raw).to(network.device)
-        if dense:
-            from transformers import DynamicCache
+    prompt = _read(prompt)  # before a model is loaded
+    network, tokenizer = load(model, dtype)
+    inputs = encode(tokenizer, prompt, raw=raw).to(network.device)
+    if dense:
+        from transformers import DynamicCache
 
-            cache: Cache = DynamicCache(config=network.config)
-        else:
-            from swan.integrations.transformers import SwanCache
+        cache: Cache = DynamicCache(config=network.config)
+    else:
+        from swan.integrations.transformers import SwanCache
 
-            calibration = calibration_of(model, network, tokenizer, path=calibration_file)
-            if basis.value != calibration.basis:
-                calibration = calibration.with_basis(basis.value, seed=seed)
-            attach(network, calibration)
-            level: dict[str, Any] = {"retention": retention} if budget is None else {"budget": budget}
-            cache = SwanCache(network, **level, buffer=buffer, sinks=sinks)
-        torch.manual_seed(seed)
-        row = stream(network, tokenizer, inputs, cache, tokens, sample=sample, show=not json)
+        calibration = calibration_of(model, network, tokenizer, path=calibration_file)
+        if basis.value != calibration.basis:
+            calibration = calibration.with_basis(basis.value, seed=seed)
+        attach(network, calibration)
+        level: dict[str, Any] = {"retention": retention} if budget is None else {"budget": budget}
+        cache = SwanCache(network, **level, buffer=buffer, sinks=sinks)
+    torch.manual_seed(seed)
+    row = stream(network, tokenizer, inputs, cache, tokens, sample=sample, show=not json)
     row["retention"] = getattr(cache, "retention", 1.0)
     if json:
         settings = {"model": model, "retention": retention, "budget": budget, "buffer": buffer, "sinks": sinks}

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from swan.cli.common import JsonOption, console, print_json, user_errors
+from swan.cli.common import JsonOption, console, print_json
 from swan.cli.tables import gibibytes
 from swan.evaluation.downloads import cache_folder
 from swan.evaluation.dtypes import dtype_name, native_dtypes
@@ -22,8 +22,7 @@ EXTRAS = {  # packages beside torch, and the extra that brings each
 
 def info(json: JsonOption = False) -> None:
     """Show versions, the device and its dtypes, which kernels are built or why not, folders and the default model."""
-    with user_errors():
-        variant = cpu.variant()
+    variant = cpu.variant()
     device = default_device().type
     folder = model_path(DEFAULT_MODEL)
     settings: dict[str, Any] = {

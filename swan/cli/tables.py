@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from swan.cli.common import console
@@ -16,11 +17,11 @@ Columns = Mapping[str, Callable[[Row], str]]  # by the title of a column, how it
 
 def print_table(title: str, columns: Columns, rows: Sequence[Row]) -> None:
     """Print a table, numbers to the right."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*(cell(row) for cell in columns.values()))
+        table.add_row(*(escape(cell(row)) for cell in columns.values()))
     console.print(table)
 
 

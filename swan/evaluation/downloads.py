@@ -7,13 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from swan.calibration.files import scratch_folder
 from swan.evaluation.announcements import announced
 
 __all__ = ["Wheel", "cache_folder", "download", "extract", "made_once"]
@@ -54,8 +54,8 @@ def made_once(folder: Path, build: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        new = Path(scratch) / folder.name
+    with scratch_folder(folder.parent, f".{folder.name}-") as scratch:
+        new = scratch / folder.name
         new.mkdir()
         build(new)
         try:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -126,10 +127,8 @@ def automatic_dtype(name: str | os.PathLike[str], device: torch.device | str) ->
     name = os.fspath(name)
     model_dtype = GGUF_DTYPE
     if name not in MODELS and Path(name).suffix != ".gguf":
-        try:
+        with _reading(name):
             config = AutoConfig.from_pretrained(name)
-        except OSError as error:
-            raise _not_loaded(name, error) from error
         configured = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
         model_dtype = getattr(torch, configured) if isinstance(configured, str) else configured
     return native_or_float32(model_dtype, device)
@@ -169,8 +168,9 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
             f"expected a directory written by save_pretrained, got {folder} without config.json; "
             "a GGUF model is named by its file, not by its directory"
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with _reading(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -184,8 +184,9 @@ def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     # the folding of rotations need plain Linear layers.
     config = getattr(transformers, "GgufConfig", None)
     plain = {"quantization_config": config(dequantize=True)} if config else {}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **plain)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    with _reading(file):
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **plain)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # The weights are plain now, but while these say otherwise, save_pretrained refuses.
     for owner, attribute in (
         (model.config, "quantization_config"),
@@ -199,16 +200,21 @@ def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
 def _load_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with _reading(name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return model, AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise _not_loaded(name, error) from error
 
 
-def _not_loaded(name: str, error: OSError) -> ValueError:
-    reason = str(error).strip().partition("\n")[0]
-    return ValueError(f"no model {name!r} could be loaded ({reason}); {_ways()}")
+@contextlib.contextmanager
+def _reading(name: str | os.PathLike[str]) -> Iterator[None]:
+    """Say which model could not be loaded, whatever transformers raises for files that are damaged or not there."""
+    try:
+        yield
+    except ImportError:  # an extra is missing
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        raise ValueError(f"no model {os.fspath(name)!r} could be loaded ({reason}); {_ways()}") from error
 
 
 def _ways() -> str:

@@ -353,6 +353,7 @@ class KVCache(nn.Module):
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any, **__: Any) -> None:
         tensors = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+        checks.check_saved(tensors, self.plan_layer, self.buffer.size, self.buffer.sinks, self.max_length)
         self.reset()
         if tensors:
             if self.static:

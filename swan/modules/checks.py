@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swan.modules.state import CacheState
+from swan.modules.state import COUNTERS, CacheState
 from swan.modules.visible import Visible
-from swan.storage import LayerPlan
+from swan.storage import LayerPlan, TopK
+from swan.storage.topk import check_positions
 
 __all__ = [
     "check_latest",
@@ -16,6 +17,7 @@ __all__ = [
     "check_new",
     "check_queries",
     "check_room",
+    "check_saved",
     "check_settings",
 ]
 
@@ -108,3 +110,79 @@ def check_mask(mask: Tensor | None, q: Tensor, length: int) -> None:
             f"expected a mask [{batch} or 1, {heads} or 1, {queries}, {length} or more columns] over the "
             f"whole sequence, got {list(mask.shape)}"
         )
+
+
+def check_saved(
+    tensors: dict[str, Tensor], plan_layer: LayerPlan | None, size: int, sinks: int, max_length: int | None
+) -> None:
+    """Raise a ValueError if these are not the tensors and counters that a cache with these settings writes.
+
+    Args:
+        tensors: as `CacheState.to_dict` names them.
+        plan_layer: layouts of the cache.
+        size: newest tokens kept dense.
+        sinks: first tokens kept dense.
+        max_length: tokens that a static cache can hold.
+    """
+    if not tensors:
+        return  # an empty cache
+    missing = {*COUNTERS, "keys", "values"} - set(tensors)
+    if missing:
+        raise ValueError(f"a saved cache has {', '.join(sorted(missing))} too")
+    if any(tensors[name].ndim or tensors[name].dtype != torch.int64 for name in COUNTERS):
+        raise ValueError("the counters of a saved cache must be whole numbers")
+    length, first, padded, dropped = (int(tensors[name]) for name in COUNTERS)
+    stored = 0 if plan_layer is None else max(first - sinks - dropped, 0)
+    limit = 2**31 if max_length is None else max_length
+    fits = 0 <= first <= length <= min(first + size, limit) and stored <= max(limit - sinks - size, 0)
+    if not (fits and 0 <= padded < 2**31 and 0 <= dropped < 2**31):
+        raise ValueError(
+            f"a saved cache cannot have {dict(zip(COUNTERS, (length, first, padded, dropped), strict=True))}"
+        )
+    expected = _saved_shapes(tensors["keys"], tensors["values"], plan_layer, sinks + size, stored)
+    if stored == 0 and "k.plane0" not in tensors:  # no token has left the buffer yet
+        expected = {name: like for name, like in expected.items() if "." not in name}
+    if "padding" in tensors:
+        expected["padding"] = (tensors["keys"].shape[:1], torch.int64)
+    found = {name: (t.shape, t.dtype) for name, t in tensors.items() if name not in COUNTERS}
+    for name in found.keys() | expected.keys():
+        if found.get(name) != expected.get(name):
+            wanted, got = (_said(like.get(name)) for like in (expected, found))
+            raise ValueError(f"{name[:40]} of a saved cache must be {wanted}, got {got}")
+    if "padding" in tensors and not bool(((tensors["padding"] >= 0) & (tensors["padding"] < 2**31)).all()):
+        raise ValueError("the padding of a saved cache must be counts of tokens")
+    if plan_layer is not None:
+        for side, layout in (("k", plan_layer.keys), ("v", plan_layer.values)):
+            if isinstance(layout, TopK) and f"{side}.positions" in tensors:
+                check_positions(tensors[f"{side}.positions"], layout)
+
+
+Like = tuple[tuple[int, ...], torch.dtype]
+
+
+def _saved_shapes(
+    keys: Tensor, values: Tensor, plan_layer: LayerPlan | None, slots: int, stored: int
+) -> dict[str, Like]:
+    """Return the shape and dtype of each tensor of a saved cache, given those of its recent keys and values."""
+    if keys.ndim != 4 or values.ndim != 4 or not keys.is_floating_point() or keys.numel() == 0:
+        raise ValueError("keys and values of a saved cache must be [batch, kv_heads, tokens, d]")
+    rows, heads = keys.shape[:2]
+    d, dv = (keys.shape[3], values.shape[3]) if plan_layer is None else (plan_layer.keys.d, plan_layer.values.d)
+    expected: dict[str, Like] = {
+        "keys": ((rows, heads, slots, d), keys.dtype),
+        "values": ((rows, heads, slots, dv), keys.dtype),
+    }
+    if plan_layer is None:
+        return expected
+    for side, layout in (("k", plan_layer.keys), ("v", plan_layer.values)):
+        packed = layout.pack(torch.zeros(1, 1, 1, layout.d, dtype=keys.dtype, device=keys.device))
+        named = {f"plane{i}": plane for i, plane in enumerate(packed.planes)}
+        named |= {"scales": packed.scales, "positions": packed.positions}
+        for name, t in named.items():
+            if t is not None:
+                expected[f"{side}.{name}"] = ((rows, heads, stored, t.shape[3]), t.dtype)
+    return expected
+
+
+def _said(like: Like | None) -> str:
+    return "nothing" if like is None else f"{like[1]} {list(like[0])}"

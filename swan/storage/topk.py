@@ -132,6 +132,19 @@ def pack_positions(index: Tensor, layout: TopK) -> Tensor:
     return (octets * weights).sum(-1, dtype=torch.uint8)
 
 
+def check_positions(positions: Tensor, layout: TopK) -> None:
+    """Raise a ValueError if stored positions are not `keep` coordinates of each vector, ascending."""
+    if layout.positions == "index":
+        index = positions.int()
+        valid = bool((index < layout.d).all()) and bool((index.diff(dim=-1) > 0).all())
+    else:
+        weights = torch.arange(8, device=positions.device, dtype=torch.uint8)
+        present = rearrange((positions[..., None] >> weights) & 1, "... byte bit -> ... (byte bit)").int()
+        valid = bool((present.sum(-1) == layout.keep).all()) and not bool(present[..., layout.d :].any())
+    if not valid:
+        raise ValueError(f"stored positions are not {layout.keep} of {layout.d} coordinates of each vector")
+
+
 def bitmap_ranks(bitmap: Tensor, layout: TopK) -> Tensor:
     """Return for each coordinate its place among the kept values, or ``keep`` where it was pruned."""
     byte = torch.arange(256, device=bitmap.device)

@@ -185,21 +185,17 @@ def test_bench_model(tiny):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "status"),
     [
-        (("generate", "./nowhere.gguf", "x"), "does not exist"),
-        (("generate", "TINY", "x", "--retention", "1.5"), "above 0 and at most 1"),
-        (("evaluate", "TINY", "--text", "nowhere.txt"), "nowhere.txt"),
-        (("generate", "TINY", "x", "--calibration", "nowhere.safetensors"), "nowhere.safetensors"),
-        (("bench", "decode", "--shape", "8x8"), "such as 32/8/128, got '8x8'"),
-        (("bench", "capacity", "--memory", "much"), "'64MiB'"),
+        (("generate", "./nowhere.gguf", "x"), "does not exist", 1),
+        (("generate", "TINY", "x", "--retention", "1.5"), "above 0 and at most 1", 2),
+        (("evaluate", "TINY", "--text", "nowhere.txt"), "nowhere.txt", 1),
+        (("generate", "TINY", "x", "--calibration", "nowhere.safetensors"), "nowhere.safetensors", 1),
+        (("bench", "decode", "--shape", "8x8"), "such as 32/8/128, got '8x8'", 2),
+        (("bench", "capacity", "--memory", "much"), "'64MiB'", 2),
     ],
 )
-def test_errors_are_sentences(tiny, arguments, message):
-    folder, calibration = tiny
-    given = [folder if argument == "TINY" else argument for argument in arguments]
-    if "--retention" in given:
-        given += calibration
-    result = run(*given, status=1)
+def test_errors_are_sentences(tiny, arguments, message, status):
+    result = run(*[tiny[0] if argument == "TINY" else argument for argument in arguments], status=status)
     assert message in result.stderr.replace("\n", "")
     assert "Traceback" not in result.output

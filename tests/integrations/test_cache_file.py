@@ -6,6 +6,7 @@ import torch
 from swan import Graded, LayerPlan, Plan, SwanCache, TopK, attach, calibrate
 from swan.calibration.files import read_tensors, write_tensors
 from swan.integrations.transformers import cache_keyword
+from swan.integrations.transformers.saving import FORMATS
 from swan.modules import KVCache
 from tests.tiny import attached, everything, generated, left_padded, logits_of, tiny, tokens
 
@@ -145,7 +146,7 @@ def test_a_file_of_0_1_0_is_refused(model, tmp_path):
     """Its bytes are in another order."""
     path = tmp_path / "cache.safetensors"
     filled(model, {"retention": 0.5}).save(path)
-    metadata, tensors = read_tensors(path, "swan-cache-2", "cache", "")
+    metadata, tensors = read_tensors(path, FORMATS, "cache", "")
     write_tensors(path, tensors, metadata | {"format": "swan-cache-1"})
     with pytest.raises(ValueError, match=r"not a cache of this version of swan; fill a cache and save it again"):
         SwanCache.load(path, model)

@@ -141,3 +141,36 @@ def test_a_dtype_and_back_is_the_cache():
     found = cache(*(t[:, :, 25:] for t in (q, k, v)))
     expected = windowed_oracle(q, k, v, plan_layer, buffer=8, sinks=2)[:, :, 25:]
     assert_within(found, expected, attention_bound(q, k, v))
+
+
+@static_or_not
+def test_a_state_dict_that_does_not_fit_changes_nothing(static):
+    layouts = LayerPlan(TopK(16, 5), TopK(16, 5, positions="index"))
+    source, cache = (
+        KVCache(layouts, buffer=4, sinks=1, static=static, max_length=40 if static else None) for _ in "ab"
+    )
+    source.update(*torch.randn(2, 2, 2, 20, 16))
+    cache.update(*torch.randn(2, 2, 2, 9, 16))
+    good, before = source.state_dict(), {name: t.clone() for name, t in cache.state_dict().items()}
+    for name, t in {
+        "length": torch.tensor(10**6),
+        "first": torch.tensor(-1),
+        "dropped": torch.tensor(3),
+        "padded": torch.tensor(0.5),
+        "keys": good["keys"][..., :8],
+        "values": good["values"].half(),
+        "k.plane0": good["k.plane0"][:, :, :3],
+        "k.scales": good["k.scales"].float(),
+        "k.positions": torch.full_like(good["k.positions"], 255),
+        "v.positions": torch.full_like(good["v.positions"], 16),
+        "padding": torch.tensor([-1, 0]),
+        "odd": torch.zeros(1),
+    }.items():
+        with pytest.raises(ValueError, match=r"saved cache|stored positions"):
+            cache.load_state_dict(good | {name: t})
+        now = cache.state_dict()
+        assert now.keys() == before.keys() and all(torch.equal(now[n], before[n]) for n in now), name
+    with pytest.raises(ValueError, match="a saved cache has first too"):
+        cache.load_state_dict({name: t for name, t in good.items() if name != "first"})
+    cache.load_state_dict(good)
+    assert cache.length == 20

@@ -1,14 +1,17 @@
 """A model folder that says how its cache is winnowed: `save_pretrained` and `from_pretrained`."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from swan.calibration import Calibration, Plan
 from swan.calibration.capture import unwrapped
-from swan.calibration.files import replacing
+from swan.calibration.checks import check_calibration
+from swan.calibration.files import read_json, reason_of, replacing, scratch_folder
 from swan.integrations.transformers.attach import attach
 from swan.integrations.transformers.attachment import attachment_of
 
@@ -58,13 +61,15 @@ def save_pretrained(model: PreTrainedModel, directory: str | Path, plan: Plan | 
             raise ValueError(
                 "the weights of this model hold folded values; detach it, attach it with fold=False, and save it then"
             )
-        model.save_pretrained(folder)
-    if plan is not None:
-        with replacing(folder / PLAN) as temporary:
-            Path(temporary).write_text(plan.to_json() + "\n")
-    elif (folder / PLAN).is_file():
-        (folder / PLAN).unlink()
+    check_calibration(attachment.calibration)
+    text = None if plan is None else plan.to_json() + "\n"
+    if not (folder / "config.json").is_file():
+        _save_model(model, folder)
     attachment.calibration.save(folder / CALIBRATION)
+    if text is None:
+        return (folder / PLAN).unlink(missing_ok=True)
+    with replacing(folder / PLAN) as temporary:
+        Path(temporary).write_text(text)
 
 
 def from_pretrained(directory: str | Path, *, fold: bool = False, **kwargs: Any) -> PreTrainedModel:
@@ -100,21 +105,51 @@ def from_pretrained(directory: str | Path, *, fold: bool = False, **kwargs: Any)
             f"{folder} holds no {CALIBRATION}; load the model with transformers, swan.attach it to a calibration, and "
             "write that with swan.save_pretrained"
         )
-    architecture = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
+    calibration, plan = _read(folder)
+    config = AutoConfig.from_pretrained(folder)
+    calibration.check_config(config)  # before the weights are read
+    architecture = (config.architectures or [""])[0]
     model_class: Any = getattr(transformers, architecture, AutoModelForCausalLM)  # some read images too
     model = model_class.from_pretrained(folder, **kwargs).eval()
-    attach_saved(model, folder, fold=fold)
+    attach(model, calibration, fold=fold)
+    attachment_of(model).plan = plan
     return model
 
 
 def attach_saved(model: PreTrainedModel, directory: str | Path, *, fold: bool = False) -> None:
     """Attach a model that is loaded already to the calibration and the plan in its folder."""
-    folder = Path(directory)
-    plan = Plan.from_json((folder / PLAN).read_text()) if (folder / PLAN).is_file() else None
-    attach(model, Calibration.load(folder / CALIBRATION), fold=fold)
+    calibration, plan = _read(Path(directory))
+    attach(model, calibration, fold=fold)
     attachment_of(model).plan = plan
 
 
 def has_calibration(directory: str | Path) -> bool:
     """Tell if `save_pretrained` wrote to a folder."""
     return (Path(directory) / CALIBRATION).is_file()
+
+
+def _read(folder: Path) -> tuple[Calibration, Plan | None]:
+    """Read the calibration and the plan in a folder."""
+    calibration = Calibration.load(folder / CALIBRATION)
+    if not (folder / PLAN).exists():
+        return calibration, None
+    try:
+        plan = Plan.from_json(read_json(folder / PLAN))
+        plan.check_dims(calibration.dims)
+    except ValueError as error:
+        raise ValueError(f"{folder / PLAN}: {reason_of(error)}; remove it or save the folder again") from error
+    return calibration, plan
+
+
+def _save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model; its config.json comes last, so that a folder with one has all of the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(folder, f".{CALIBRATION}.") as scratch:
+        try:
+            model.save_pretrained(scratch)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the model could not be written to {folder} ({reason_of(error)}); make room there"
+            ) from error
+        for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
