@@ -48,7 +48,8 @@ cases: $(TEST) ## troubles that people reported about caches like ours
 mutants: $(TEST) ## make mistakes in a copy, one by one: some test must notice each
 	@$(BIN)/python -m tests.mutants
 
-soak: $(TEST) ## read 100,000 damaged files of all kinds (half an hour)
+soak: $(TEST) ## a million steps of caches beside an oracle (SECONDS=600, SEED=7), then 100,000 damaged files
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.stateful.soak $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED))
 	@$(BIN)/python -m tests.fuzz --mutants 100000
 
 matrix: $(TEST) ## print what works on which architecture, dynamic and static

@@ -220,7 +220,7 @@ MUTANTS = [
     Mutant(
         "scales-overflow",
         CODES,
-        "(peak / 127).clamp(max=torch.finfo(values.dtype).max / 128)",
+        "(peak / 127).clamp(max=largest / 128)",
         "(peak / 127)",
         OF_STORAGE,
     ),
@@ -463,8 +463,8 @@ MUTANTS = [
     Mutant(
         "crop-keeps-what-was-dropped",
         CACHE,
-        "max(int(self.state.first) - self.buffer.sinks, 0))",
-        "self.state.dropped)",
+        "min(self.state.dropped, self._columns_left()) + owed",
+        "self.state.dropped + owed",
         OF_EVICT,
     ),
     Mutant(
@@ -671,4 +671,5 @@ MUTANTS = [
     ),
     Mutant("the-slot-of-empty-slots-stays", HISTORY, "t[:, :, self.room :].zero_()", "pass", OF_NAN),
     Mutant("memory-of-inference-mode", HISTORY, "@outside_inference_mode\n", "", ("cases/test_inference_mode.py",)),
+    Mutant("what-is-owed-is-forgotten", CACHE, "self._columns_left()) + owed", "self._columns_left())", OF_EVICT),
 ]

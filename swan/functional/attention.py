@@ -27,7 +27,7 @@ from swan.storage.packed import mixing
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-__all__ = ["dense_attention", "merge_attention", "packed_attention", "swan_attention"]
+__all__ = ["check_attention", "dense_attention", "merge_attention", "packed_attention", "swan_attention"]
 
 TILE = 1024  # history tokens that are unpacked at a time
 
@@ -87,7 +87,7 @@ def dense_attention(
     Source: Vaswani et al., arXiv:1706.03762; grouped queries are arXiv:2305.13245.
     """
     if not torch.compiler.is_compiling():
-        _check(q, k, v, mask)
+        check_attention(q, k, v, mask)
     factor = _factor(q, scale)
     impl = dense_impl(impl, q, k, v, mask is not None or causal, return_lse)
     if k.shape[2] == 0:
@@ -177,7 +177,7 @@ def packed_attention(
     if v.shape[2] != k.shape[2]:
         raise ValueError(f"keys hold {k.shape[2]} tokens and values {v.shape[2]}; pack both from the same tokens")
     if not torch.compiler.is_compiling():
-        _check(q, k, v, mask)
+        check_attention(q, k, v, mask)
     impl = packed_impl(impl, q, k, v)
     if is_kernel(impl):
         out, lse = calls.attend(q, k, v, mask, _factor(q, scale))
@@ -307,8 +307,8 @@ def swan_attention(
     impl = packed_impl(impl, q, k_history, v_history)
     if is_kernel(impl) and one_call_serves(q, k_history, v_history, k_buffer, v_buffer):
         if not torch.compiler.is_compiling():
-            _check(q, k_history, v_history, history_mask)
-            _check(q, k_buffer, v_buffer, buffer_mask)
+            check_attention(q, k_history, v_history, history_mask)
+            check_attention(q, k_buffer, v_buffer, buffer_mask)
         tokens = Recent(k_buffer, v_buffer, buffer_mask)
         out, _ = calls.attend(q, k_history, v_history, history_mask, _factor(q, scale), tokens)
         return out.to(q.dtype)
@@ -323,8 +323,8 @@ def _attention_to_nothing(q: Tensor, dv: int) -> tuple[Tensor, Tensor]:
     return out, torch.full(q.shape[:-1], -math.inf, dtype=torch.float32, device=q.device)
 
 
-def _check(q: Any, k: Any, v: Any, mask: Any) -> None:
-    """Raise an error that says what does not fit."""
+def check_attention(q: Any, k: Any, v: Any, mask: Any) -> None:
+    """Raise a ValueError or TypeError that says what of queries, keys, values and a mask does not fit."""
     shapes: list[tuple[int, ...]] = []
     for name, t in (("q", q), ("k", k), ("v", v)):
         shape = tuple(t.shape) if isinstance(t, Tensor | Packed) else ()

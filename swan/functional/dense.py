@@ -11,7 +11,7 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 
-from swan.functional.dispatch import sdpa_gives_lse
+from swan.functional.dispatch import NO_LSE, sdpa_gives_lse
 
 __all__ = ["flex", "sdpa", "sdpa_with_lse", "tensor_code", "with_causal"]
 
@@ -58,11 +58,7 @@ def sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
         ValueError: not for tensors like these.
     """
     if not sdpa_gives_lse(q, v, mask is not None):
-        raise ValueError(
-            "impl='sdpa' gives a log-sum-exp for keys and values of one head dimension, on a CPU not in float64, on a "
-            "GPU in bfloat16 and float16 without a mask "
-            f"(device {q.device.type}, {q.shape[-1]} and {v.shape[-1]}, {q.dtype}); use impl='compiled'"
-        )
+        raise ValueError(NO_LSE.format(device=q.device.type, d=q.shape[-1], dv=v.shape[-1], dtype=q.dtype))
     if q.device.type == "cuda":
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
         return out, lse

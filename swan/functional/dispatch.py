@@ -26,8 +26,8 @@ from swan.storage import LayerPlan, Layout, Packed
 from swan.storage.packed import unpack_mixed
 
 __all__ = [
-    "Impl", "check_packed_impl", "dense_impl", "is_kernel", "one_call_serves", "pack_impl", "packed_impl",
-    "sdpa_gives_lse", "store_kernel", "take_in_kernel", "unpack_kernel",
+    "NO_LSE", "Impl", "check_cache_impl", "check_packed_impl", "dense_impl", "is_kernel", "one_call_serves",
+    "pack_impl", "packed_impl", "sdpa_gives_lse", "store_kernel", "take_in_kernel", "unpack_kernel",
 ]  # fmt: skip
 
 Impl = Literal["auto", "reference", "sdpa", "flex", "compiled", "cpp", "cuda"]
@@ -35,6 +35,10 @@ KERNELS = ("cpp", "cuda")
 DENSE = ("auto", "reference", "sdpa", "flex", "compiled")
 PACKED = ("auto", "reference", "sdpa", "compiled", *KERNELS)
 PACK = ("auto", "compiled", *KERNELS)
+NO_LSE = (
+    "impl='sdpa' gives a log-sum-exp for keys and values of one head dimension, on a CPU not in float64, on a GPU in "
+    "bfloat16 and float16 without a mask (device {device}, {d} and {dv}, {dtype}); use impl='compiled'"
+)
 DEVICES = {"cpp": "a CPU", "cuda": "an NVIDIA GPU"}
 
 
@@ -103,6 +107,22 @@ def check_packed_impl(impl: Impl, q: Tensor, keys: Layout, values: Layout) -> No
                 f"{q.dtype}; use impl='auto'"
             )
         kernels.require(q.device)
+
+
+def check_cache_impl(impl: Impl, q: Tensor, v: Tensor, plan_layer: LayerPlan | None) -> None:
+    """Raise what attention over a cache would, where an implementation that is named cannot serve it.
+
+    Raises:
+        ValueError: there is no implementation of this name, it does not read the layouts, or gives no log-sum-exp.
+        RuntimeError: it is a kernel, and cannot be built.
+    """
+    if plan_layer is None:
+        if not is_kernel(impl):
+            _check_known("dense_attention", impl, DENSE)
+        return
+    check_packed_impl(impl, q, plan_layer.keys, plan_layer.values)
+    if impl == "sdpa" and not sdpa_gives_lse(q, v, masked=False):
+        raise ValueError(NO_LSE.format(device=q.device.type, d=q.shape[-1], dv=v.shape[-1], dtype=q.dtype))
 
 
 def one_call_serves(q: Tensor, k: Packed, v: Packed, k_recent: Tensor, v_recent: Tensor) -> bool:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from swan.functional.dispatch import Impl, check_packed_impl
+from swan.functional.attention import check_attention
+from swan.functional.dispatch import Impl, check_cache_impl
 from swan.modules import checks
 from swan.modules.buffer import DenseBuffer, StaticBuffer
 from swan.modules.history import History, StaticHistory
@@ -164,9 +165,10 @@ class KVCache(nn.Module):
         if not torch.compiler.is_compiling():
             self._check(k, v, padding)
             checks.check_queries(q, k.shape[2])
+            check_attention(q, k, v, None)
             checks.check_mask(mask, q, 0 if mask is None else self.length + k.shape[2])
-        if impl != "auto" and self.plan_layer is not None:
-            check_packed_impl(impl, q, self.plan_layer.keys, self.plan_layer.values)
+        if impl != "auto":
+            check_cache_impl(impl, q, v, self.plan_layer)
         return attend(q, self._take_in(k, v, padding), mask, scale, impl)
 
     @torch.no_grad()
@@ -290,11 +292,11 @@ class KVCache(nn.Module):
             raise ValueError(f"cannot crop to {length} tokens, the cache holds {self.length}")
         if length == 0 and not self.static:
             return self.reset()
-        first = int(self.state.first)
+        first, left = int(self.state.first), self._columns_left()
+        owed = max(self.state.dropped - left, 0)  # to be dropped of the next tokens that leave
         self.buffer.crop(length)
         self.history.crop(first)
-        if self.state.dropped:
-            self.state.dropped = min(self.state.dropped, max(int(self.state.first) - self.buffer.sinks, 0))
+        self.state.dropped = min(self.state.dropped, self._columns_left()) + owed
 
     @torch.no_grad()
     def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -306,6 +308,10 @@ class KVCache(nn.Module):
         """Return the settings that `repr` shows."""
         limit = "" if self.max_length is None else f", max_length={self.max_length}"
         return f"{self.plan_layer}, prefill={self.prefill!r}{limit}"
+
+    def _columns_left(self) -> int:
+        """Count the columns after the sinks that have left the buffer."""
+        return max(int(self.state.first) - self.buffer.sinks, 0)
 
     def _take_in(self, k: Tensor, v: Tensor, padding: Tensor | None, impl: Impl = "auto") -> Visible:
         state, buffer, queries = self.state, self.buffer, k.shape[2]

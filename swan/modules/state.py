@@ -89,7 +89,7 @@ class CacheState:
 
     def to_dict(self, stored: int) -> dict[str, Tensor]:
         """Return tensors and counters by name, all as tensors, without room ahead of the `stored` history tokens."""
-        if self.k_recent is None:
+        if self.k_recent is None and not self.dropped:
             return {}
         tensors: dict[str, Tensor | None] = {name: torch.as_tensor(getattr(self, name)) for name in COUNTERS}
         tensors |= {name: getattr(self, field) for name, field in RECENT.items()}

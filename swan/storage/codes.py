@@ -83,7 +83,8 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
     Within 0.8 % of the dtype's maximum the bound is `scale`, so that 127 steps stay finite.
     """
     peak = values.abs().amax(dim=-1, keepdim=True).float()
-    scales = as_bfloat16((peak / 127).clamp(max=torch.finfo(values.dtype).max / 128))
+    largest = min(torch.finfo(values.dtype).max, torch.finfo(torch.float32).max)  # scales are float32 of float64 too
+    scales = as_bfloat16((peak / 127).clamp(max=largest / 128))
     multiples = torch.where(scales > 0, values.float() / scales, 0)
     return multiples.round().clamp(-127, 127).to(torch.int8), scales.to(SCALE_DTYPE)
 

@@ -112,8 +112,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.crop(self.length)
         if self.length == 0:
             return self.forget()
+        owed = max(self.dropped - max(self.first - self.sinks, 0), 0)
         self.first = min(self.first, self.length)
-        self.dropped = min(self.dropped, max(self.first - self.sinks, 0))  # columns that come again are kept
+        # Columns that come again are kept, but for as many as are still owed.
+        self.dropped = min(self.dropped, max(self.first - self.sinks, 0)) + owed
         self.rows = [[head[: self.length] for head in row] for row in self.rows]
 
     @rule(plan_layer=plans)

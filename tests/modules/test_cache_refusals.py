@@ -141,6 +141,44 @@ def test_a_refused_call_changes_nothing(queries, mask, error, message, static):
     assert_same(cache, before)
 
 
+Q = torch.ones(2, 4, 3, D)
+
+
+@static_or_not
+@pytest.mark.parametrize("plan_layer", [PLAN, None], ids=["history", "window"])
+@pytest.mark.parametrize(
+    ("q", "impl", "error", "message"),
+    [
+        (Q[..., :8], "auto", ValueError, r"expected q .*, got \[2, 4, 3, 8\]"),
+        (Q[:, :3], "auto", ValueError, "heads a multiple of kv_heads"),
+        (Q[:1], "auto", ValueError, r"got \[1, 4, 3, 16\]"),
+        (Q.half(), "auto", TypeError, "q, k and v must have one dtype"),
+        (Q, "fast", ValueError, "must be one of"),
+        (Q, "triton", ValueError, "is gone"),
+    ],
+    ids=["d", "heads", "batch", "dtype", "impl", "gone"],
+)
+def test_queries_that_do_not_fit_change_nothing(q, impl, error, message, plan_layer, static):
+    """Found by tests/stateful: the tokens were taken in before attention refused the queries."""
+    cache = cache_of(plan_layer, static=static)
+    decode(cache, *sequence(20), [20])
+    before = snapshot(cache)
+    with pytest.raises(error, match=message):
+        cache(q, K, V, impl=impl)
+    assert_same(cache, before)
+
+
+@static_or_not
+def test_sdpa_refuses_before_anything_changes(static):
+    """It has no log-sum-exp where keys and values are of different dimensions, so a history could not be merged."""
+    cache = cache_of(static=static)
+    decode(cache, *sequence(20), [20])
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match="gives a log-sum-exp for keys and values of one head dimension"):
+        cache(Q, K, V, impl="sdpa")
+    assert_same(cache, before)
+
+
 @pytest.mark.parametrize("change", ["reset", "crop", "update"])
 def test_attend_follows_its_update(change):
     q, k, v = sequence(21)

@@ -88,3 +88,17 @@ def test_what_was_cropped_is_not_dropped():
     assert (cache.dropped, cache.history_length) == (13, 27)
     cache.crop(0)
     assert cache.dropped == 0
+
+
+def test_what_is_owed_stays_owed_after_a_crop():
+    """Found by tests/stateful: cropping nothing forgave the tokens that were still to be dropped."""
+    _, k, v = sequence(50)
+    cache = cache_of()
+    cache.update(k[:, :, :12], v[:, :, :12])
+    cache.evict(20)
+    cache.crop(12)
+    assert cache.dropped == 20
+    cache.crop(9)  # one of the two that are gone, of column 2, is left, and 18 are owed
+    assert cache.dropped == 20
+    cache.update(k[:, :, 9:], v[:, :, 9:])
+    assert (cache.length, cache.history_length) == (50, 20)

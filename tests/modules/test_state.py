@@ -67,6 +67,15 @@ def test_a_state_dict_knows_what_was_dropped():
     assert torch.equal(more(other), more(cache))
 
 
+def test_a_state_dict_knows_what_an_empty_cache_owes():
+    """Found by tests/stateful."""
+    cache, other = (cache_of(PLANS["graded"], False) for _ in range(2))
+    cache.evict(7)
+    other.load_state_dict(cache.state_dict())
+    assert (other.dropped, other.length) == (7, 0)
+    assert torch.equal(more(other), more(cache))
+
+
 def test_a_state_dict_knows_of_sinks_to_come():
     """A row was nothing but padding so far; its sinks are seen long after."""
     cache, other = (cache_of(PLANS["topk"], False) for _ in range(2))

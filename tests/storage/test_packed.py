@@ -163,6 +163,14 @@ def test_subnormal_vectors_stay_small(dtype):
     assert found[..., 2] == 0
 
 
+def test_float64_is_stored_in_8_bits():
+    """Found by tests/stateful: the largest float64 is no float32, in which scales are computed."""
+    x, layout = torch.randn(1, 2, 3, 16, dtype=torch.float64), TopK(16, 9)
+    packed, expected = pack(x, layout), pack(x.float(), layout)
+    assert all(torch.equal(a, b) for a, b in zip(packed.tensors, expected.tensors, strict=True))
+    assert unpack(packed).dtype == torch.float64
+
+
 def test_scales_are_rounded_as_torch_rounds():
     """To bfloat16, halves to the even one, in integers that no compiler takes out."""
     halves = torch.arange(0x3F80, 0x4080, dtype=torch.int32).mul(2**16).add(2**15).view(torch.float32)

@@ -1,0 +1,283 @@
+"""`KVCache` under any order of operations, beside its oracle."""
+
+import copy
+import io
+import pickle
+from typing import Any, ClassVar
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+
+from swan import Graded, KVCache, LayerPlan, TopK
+from tests.stateful.checked import assert_answer, assert_holds, assert_refused, follow_dtype, image
+from tests.stateful.oracle import Oracle
+from tests.strategies import coded_layouts, normal, seeds
+
+__all__ = ["CacheMachine"]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LONGEST, COPIES = 150, 3
+ROWS = st.lists(st.integers(0, 5), min_size=1, max_size=3)
+
+
+def layouts(d: int) -> st.SearchStrategy[Any]:
+    """Layouts of every form."""
+    known = [
+        Graded(((d, 4),)),
+        Graded(((d // 2, 6), (d // 2, 3))),
+        Graded(((d // 4, 8), (d // 4, 2), (d // 2, 1))),
+        Graded(((3, 16), (d - 5, 5), (2, 0))),
+        Graded.leading(d, d // 2),
+        Graded(((d, 16),)),
+        TopK(d, d // 2),
+        TopK(d, d // 3, bits=16, positions="index"),
+        TopK(d, d // 2 + 1, bits=4),
+        TopK(d, d, bits=16),
+    ]
+    return st.sampled_from(known) | coded_layouts(d)
+
+
+def plans(d: int, dv: int) -> st.SearchStrategy[LayerPlan]:
+    return st.builds(LayerPlan, layouts(d), layouts(dv))
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """One cache and its oracle, and copies of both that were left behind."""
+
+    counted: ClassVar[list[int]] = [0]  # steps of all machines
+
+    @initialize(data=st.data())
+    def build(self, data):
+        self.d, self.dv = data.draw(st.sampled_from([(16, 16), (16, 8), (32, 32)]))
+        self.heads, self.kv_heads = data.draw(st.sampled_from([(2, 1), (2, 2)]))
+        self.dtype = data.draw(st.sampled_from(DTYPES))
+        plan_layer = data.draw(st.integers(0, 7).flatmap(lambda n: plans(self.d, self.dv) if n else st.none()))
+        buffer, sinks = data.draw(st.integers(1, 8)), data.draw(st.integers(0, 3))
+        self.prefill = data.draw(st.sampled_from(["chunk", "windowed"]))
+        self.static = data.draw(st.booleans())
+        self.longest = data.draw(st.integers(1, 80)) if self.static else LONGEST
+        self.cache = self.new(plan_layer, buffer, sinks)
+        self.oracle = Oracle(buffer, sinks, windowed=self.prefill == "windowed", history=plan_layer is not None)
+        self.seen_layouts = plan_layer
+        self.batch = data.draw(st.integers(1, 3))
+        self.copies = []
+
+    def new(self, plan_layer, buffer, sinks) -> KVCache:
+        room = {"static": True, "max_length": self.longest} if self.static else {}
+        return KVCache(plan_layer, buffer=buffer, sinks=sinks, prefill=self.prefill, **room)
+
+    # Tokens ---------------------------------------------------------------------------------------
+
+    @rule(data=st.data(), seed=seeds)
+    def one_token(self, data, seed):
+        self.take_in(data, seed, 1)
+
+    @rule(data=st.data(), seed=seeds, tokens=st.integers(2, 9))
+    def some_tokens(self, data, seed, tokens):
+        self.take_in(data, seed, tokens)
+
+    @rule(data=st.data(), seed=seeds, tokens=st.integers(1, 70))
+    def many_tokens(self, data, seed, tokens):
+        self.take_in(data, seed, tokens)
+
+    def take_in(self, data, seed, tokens):
+        oracle, cache = self.oracle, self.cache
+        before, left = oracle.length, oracle.left
+        tokens = min(tokens, self.longest - before)
+        if tokens == 0:
+            return self.refuse_one_more(seed)
+        q, k, v = self.qkv(seed, tokens)
+        padding = self.draw_padding(data, before)
+        mask = self.draw_mask(data, seed, tokens)
+        scale = data.draw(st.sampled_from([None, 0.1, 0.5]))
+        impls = ["auto", "auto", "compiled", "reference", *["sdpa"] * self.sdpa_serves()]
+        impl = data.draw(st.sampled_from(impls))
+        packer = data.draw(st.sampled_from(["auto", "compiled"]))
+        given = None if padding is None else torch.tensor(padding)
+        if packer == "auto":
+            found = cache(q, k, v, mask=mask, padding=given, scale=scale, impl=impl)
+        else:
+            visible = cache.update(k, v, padding=given, impl=packer)
+            found = cache.attend(q, visible, mask=mask, scale=scale, impl=impl)
+        oracle.append(k, v, padding)
+        self.look()
+        factor = self.d**-0.5 if scale is None else scale
+        answer = oracle.attend(q, before, left, factor, mask)
+        assert found.dtype == self.dtype
+        assert_answer(found, answer, cache.plan_layer, impl=impl, d=self.d)
+
+    def sdpa_serves(self) -> bool:
+        return self.d == self.dv and self.dtype != torch.float64
+
+    def qkv(self, seed, tokens) -> list[Tensor]:
+        shapes = (self.heads, self.d), (self.kv_heads, self.d), (self.kv_heads, self.dv)
+        return [normal(seed + i, self.batch, heads, tokens, d, dtype=self.dtype) for i, (heads, d) in enumerate(shapes)]
+
+    def draw_padding(self, data, before) -> list[int] | None:
+        """Left padding comes with the first tokens, and may come again until each row has begun."""
+        if before == 0 and data.draw(st.booleans()):
+            return data.draw(st.lists(st.integers(0, 12), min_size=self.batch, max_size=self.batch))
+        waiting = before > 0 and max(self.oracle.padding) > before
+        return self.oracle.padding if waiting and data.draw(st.booleans()) else None
+
+    def draw_mask(self, data, seed, tokens) -> Tensor | None:
+        kind = data.draw(st.sampled_from(["none", "none", "none", "one", "rows", "heads"]))
+        if kind == "none":
+            return None
+        batch, heads = self.batch if kind == "rows" else 1, self.heads if kind == "heads" else 1
+        columns = self.oracle.length + tokens + data.draw(st.integers(0, 3))
+        return normal(seed + 3, batch, heads, tokens, columns) < 0.5
+
+    def refuse_one_more(self, seed):
+        if self.static:
+            self.refused("more do not fit", lambda: self.cache(*self.qkv(seed, 1)))
+
+    # Storage --------------------------------------------------------------------------------------
+
+    @rule(data=st.data())
+    def repack(self, data):
+        plan_layer = data.draw(plans(self.d, self.dv))
+        if self.cache.plan_layer is None:
+            return self.refused("has none", lambda: self.cache.repack(plan_layer))
+        self.cache.repack(plan_layer)
+
+    @rule(tokens=st.integers(0, 20))
+    def evict(self, tokens):
+        if self.static:
+            return self.refused("keeps all its tokens", lambda: self.cache.evict(tokens))
+        self.cache.evict(tokens)
+        self.oracle.evict(tokens)
+
+    @rule(data=st.data())
+    def crop(self, data):
+        length = data.draw(st.integers(0, self.oracle.length))
+        self.cache.crop(length)
+        self.oracle.crop(length)
+
+    @rule(tokens=st.integers(0, 6))
+    def take_back(self, tokens):
+        length = max(self.oracle.length - tokens, 0)
+        self.cache.crop(length)
+        self.oracle.crop(length)
+
+    @rule()
+    @precondition(lambda self: self.oracle.length > 20)
+    def reset(self):
+        self.cache.reset()
+        self.oracle.forget()
+
+    @rule(rows=ROWS, kind=st.sampled_from(["select", "reverse", "index", "repeat"]))
+    def move_rows(self, rows, kind):
+        rows = list(reversed(range(self.batch))) if kind == "reverse" else [row % self.batch for row in rows]
+        if kind == "repeat":
+            rows = [0, 0] if self.batch == 1 else list(range(self.batch))
+            repeats = len(rows) // self.batch
+            self.cache.map_batch(lambda t: t.repeat_interleave(repeats, dim=0))
+        elif kind == "select":
+            self.cache.map_batch(lambda t: t.index_select(0, torch.tensor(rows)))
+        else:
+            self.cache.map_batch(lambda t: t[torch.tensor(rows)])
+        if self.oracle.length:
+            self.oracle.rows(rows)
+        if self.oracle.length or self.cache.state.k_recent is not None:
+            self.batch = len(rows)
+
+    @rule(dtype=st.sampled_from(DTYPES))
+    def convert(self, dtype):
+        self.look()
+        self.cache.to(dtype)
+        self.oracle.to(dtype)
+        follow_dtype(self.cache, self.oracle)
+        self.dtype = dtype
+
+    # Copies ---------------------------------------------------------------------------------------
+
+    @rule(kind=st.sampled_from(["deepcopy", "pickle", "state", "file"]))
+    def fork(self, kind):
+        """Leave the cache behind and go on with a copy."""
+        kept = self.cache, self.oracle.copy(), self.seen_layouts, self.batch, self.dtype
+        self.copies = [*self.copies, kept][-COPIES:]
+        if kind == "deepcopy":
+            self.cache = copy.deepcopy(self.cache)
+        elif kind == "pickle":
+            self.cache = pickle.loads(pickle.dumps(self.cache))
+        else:
+            state = self.cache.state_dict()
+            if kind == "file":
+                torch.save(state, file := io.BytesIO())
+                state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+            self.cache = self.new(self.cache.plan_layer, self.oracle.buffer, self.oracle.sinks)
+            self.cache.load_state_dict(state)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.copies)
+    def go_back(self, data):
+        """Go on with a copy that was left behind: nothing may have changed it."""
+        kept = self.cache, self.oracle, self.seen_layouts, self.batch, self.dtype
+        index = data.draw(st.integers(0, len(self.copies) - 1))
+        self.cache, self.oracle, self.seen_layouts, self.batch, self.dtype = self.copies.pop(index)
+        self.copies.append(kept)
+
+    # Refusals -------------------------------------------------------------------------------------
+
+    def refused(self, message, call):
+        assert_refused(call, message, lambda: image(self.cache))
+
+    @rule(data=st.data(), seed=seeds, tokens=st.integers(1, 4))
+    def refuse(self, data, seed, tokens):
+        cache, length = self.cache, self.oracle.length
+        tokens = min(tokens, self.longest - length)
+        if tokens == 0:
+            return self.refuse_one_more(seed)
+        q, k, v = self.qkv(seed, tokens)
+        other = torch.float32 if self.dtype == torch.float16 else torch.float16
+        mask = torch.ones(1, 1, tokens, length + tokens, dtype=torch.bool)
+        long = torch.tensor([0] * (self.batch + 1))
+        calls = {
+            "cannot crop": lambda: cache.crop(length + 1),
+            "cannot crop to -1": lambda: cache.crop(-1),
+            "one floating-point dtype": lambda: cache(q, k, v.to(other)),
+            "floating-point": lambda: cache.update(k.int(), v.int()),
+            "at least one": lambda: cache(q[:, :, :0], k[:, :, :0], v[:, :, :0]),
+            "expected keys": lambda: cache.update(k, v[:, :, :, 0]),
+            "left padding": lambda: cache.update(k, v, padding=long),
+            "tokens were taken in": lambda: cache(q[:, :, :-1], k, v),
+            "or more columns": lambda: cache(q, k, v, mask=mask[..., :-1]),
+            "must be boolean": lambda: cache(q, k, v, mask=mask.float()),
+            "expected q": lambda: cache(q[..., :-1], k, v),
+            "q, k and v must have one dtype": lambda: cache(q.to(other), k, v),
+            r"expected q \[": lambda: cache(torch.cat([q, q]), k, v),
+            "must be one of": lambda: cache(q, k, v, impl="fast"),
+        }
+        if self.kv_heads == 2:
+            calls["heads a multiple"] = lambda: cache(torch.cat([q, q[:, :1]], 1), k, v)
+        if cache.plan_layer is not None:
+            calls["NVIDIA GPU"] = lambda: cache.update(k, v, impl="cuda")
+            calls["cannot read packed"] = lambda: cache(q, k, v, impl="flex")
+            if not self.sdpa_serves():
+                calls["gives a log-sum-exp"] = lambda: cache(q, k, v, impl="sdpa")
+            calls["coordinates"] = lambda: cache.update(k[..., :-1], v)
+            calls["the new layouts are for"] = lambda: cache.repack(LayerPlan(TopK(24, 3), TopK(24, 3)))
+        if length:
+            calls["the cache holds torch"] = lambda: cache(q.to(other), k.to(other), v.to(other))
+            calls["of batch and heads"] = lambda: cache(*(torch.cat([t, t]) for t in (q, k, v)))
+        if not self.static:
+            calls["cannot evict"] = lambda: cache.evict(-1)
+        if self.static and length:
+            calls["takes its memory at once"] = lambda: cache.allocate(k, v)
+        message = data.draw(st.sampled_from(sorted(calls)))
+        self.refused(message, calls[message])
+
+    # What can be seen -----------------------------------------------------------------------------
+
+    def look(self):
+        assert_holds(self.cache, self.oracle, self.seen_layouts)
+        self.seen_layouts = self.cache.plan_layer
+
+    @invariant()
+    def holds(self):
+        self.counted[0] += 1
+        if hasattr(self, "cache"):
+            self.look()
