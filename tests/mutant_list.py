@@ -463,9 +463,23 @@ MUTANTS = [
     Mutant(
         "crop-keeps-what-was-dropped",
         CACHE,
-        "min(self.state.dropped, self._columns_left()) + owed",
-        "self.state.dropped + owed",
+        "= min(self.state.dropped, self._columns_left()) + owed",
+        "= self.state.dropped",
         OF_EVICT,
+    ),
+    Mutant(
+        "crop-forgives-an-owed-eviction",
+        CACHE,
+        "min(self.state.dropped, self._columns_left()) + owed",
+        "min(self.state.dropped, self._columns_left())",
+        OF_EVICT,
+    ),
+    Mutant(
+        "queries-checked-too-late",
+        CACHE,
+        "            check_attention(q, k, v, None)\n",
+        "",
+        OF_REFUSALS,
     ),
     Mutant(
         "stale-visible-accepted",
@@ -671,5 +685,4 @@ MUTANTS = [
     ),
     Mutant("the-slot-of-empty-slots-stays", HISTORY, "t[:, :, self.room :].zero_()", "pass", OF_NAN),
     Mutant("memory-of-inference-mode", HISTORY, "@outside_inference_mode\n", "", ("cases/test_inference_mode.py",)),
-    Mutant("what-is-owed-is-forgotten", CACHE, "self._columns_left()) + owed", "self._columns_left())", OF_EVICT),
 ]

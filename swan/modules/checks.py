@@ -127,7 +127,8 @@ def check_saved(
     if not tensors:
         return  # an empty cache
     missing = {*COUNTERS, "keys", "values"} - set(tensors)
-    if missing:
+    owes = set(tensors) == {*COUNTERS}  # an empty cache that drops the first tokens to come
+    if missing and not owes:
         raise ValueError(f"a saved cache has {', '.join(sorted(missing))} too")
     if any(tensors[name].ndim or tensors[name].dtype != torch.int64 for name in COUNTERS):
         raise ValueError("the counters of a saved cache must be whole numbers")
@@ -139,6 +140,10 @@ def check_saved(
         raise ValueError(
             f"a saved cache cannot have {dict(zip(COUNTERS, (length, first, padded, dropped), strict=True))}"
         )
+    if owes:
+        if length or first:
+            raise ValueError(f"a saved cache without keys and values holds no tokens, got {length}")
+        return
     expected = _saved_shapes(tensors["keys"], tensors["values"], plan_layer, sinks + size, stored)
     if stored == 0 and "k.plane0" not in tensors:  # no token has left the buffer yet
         expected = {name: like for name, like in expected.items() if "." not in name}

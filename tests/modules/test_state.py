@@ -76,6 +76,16 @@ def test_a_state_dict_knows_what_an_empty_cache_owes():
     assert torch.equal(more(other), more(cache))
 
 
+def test_a_state_dict_without_tokens_has_none():
+    owing, other = (cache_of(PLANS["graded"], False) for _ in range(2))
+    owing.evict(7)
+    state = owing.state_dict()
+    state = {name: torch.tensor(3) if name.endswith("length") else t for name, t in state.items()}
+    with pytest.raises((ValueError, RuntimeError), match="holds no tokens, got 3"):
+        other.load_state_dict(state)
+    assert (other.dropped, other.length) == (0, 0)
+
+
 def test_a_state_dict_knows_of_sinks_to_come():
     """A row was nothing but padding so far; its sinks are seen long after."""
     cache, other = (cache_of(PLANS["topk"], False) for _ in range(2))

@@ -96,7 +96,7 @@ def unpacked_error(x: Tensor, layout, dtype: torch.dtype) -> Tensor:
     """Bound the rounding of vectors that were unpacked in a dtype, in which the smallest numbers have equal steps."""
     u, least = unit(dtype), torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     if not is_mixed(layout):
-        return u * x.abs() + least
+        return (u + 4 * U32) * x.abs() + least  # scales are powers in float32, like products with them
     return least + (3 * u + layout.d * U32) * layout.d**0.5 * x.norm(dim=-1, keepdim=True).expand_as(x)
 
 

@@ -91,27 +91,28 @@ class Oracle:
             self.packed_values = torch.cat([self.packed_values, torch.zeros_like(values)], 2)
         self.left = max(self.left, self.length - self.buffer)
 
-    def seen(self, before: int, left: int) -> tuple[Tensor, Tensor]:
+    def seen(self, before: int, left: int, causal: bool = True) -> tuple[Tensor, Tensor]:
         """Say what the queries of the newest tokens see dense, and what packed: ``[rows, 1, queries, columns]``.
 
         Args:
             before: tokens before the new ones.
             left: tokens that had left before the new ones came.
+            causal: whether later tokens are hidden; a mask says that itself.
         """
         column, query = torch.arange(self.length), torch.arange(before, self.length)[:, None]
         turn = query if self.windowed else query[:1]  # of the token that was the newest when a query looked
         gone = column < (turn + 1 - self.buffer).clamp(min=left)
         start = torch.tensor(self.padding)[:, None, None]
-        visible = (column <= query) & (column >= start)
+        visible = ((column <= query) | torch.tensor(not causal)) & (column >= start)
         dense = visible & (~gone | (column < start + self.sinks))
         packed = visible & ~dense & (column >= self.sinks + self.dropped)
         return dense[:, None], (packed if self.history else torch.zeros_like(packed))[:, None]
 
     def attend(self, q: Tensor, before: int, left: int, scale: float, mask: Tensor | None = None) -> Answer:
-        """Attend with the queries of the newest tokens; `mask` hides more. What sees nothing gets zeros."""
+        """Attend with the queries of the newest tokens; a mask says all that they see. What sees nothing gets zeros."""
         assert self.keys is not None and self.values is not None
         assert self.packed_keys is not None and self.packed_values is not None
-        dense, packed = self.seen(before, left)
+        dense, packed = self.seen(before, left, mask is None)
         if mask is not None:
             dense, packed = (which & mask[..., : self.length] for which in (dense, packed))
         group = q.shape[1] // self.keys.shape[1]
