@@ -73,7 +73,9 @@ def emulated(monkeypatch):
     attend.pair_of.cache_clear()
     cuda.require(torch.device("cpu"))
     with torch.library._scoped_library("swan", "IMPL") as library:
-        for name, function in cuda.FUNCTIONS.items():
+        from swan.kernels.cuda.operators import OPERATORS
+
+        for name, function in OPERATORS.items():
             library.impl(f"{name}_cuda", function, "CPU")
         yield launches
     cuda._built_once.cache_clear()

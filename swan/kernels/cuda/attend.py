@@ -47,8 +47,13 @@ def attend(
     first: Tensor | None,
     end: Tensor | None,
     start: int,
+    *,
+    one_launch: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Attend as `swan.kernels.calls.attend` says, on torch's current stream."""
+    """Attend as `swan.kernels.calls.attend` says, on torch's current stream.
+
+    With `one_launch`, outside of CUDA graphs, the last program merges what all have found; else a second kernel does.
+    """
     batch, heads, queries, _ = q.shape
     kv_heads = next(plane for plane in k if plane.ndim == 4).shape[1]
     keys, values = groups_of(k_layout), groups_of(v_layout)
@@ -65,7 +70,7 @@ def attend(
     parts = splits + (beside > 0)
     partial = q.new_empty(workers * parts * rows, dv, dtype=torch.float32)
     partial_lse = q.new_empty(workers * parts * rows, dtype=torch.float32)
-    arrived = arrivals(index, workers * eighths)
+    arrived = arrivals(index, workers * eighths) if one_launch else None
     if not _in_pairs(q):
         q = q.clone(memory_format=torch.contiguous_format)
     k, v = ([plane if plane.ndim == 1 else in_room(plane, tokens) for plane in planes] for planes in (k, v))

@@ -3,13 +3,15 @@
 # ruff: noqa: E501
 # pyright: reportUnknownMemberType=false
 
+import functools
+
 import torch
 
 from swan.kernels.cuda.attend import attend
 from swan.kernels.cuda.layouts import empty_planes, groups_of
 from swan.kernels.cuda.pack import pack, take_in, unpack
 
-__all__ = ["FUNCTIONS", "LIBRARY"]
+__all__ = ["FUNCTIONS", "LIBRARY", "OPERATORS"]
 
 FUNCTIONS = {"attend": attend, "pack": pack, "take_in": take_in, "unpack": unpack}
 
@@ -24,7 +26,9 @@ LIBRARY.define(
     "int[] k_layout, int[] v_layout, Tensor[] mixes, Tensor[] counters, Tensor? padding, SymInt sinks, SymInt start) -> ()"
 )
 LIBRARY.define("unpack_cuda(Tensor[] planes, int[] layout, SymInt tokens, Tensor like) -> Tensor")
-for name, function in FUNCTIONS.items():
+# Memory that is kept must not come from compiled code: torch takes what it allocates for a part of its CUDA graph.
+OPERATORS = FUNCTIONS | {"attend": functools.partial(attend, one_launch=False)}
+for name, function in OPERATORS.items():
     LIBRARY.impl(f"{name}_cuda", function, "CUDA")
 
 
