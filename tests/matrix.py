@@ -53,7 +53,10 @@ def expected(architecture: str, name: str) -> str:
     """The pattern of what a cell says."""
     reason = refusal(architecture, name)
     theirs = architecture in OWN or (architecture, name) == ("opt", "compiled")  # in old versions
-    return f"refused: .*{reason}" if reason else f"exact|{TOO}|{WRONG_TOO}" if theirs else "exact"
+    if reason:
+        return f"refused: .*{reason}"
+    lossy = "|refused: .* cannot forget tokens: " if name == "crop" else ""  # where theirs forgets too much in silence
+    return f"exact|{TOO}|{WRONG_TOO}{lossy}" if theirs else "exact"
 
 
 def refusal(architecture: str, name: str) -> str | None:

@@ -64,8 +64,9 @@ def test_a_window_that_has_not_moved_forgets(architecture, settings, remove):
     assert greatest_difference(found, expected) < 1e-4
 
 
-def test_recorded_windows_forget():
-    model = attached("gemma3")
+@pytest.mark.parametrize("architecture", ["gemma3", "lfm2"])
+def test_what_is_recorded_is_forgotten(architecture):
+    model = attached(architecture)
     ids = tokens(1, 12).repeat(1, 3)
     expected = generated(model, DynamicCache(config=model.config), input_ids=ids)
     cache = SwanCache(model, 1.0, buffer=8, sinks=2)

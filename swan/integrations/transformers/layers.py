@@ -184,7 +184,7 @@ def _uncroppable(layer: Any) -> str | None:
     records = getattr(layer, "record_past", False)
     if hasattr(layer, "conv_states") and not records:
         return "call cache.activate_past_recording() before they come"
-    if not layer.is_sliding or records:
+    if records or not getattr(layer, "is_sliding", False):
         return None
     length = int(layer.get_seq_length())
     if hasattr(layer, "max_cache_len"):
