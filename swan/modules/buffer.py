@@ -162,6 +162,7 @@ class DenseBuffer(nn.Module):
             stored[:, :, : self.sinks].masked_fill_(rearrange(sinks >= length, "b s -> b 1 s 1"), 0)
 
     def _set_padding(self, padding: Tensor) -> None:
+        padding = padding.long().contiguous()  # as kernels read it
         self.state.padding, self.state.padded = padding, int(padding.max())
 
     def _lacks_sinks(self) -> bool:

@@ -165,7 +165,9 @@ def test_numbers_of_what_is_seen(emulated):  # noqa: F811
     q, k, v = tokens(0, 90, 2)
     k, v = pack(k, PLAN.keys), pack(v, PLAN.values)
     first, end = torch.tensor([3, 40]), torch.tensor([70, 12, 105])
-    for seen in (Seen(first, end, 10), Seen(None, end[:1], 10), Seen(first, None, 0), Seen(None, end[1], 10)):
+    strided = [torch.stack([t, t + 1000], 1)[:, 0] for t in (first, end)]
+    one_for_all = Seen(first[1:], None, 0), Seen(None, end[:1], 10), Seen(first[1], end[1], 10)
+    for seen in (Seen(first, end, 10), Seen(first, None, 0), Seen(*strided, 10), *one_for_all):
         found, lse = packed_attention(q[:, :, :3], k, v, mask=seen, return_lse=True)
         expected, other = packed_attention(q[:, :, :3], k, v, mask=seen, impl="reference", return_lse=True)
         assert_like(found, expected)

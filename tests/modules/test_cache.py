@@ -126,6 +126,20 @@ def test_padding_per_row(prefill, case, plan_layer, static, told, data):
     assert_within(torch.cat(outs, dim=2), expected, bound(case, plan_layer))
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    "padding", [torch.tensor([0, 3]).int(), torch.tensor([0, 9, 3, 9])[::2]], ids=["int32", "strided"]
+)
+def test_padding_in_any_integers_and_strides(padding, static):
+    plan_layer = LayerPlan(Graded(((16, 4),)), Graded(((16, 4),)))
+    q, k, v = qkv(0, 2, (4, 2), 12, 12, 16, 16, torch.float32)
+    outs = []
+    for each in (torch.tensor([0, 3]), padding):
+        cache = KVCache(plan_layer, buffer=4, sinks=1, static=static, max_length=12 if static else None)
+        outs.append(decode(cache, q, k, v, [11, 1], padding=each))
+    assert torch.equal(*outs)
+
+
 @given(cases(), statics, st.sampled_from([None, 2]))
 def test_window_only_is_a_band_and_sinks(case, static, row_padding):
     tokens = case.q.shape[2]

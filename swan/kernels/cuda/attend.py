@@ -75,11 +75,15 @@ def attend(
         q = q.clone(memory_format=torch.contiguous_format)
     k, v = ([plane if plane.ndim == 1 else in_room(plane, tokens) for plane in planes] for planes in (k, v))
     recent = [_with_rows(x) for x in recent] if beside else []
+    if first is not None:
+        first = first.reshape(-1).expand(batch).contiguous()
+    if end is not None:
+        end = end.reshape(-1)
     arguments: tuple[Any, ...] = (
         q, *q.stride()[:3], *mixes, *_planes(k), *_planes(v),
         *((*_dense(recent[0]), *_dense(recent[1])) if beside else NO_DENSE * 2), *_mask(mask), *_mask(recent_mask),
-        first, end, int(end is not None and end.numel() > 1), start, partial, partial_lse, out, lse, arrived,
-        tokens, beside, splits, kv_heads, groups, queries, scale,
+        first, end, 0 if end is None or len(end) == 1 else end.stride(0), start,
+        partial, partial_lse, out, lse, arrived, tokens, beside, splits, kv_heads, groups, queries, scale,
     )  # fmt: skip
     pair.attend.launch(index, (parts, workers, eighths), *arguments)
     if arrived is None:
