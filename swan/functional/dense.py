@@ -41,10 +41,8 @@ def _group_mask(mask: Tensor | None, q: Tensor, kv_heads: int) -> Tensor | None:
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Attend by torch's fused kernels."""
     attention = torch.nn.functional.scaled_dot_product_attention
-    if causal:
-        return attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    if q.device.type == "cuda" and mask is None:  # there the kernels without masks read each key once for a group
-        return attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if causal or (q.device.type == "cuda" and mask is None):  # there these kernels read each key once for a group
+        return attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     rows = attention(_group_rows(q, k.shape[1]), k, v, attn_mask=_group_mask(mask, q, k.shape[1]), scale=scale)
     out = rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2])
     # Torch's kernels differ in their output for a query that sees nothing; here it is zero.

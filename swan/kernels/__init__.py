@@ -1,5 +1,6 @@
 """Fused kernels over `Packed`, compiled at the first use, and what they share: layouts as numbers."""
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -80,3 +81,9 @@ def planes_of(packed: Packed) -> list[Tensor]:
             codes = plane
     scales, positions = packed.scales, packed.positions
     return [codes, whole, empty if scales is None else scales, empty if positions is None else positions]
+
+
+def first_error(error: BaseException, pattern: str = r"\berror:") -> str:
+    """Return the first error that a compiler printed, by a pattern, or else the first line of the message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if re.search(pattern, line)), lines[0] if lines else repr(error))

@@ -11,12 +11,13 @@ from torch import Tensor
 
 import swan.kernels.cuda
 from swan import Graded, Packed
+from swan.kernels.cuda import layouts
+from swan.kernels.cuda.attend import shared_bytes
 from swan.storage.packed import mixing
 from tests.kernels.cuda_on_cpu import build, struct, unwritten, writable
 
 SOURCE = Path(swan.kernels.cuda.__file__).parent / "attend.cu"
 TILE, ROWS = 32, 8
-NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 def fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
@@ -57,24 +58,7 @@ class AttendArguments(ctypes.Structure):
 
 def macros(k: Graded, v: Graded, dtype: torch.dtype, **others: Any) -> dict[str, Any]:
     """The macros of a pair of layouts."""
-    lists = {
-        name: "{" + ",".join(f"{{{size},{bits}}}" for size, bits in layout.groups) + "}"
-        for name, layout in (("K_GROUPS", k), ("V_GROUPS", v))
-    }
-    return {**lists, "D": k.d, "DV": v.d, "DTYPE": NAMES[dtype], **others}
-
-
-def shared_bytes(k: Graded, v: Graded, warps: int = 4, stages: int = 3) -> int:
-    """Shared memory of a program: tiles, their scales, numbers of each query row; or sums to merge.
-
-    Queries stand in the last stage, and behind it, before it is filled.
-    """
-    k_scales, v_scales = (sum(bits < 16 for _, _, bits in layout.stored) for layout in (k, v))
-    stage = TILE * sum(layout.vector_bytes() for layout in (k, v))
-    tiles = warps * (stages * stage + TILE * (k_scales + v_scales) * 4) + (1 + 2 * k_scales) * ROWS * 4
-    queries = (stages - 1) * warps * stage + ROWS * (k.d + 4) * 4
-    recent = ROWS * (k.d + 4 + 1) * 4
-    return max(tiles, queries, recent, warps * ROWS * (2 + v.d) * 4)
+    return {**layouts.macros(k.groups, v.groups, dtype), **others}
 
 
 def room_of(x: Tensor) -> Tensor:
@@ -184,7 +168,7 @@ def attend(
         scale=scale,
     )
     grid = parts, batch * kv_heads, eighths
-    shared = shared_bytes(k.format, v.format, warps, stages)
+    shared = shared_bytes(k.format.groups, v.format.groups, q.element_size(), warps, stages)
     kernels.launch("attend", grid, warps * 32, shared, arguments, in_turns=in_turns)
     if not last_merges:
         kernels.launch("merge", (batch * kv_heads, rows), -(-dv // 32) * 32, dv * 4, arguments)

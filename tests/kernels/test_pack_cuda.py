@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import swan.kernels.cuda
 from swan import DenseBuffer, Graded
 from swan.kernels.cuda import missing
+from swan.kernels.cuda.layouts import macros
 from swan.storage.codes import PARTS, code_bytes, unpack_code
 from tests.compilers import needs_cxx
 from tests.kernels import cubin
@@ -33,8 +34,7 @@ class Case:
 
     @property
     def defines(self):
-        macros = {"DTYPE": str(self.dtype).removeprefix("torch."), "D": self.keys.d, "K_GROUPS": braces(self.keys)}
-        return macros if self.keys == self.values else macros | {"DV": self.values.d, "V_GROUPS": braces(self.values)}
+        return macros(self.keys.groups, self.values.groups, self.dtype)
 
     @property
     def threads(self):
@@ -46,10 +46,6 @@ class Case:
     def __str__(self):
         names = ("-".join(f"{size}x{bits}" for size, bits in layout.groups) for layout in (self.keys, self.values))
         return " ".join([str(self.dtype).removeprefix("torch."), *names])
-
-
-def braces(layout):
-    return "{" + ",".join(f"{{{size},{bits}}}" for size, bits in layout.groups) + "}"
 
 
 CASES = [

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from swan.compiling import constant_result
-from swan.kernels import numbers_of
+from swan.kernels import first_error, numbers_of
 from swan.storage import Graded, Layout
 from swan.storage.codes import row_bytes
 
@@ -215,7 +214,7 @@ def _compile(name: str, file: Path) -> None:
         try:
             _cpp_extension().load(module, [str(path) for path in SOURCES], build_directory=folder, **settings)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            raise RuntimeError(not_built(_first_error(error))) from error
+            raise RuntimeError(not_built(first_error(error))) from error
         shutil.copy(Path(folder) / f"{module}.so", f"{folder}/copy")
         os.replace(f"{folder}/copy", file)
     print(f"swan: compiled in {time.perf_counter() - start:.0f} s: {file}", file=sys.stderr, flush=True)
@@ -227,12 +226,6 @@ def not_built(reason: str) -> str:
         f"swan's CPU kernels were not built: {reason}; they need a C++ compiler (such as g++) and ninja "
         "(pip install 'swan-attention[cpp]')"
     )
-
-
-def _first_error(error: BaseException) -> str:
-    """Return the first error that the compiler printed, or else the first line of the message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if re.search(r"\berror:", line)), lines[0] if lines else repr(error))
 
 
 def _cpu() -> str:

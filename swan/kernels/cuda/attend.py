@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swan.kernels.cuda.device import arrivals, index_of, limits
+from swan.kernels.cuda.device import arrivals, limits
 from swan.kernels.cuda.launch import Kernel
-from swan.kernels.cuda.layouts import Groups, coded, groups_of, in_room, macros, vector_bytes
+from swan.kernels.cuda.layouts import Groups, coded, dim_of, groups_of, in_room, macros, vector_bytes
 
 __all__ = ["attend", "pair_of", "shared_bytes"]
 
@@ -57,13 +57,13 @@ def attend(
     batch, heads, queries, _ = q.shape
     kv_heads = next(plane for plane in k if plane.ndim == 4).shape[1]
     keys, values = groups_of(k_layout), groups_of(v_layout)
-    dv, groups, workers = sum(size for size, _ in values), heads // kv_heads, batch * kv_heads
+    dv, groups, workers = dim_of(values), heads // kv_heads, batch * kv_heads
     out, lse = q.new_empty(batch, heads, queries, dv), q.new_empty(batch, heads, queries, dtype=torch.float32)
     beside = recent[0].shape[2] if recent else 0
     if not tokens and not beside:
         return out.zero_(), lse.fill_(-math.inf)
 
-    index, rows = index_of(q), groups * queries
+    index, rows = q.get_device(), groups * queries
     eighths = -(-rows // ROWS)
     pair = pair_of(keys, values, q.dtype, index)
     splits = _splits(tokens, pair.warps, pair.programs // (workers * eighths))
@@ -94,7 +94,7 @@ def attend(
 @functools.cache
 def pair_of(keys: Groups, values: Groups, dtype: torch.dtype, index: int) -> Pair:
     """Choose the shape of programs for layouts on a GPU: the first of which two fit on a processor, or else one."""
-    d, dv = (sum(size for size, _ in groups) for groups in (keys, values))
+    d, dv = dim_of(keys), dim_of(values)
     found, most = limits(index), 2 if d + dv > 256 else 4  # programs on a processor: what registers allow
     sizes = [shared_bytes(keys, values, dtype.itemsize, *shape) for shape in SHAPES]
     fits = [found.programs(size) for size in sizes]
@@ -111,7 +111,7 @@ def shared_bytes(keys: Groups, values: Groups, itemsize: int, warps: int, stages
 
     Queries stand in the last stage of tiles, and behind it, before it is filled.
     """
-    d, dv = (sum(size for size, _ in groups) for groups in (keys, values))
+    d, dv = dim_of(keys), dim_of(values)
     stage = warps * TILE * sum(vector_bytes(groups, itemsize) for groups in (keys, values))
     scales = warps * TILE * len(coded(keys) + coded(values)) * 4
     tiles = stages * stage + scales + (1 + 2 * len(coded(keys))) * ROWS * 4

@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import io
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._appdirs
+
+from swan.kernels import first_error
 
 __all__ = ["Fresh", "arch_of", "compile_now", "compiled", "file_of", "folder", "missing", "not_built", "nvrtc_version"]
 
@@ -123,7 +124,7 @@ def compile_now(source: Path, defines: Mapping[str, object], arch: str) -> Fresh
         program = core.Program(source.read_text(), "c++", core.ProgramOptions(**options, define_macro=macros))
         return Fresh(bytes(program.compile("cubin", logs=log).code), log.getvalue())
     except Exception as error:  # cuda-core derives its errors from no narrower class
-        raise RuntimeError(not_built(_first_error(error))) from error
+        raise RuntimeError(not_built(first_error(error, r"\berror\b.*:"))) from error
 
 
 def not_built(reason: str) -> str:
@@ -132,12 +133,6 @@ def not_built(reason: str) -> str:
         f"swan's CUDA kernels were not built: {reason}; they need a CUDA build of torch and the package cuda-core "
         "(pip install 'swan-attention[cuda]')"
     )
-
-
-def _first_error(error: BaseException) -> str:
-    """Return the first error that the compiler printed, or else the first line of the message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if re.search(r"\berror\b.*:", line)), lines[0] if lines else repr(error))
 
 
 # Cubins that are kept -----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Limits", "arrivals", "index_of", "limits"]
+__all__ = ["Limits", "arrivals", "limits"]
 
 RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself, of each program
 LEAST_ARRIVALS = 1024
@@ -28,11 +28,6 @@ def limits(index: int) -> Limits:
     """Return the limits of a GPU."""
     found = torch.cuda.get_device_properties(index)
     return Limits(found.multi_processor_count, found.shared_memory_per_multiprocessor)
-
-
-def index_of(x: Tensor) -> int:
-    """Return the index of the GPU that a tensor is on."""
-    return x.get_device()
 
 
 def arrivals(index: int, count: int) -> Tensor | None:

@@ -1,14 +1,8 @@
 // What the layouts of keys and values imply, known when a kernel is compiled. Macros: D and K_GROUPS, the dimension and
-// the groups {size, bits} of keys, such as 128 and {{32, 5}, {96, 3}}; DV and V_GROUPS, those of values, or neither if
-// they are the same.
+// the groups {size, bits} of keys, such as 128 and {{32, 5}, {96, 3}}; DV and V_GROUPS, those of values.
 #pragma once
 
 #include "ptx.cuh"
-
-#ifndef V_GROUPS
-#define V_GROUPS K_GROUPS
-#define DV D
-#endif
 
 struct Group {
   int size, bits;

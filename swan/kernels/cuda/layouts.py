@@ -7,7 +7,7 @@ from torch import Tensor
 
 from swan.storage.codes import PARTS, row_bytes
 
-__all__ = ["Groups", "coded", "empty_planes", "groups_of", "in_room", "macros", "vector_bytes"]
+__all__ = ["Groups", "coded", "dim_of", "empty_planes", "groups_of", "in_room", "macros", "vector_bytes"]
 
 Groups = tuple[tuple[int, int], ...]  # size and bits of each
 ROOM = 32  # tokens that a kernel reads at a time, also where there are fewer
@@ -19,12 +19,17 @@ def groups_of(numbers: Sequence[int]) -> Groups:
     return tuple(zip(numbers[1::2], numbers[2::2]))  # noqa: B905  # in each step
 
 
+def dim_of(groups: Groups) -> int:
+    """Return the dimension of vectors."""
+    return sum([size for size, _ in groups])
+
+
 def macros(keys: Groups, values: Groups, dtype: torch.dtype) -> dict[str, object]:
     """Return the macros that say what a source is compiled for."""
     names: dict[str, object] = {"DTYPE": str(dtype).removeprefix("torch.")}
     for side, groups in (("K", keys), ("V", values)):
         names[f"{side}_GROUPS"] = "{" + ",".join(f"{{{size},{bits}}}" for size, bits in groups) + "}"
-    return names | {"D": sum(size for size, _ in keys), "DV": sum(size for size, _ in values)}
+    return names | {"D": dim_of(keys), "DV": dim_of(values)}
 
 
 def coded(groups: Groups) -> Groups:

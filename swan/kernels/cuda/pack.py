@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swan.kernels.cuda.device import index_of
 from swan.kernels.cuda.launch import Kernel
-from swan.kernels.cuda.layouts import Groups, coded, empty_planes, groups_of, macros
+from swan.kernels.cuda.layouts import Groups, coded, dim_of, empty_planes, groups_of, macros
 
 __all__ = ["kernels_of", "pack", "take_in", "unpack"]
 
@@ -40,7 +39,7 @@ def pack(x: Tensor, layout: list[int], matrix: Tensor) -> list[Tensor]:
         x = _with_rows(x)
         grid, arguments = (-(-tokens // MANY), x.shape[1], x.shape[0]), (*_plane(x), *_packed(planes, groups, matrix))
         found, values = _that_know(groups, x.dtype)
-        found.pack.launch(index_of(x), grid, *arguments, tokens, values)
+        found.pack.launch(x.get_device(), grid, *arguments, tokens, values)
     return planes
 
 
@@ -48,12 +47,12 @@ def unpack(planes: list[Tensor], layout: list[int], tokens: int, like: Tensor) -
     """Unpack the first `tokens` vectors on torch's current stream, in the coordinates in which they are stored."""
     groups, there = groups_of(layout), [plane for plane in planes if plane.ndim == 4]
     batch, heads = there[0].shape[:2]
-    out = like.new_empty(batch, heads, tokens, sum(size for size, _ in groups))
+    out = like.new_empty(batch, heads, tokens, dim_of(groups))
     if out.numel():
         codes, whole, scales = (_plane(plane) if plane.ndim == 4 else NO_PLANE for plane in planes[:3])
         found, values = _that_know(groups, like.dtype)
         grid = -(-tokens // (found.unpack.threads // 32)), heads, batch
-        found.unpack.launch(index_of(like), grid, *codes, *whole, *scales, None, 0, *_plane(out), tokens, values)
+        found.unpack.launch(like.get_device(), grid, *codes, *whole, *scales, None, 0, *_plane(out), tokens, values)
     return out
 
 
@@ -83,7 +82,7 @@ def take_in(
     numbers = [0 if there else int(n) for n, there in zip(counters, on_device, strict=True)]
     found, many = kernels_of(keys, values, k.dtype), tokens > 1
     (found.take_in_many if many else found.take_in).launch(
-        index_of(k), (-(-tokens // MANY) if many else 1, heads, 2 * batch),
+        k.get_device(), (-(-tokens // MANY) if many else 1, heads, 2 * batch),
         *_plane(k), *_plane(k_recent), *_packed(k_history, keys, mixes[0]),
         *_plane(v), *_plane(v_recent), *_packed(v_history, values, mixes[1]),
         *at, *numbers, padding, start,
@@ -94,7 +93,7 @@ def take_in(
 @functools.cache
 def kernels_of(keys: Groups, values: Groups, dtype: torch.dtype) -> Kernels:
     """Return the kernels for a pair of layouts, which are compiled when they are launched."""
-    defines, widest = macros(keys, values, dtype), max(sum(size for size, _ in groups) for groups in (keys, values))
+    defines, widest = macros(keys, values, dtype), max(dim_of(keys), dim_of(values))
     threads = -(-2 * widest // 32) * 32
 
     def kernel(name: str, arguments: str, vectors: int) -> Kernel:
