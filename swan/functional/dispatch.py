@@ -6,7 +6,7 @@ Only what sdpa and flex cannot give (a log-sum-exp, gradients) is refused elsewh
 
 | function | CPU | GPU |
 |---|---|---|
-| `dense_attention` | sdpa; compiled for a log-sum-exp under autograd, in float64, or of values of another dimension | sdpa; compiled for a log-sum-exp under autograd, with a mask, in float32, or of values of another dimension |
+| `dense_attention` | sdpa; compiled for a log-sum-exp under autograd, in float64, or of values of another dimension | sdpa; compiled for a log-sum-exp under autograd, with a mask, in float32, of values of another dimension, or before Ampere |
 | `packed_attention`, `swan_attention` | the kernel for up to 16 query rows of a KV head, layouts that it reads, no gradients; else tensor code in tiles | the kernel for up to 256 query rows, likewise; else tensor code in tiles |
 | `pack`, `KVCache.update` | the kernel for `Graded` layouts, no gradients; else tensor code | likewise |
 
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from swan.compiling import constant_result
 from swan.kernels import calls, cuda
 from swan.kernels.calls import kernels_on
 from swan.storage import LayerPlan, Layout, Packed
@@ -36,8 +37,8 @@ DENSE = ("auto", "reference", "sdpa", "flex", "compiled")
 PACKED = ("auto", "reference", "sdpa", "compiled", *KERNELS)
 PACK = ("auto", "compiled", *KERNELS)
 NO_LSE = (
-    "impl='sdpa' gives a log-sum-exp for keys and values of one head dimension, on a CPU not in float64, on a GPU in "
-    "bfloat16 and float16 without a mask (device {device}, {d} and {dv}, {dtype}); use impl='compiled'"
+    "impl='sdpa' gives a log-sum-exp for keys and values of one head dimension, on a CPU not in float64, on a GPU "
+    "(Ampere or newer) in bfloat16 and float16 without a mask (device {device}, {d} and {dv}, {dtype}); use impl='compiled'"
 )
 DEVICES = {"cpp": "a CPU", "cuda": "an NVIDIA GPU"}
 
@@ -194,8 +195,14 @@ def sdpa_gives_lse(q: Tensor, v: Tensor, masked: bool) -> bool:
     """Tell if a kernel of torch's SDPA gives a log-sum-exp: those for CPUs, and FlashAttention on a GPU."""
     d = q.shape[-1]
     if q.device.type == "cuda":
-        return d == v.shape[-1] and d % 8 == 0 and q.dtype in (torch.bfloat16, torch.float16) and not masked
+        fits = d == v.shape[-1] and d % 8 == 0 and q.dtype in (torch.bfloat16, torch.float16) and not masked
+        return fits and _has_flash(q.device)
     return q.device.type == "cpu" and d == v.shape[-1] and q.dtype != torch.float64
+
+
+@constant_result
+def _has_flash(device: torch.device) -> bool:
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _store(x: Tensor, layout: Layout) -> Packed:

@@ -1,5 +1,7 @@
 """Every `impl` is one of those that there are, and never becomes another."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -91,6 +93,19 @@ def test_auto_follows_its_table():
     assert dispatch.pack_impl("auto", K, LAYOUT) == "cpp"
     assert dispatch.pack_impl("auto", K, TopK(16, 4)) == "compiled"
     assert dispatch.pack_impl("auto", K.double(), LAYOUT) == "compiled"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+def test_a_log_sum_exp_of_sdpa_on_a_gpu_is_flash_attention_of_ampere_and_newer(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    def gives(d, dv, dtype, masked=False):
+        q, v = (SimpleNamespace(device=torch.device("cuda", 0), shape=(1, 2, 3, n), dtype=dtype) for n in (d, dv))
+        return dispatch.sdpa_gives_lse(q, v, masked)
+
+    assert gives(64, 64, torch.bfloat16) == gives(128, 128, torch.float16) == (capability >= (8, 0))
+    assert not gives(64, 64, torch.float32) and not gives(64, 32, torch.bfloat16)
+    assert not gives(64, 64, torch.bfloat16, masked=True) and not gives(20, 20, torch.bfloat16)
 
 
 def test_a_cache_that_has_no_history_yet_attends_densely():
