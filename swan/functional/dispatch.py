@@ -38,7 +38,8 @@ PACKED = ("auto", "reference", "sdpa", "compiled", *KERNELS)
 PACK = ("auto", "compiled", *KERNELS)
 NO_LSE = (
     "impl='sdpa' gives a log-sum-exp for keys and values of one head dimension, on a CPU not in float64, on a GPU "
-    "(Ampere or newer) in bfloat16 and float16 without a mask (device {device}, {d} and {dv}, {dtype}); use impl='compiled'"
+    "(Ampere or newer) in bfloat16 and float16 without a mask (device {device}, {d} and {dv}, {dtype}); use "
+    "impl='compiled'"
 )
 DEVICES = {"cpp": "a CPU", "cuda": "an NVIDIA GPU"}
 
