@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import dataclasses
 import json
 import math
 import random
@@ -16,6 +17,7 @@ import resource
 import struct
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
 from swan import Calibration, Plan, SwanCache, attach
+from swan.calibration.effects import KEYS, VALUES, Effects, graded
 from swan.calibration.files import _checksum, read_json
 from swan.integrations.transformers.pretrained import CALIBRATION, PLAN, _read
 from tests.tiny import logits_of, tiny, tokens
@@ -51,7 +54,7 @@ class Artifact:
 
 def artifacts(folder: Path) -> list[Artifact]:
     """Make an artifact of each kind and format; those of earlier formats are in tests/data."""
-    calibration = Calibration.load(DATA / "calibration-3.safetensors")
+    calibration = with_effects(_old_calibration(DATA / "calibration-3.safetensors"))
     plan = Plan.from_json((DATA / "plan-1.json").read_text())
     model = tiny(**SMALL)
     attach(model, calibration)
@@ -80,13 +83,14 @@ def artifacts(folder: Path) -> list[Artifact]:
     def write_plan(plan: Plan, file: Path) -> None:
         file.write_text(plan.to_json())
 
-    calibrations = (Calibration.load, _values_of_calibration, Calibration.save)
+    calibrations = (_values_of_calibration, Calibration.save)
     caches = (lambda file: SwanCache.load(file, model), _values_of_cache, SwanCache.save)
     hybrids = (lambda file: SwanCache.load(file, sliding), _values_of_cache, SwanCache.save)
+    old = (DATA / "calibration-3.safetensors").read_bytes()
     json_plan = (DATA / "plan-1.json").read_bytes()
     return [
-        Artifact("calibration", (folder / "calibration").read_bytes(), *calibrations, True),
-        Artifact("calibration of format 3", (DATA / "calibration-3.safetensors").read_bytes(), *calibrations, False),
+        Artifact("calibration", (folder / "calibration").read_bytes(), Calibration.load, *calibrations, True),
+        Artifact("calibration of format 3", old, _old_calibration, *calibrations, False),
         Artifact("cache", (folder / "cache").read_bytes(), *caches, True),
         Artifact("cache of format 2", (DATA / "cache-2.safetensors").read_bytes(), *caches, False),
         Artifact("static cache with sliding layers", (folder / "hybrid").read_bytes(), *hybrids, True),
@@ -94,6 +98,20 @@ def artifacts(folder: Path) -> list[Artifact]:
         Artifact("plan without a format", json_plan, read_plan, lambda plan: plan, write_plan, False),
         Artifact("plan in a folder", plan.to_json().encode(), read_folder, lambda plan: plan, write_plan, False),
     ]
+
+
+def _old_calibration(file: Path) -> Calibration:
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # its effects are of other layouts
+        return Calibration.load(file)
+
+
+def with_effects(calibration: Calibration) -> Calibration:
+    """Give a calibration effects that fall with the bytes, alike for all layers."""
+    falling = [
+        torch.tensor([2.0 ** -graded(64, groups).vector_bytes() for groups in side]).expand(len(calibration.layers), -1)
+        for side in (KEYS, VALUES)
+    ]
+    return dataclasses.replace(calibration, effects=Effects(*(t.contiguous() for t in falling)))
 
 
 def outcome(artifact: Artifact, original: Any, rng: random.Random, folder: Path) -> str:

@@ -43,7 +43,8 @@ from swan.storage.layout import MAX_DIM
 
 __all__ = ["Calibration", "calibrate"]
 
-FORMATS = ("swan-calibration-3", "swan-calibration-4")  # that are read; changes with the candidates of effects.py too
+# Formats that are read; the newest is that of the candidates of effects.py, the effects of older ones are left out.
+FORMATS = ("swan-calibration-3", "swan-calibration-4", "swan-calibration-5")
 AGAIN = "run swan.calibrate again"
 MOMENTS = ("q", "k", "v", "o")
 
@@ -165,6 +166,8 @@ class Calibration:
     def load(cls, path: str | Path) -> "Calibration":
         """Read a file that `save` wrote.
 
+        Effects in a file of an older version are of other layouts: they are left out, with a warning.
+
         Raises:
             ValueError: the file is not a whole calibration, or its tensors are not finite or not orthogonal.
         """
@@ -174,6 +177,12 @@ class Calibration:
             check_calibration(calibration)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no whole calibration ({reason_of(error)}); {AGAIN}") from error
+        if calibration.effects is None and "effects.keys" in tensors:
+            warnings.warn(
+                f"{path} was written by an older version of swan, which measured effects of other layouts: plans will be "
+                f"the same for all layers until you {AGAIN}",
+                stacklevel=2,
+            )
         return calibration
 
     @classmethod
@@ -183,7 +192,8 @@ class Calibration:
             layers.append(LayerBases(*(tensors.pop(f"layers.{i}.{f.name}") for f in dataclasses.fields(LayerBases))))
             moments.append(Moments(*(tensors.pop(f"layers.{i}.moments.{name}") for name in MOMENTS), tokens=tokens))
         if "effects.keys" in tensors:
-            effects = Effects(tensors.pop("effects.keys"), tensors.pop("effects.values"))
+            measured = Effects(tensors.pop("effects.keys"), tensors.pop("effects.values"))
+            effects = measured if metadata["format"] == FORMATS[-1] else None
         if tensors:
             raise ValueError(f"unknown tensors, such as {next(iter(tensors))[:40]!r}")
         basis, seed, fingerprint = (metadata[name] for name in ("basis", "seed", "fingerprint"))

@@ -10,8 +10,9 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from swan.calibration.capture import Observed, call, observing
+from swan.functional.packing import pack
 from swan.functional.rotation import rotate
-from swan.storage import Graded
+from swan.storage import Graded, unpack
 from swan.storage.codes import scale_byte, scale_of
 
 __all__ = [
@@ -29,13 +30,13 @@ __all__ = [
 
 Groups = tuple[tuple[int, int], ...]
 
-# Candidates for keys and for values: groups as (sixteenths of d, bits). They remained of 63 when those that plans
-# per layer can do without were taken out one by one.
+# Candidates for keys and for values: groups as (sixteenths of d, bits). They remained of 29 and 25 when those that plans
+# per layer of three models can do without were taken out one by one.
 KEYS: tuple[Groups, ...] = (
-    ((2, 4), (14, 1)),
+    ((4, 4), (4, 2), (8, 1)),
     ((2, 5), (6, 2), (8, 1)),
     ((1, 6), (3, 4), (12, 2)),
-    ((1, 8), (3, 5), (4, 3), (8, 1)),
+    ((4, 6), (12, 2)),
     ((1, 8), (3, 6), (4, 4), (8, 2)),
     ((2, 8), (6, 4), (8, 2)),
     ((2, 6), (6, 4), (8, 3)),
@@ -45,12 +46,16 @@ KEYS: tuple[Groups, ...] = (
     ((16, 8),),
 )
 VALUES: tuple[Groups, ...] = (
+    ((8, 1), (8, 0)),
     ((8, 2), (8, 0)),
+    ((12, 2), (4, 0)),
+    ((8, 2), (8, 1)),
+    ((16, 2),),
+    ((8, 3), (8, 1)),
     ((2, 3), (6, 2), (8, 1)),
-    ((2, 3), (14, 2)),
-    ((4, 3), (12, 2)),
+    ((8, 3), (8, 2)),
     ((2, 4), (6, 3), (8, 2)),
-    ((2, 4), (14, 3)),
+    ((8, 4), (8, 3)),
     ((2, 5), (6, 4), (8, 3)),
     ((8, 5), (8, 4)),
     ((16, 6),),
@@ -59,7 +64,8 @@ VALUES: tuple[Groups, ...] = (
 BLOCK = 16  # coordinates
 BUFFER, SINKS = 64, 4  # recent tokens, which a query sees dense
 WINDOWS, TOKENS = 4, 1024  # `calibrate` measures on so many texts of so many tokens, at most
-QUERIES = 64  # queries whose scores are computed at a time
+STRIDE = 4  # one query in so many is looked at
+QUERIES = 32  # queries whose scores are computed at a time
 DRAWN = 64  # tokens for which words are drawn at a time
 
 
@@ -76,7 +82,7 @@ class Effects:
         >>> model = torch.nn.Sequential(swan.SwanAttention(64, heads=4))
         >>> effects = swan.calibrate(model, [torch.randn(1, 100, 64)], effects=True).effects
         >>> effects.keys.shape, effects.values.shape
-        (torch.Size([1, 11]), torch.Size([1, 10]))
+        (torch.Size([1, 11]), torch.Size([1, 14]))
     """
 
     keys: Tensor
@@ -104,12 +110,30 @@ def graded(d: int, groups: Groups) -> Graded:
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """Keys and values of one layer for one text, and the gradients of `sensitivities` by each; on the CPU."""
+    """What `effects_of` needs of one layer and one text, on the CPU: of all tokens, and of every `STRIDE`-th query.
 
-    k: Tensor
-    v: Tensor
+    Attributes:
+        by_key: gradient of the log-likelihood by each key, from `sensitivities`.
+        by_value: gradient by each value, likewise.
+        q: queries ``[batch, kv_heads, query group, queries, d]``.
+        gradient: gradient of the log-likelihood by the output of each query, ``[batch, kv_heads, query group, queries,
+            dv]``.
+        k: keys ``[batch, kv_heads, tokens, d]``.
+        v: values ``[batch, kv_heads, tokens, dv]``.
+        columns: places of the queries among the tokens ``[queries]``.
+        mask: boolean ``[batch or 1, kv_heads or 1, query group or 1, queries, tokens]``; None where it is causal.
+        scale: factor of the scores.
+    """
+
     by_key: Tensor
     by_value: Tensor
+    q: Tensor
+    gradient: Tensor
+    k: Tensor
+    v: Tensor
+    columns: Tensor
+    mask: Tensor | None
+    scale: float
 
 
 def run_backward(
@@ -141,9 +165,26 @@ def run_backward(
         by_out = torch.autograd.grad(logits, out, _likelihood_gradient(logits, generator, full))
     gradients = {}
     for (index, observed), gradient in zip(full.items(), by_out, strict=True):
-        tensors = (observed.k, observed.v, *sensitivities(observed, gradient))
-        gradients[index] = LayerGradients(*(t.detach().cpu() for t in tensors))
+        gradients[index] = _at_some_queries(observed, gradient)
     return layers, gradients
+
+
+def _at_some_queries(observed: Observed, gradient: Tensor) -> LayerGradients:
+    """Keep what `effects_of` needs, of every `STRIDE`-th query that sees packed tokens."""
+    kv_heads, tokens = observed.k.shape[1:3]
+    columns = torch.arange(BUFFER + SINKS, tokens, STRIDE)
+    index = columns.to(observed.k.device)
+    q = rearrange(observed.q.index_select(2, index), "b (h g) i d -> b h g i d", h=kv_heads)
+    by_out = rearrange(gradient.index_select(1, index), "b i (h g) d -> b h g i d", h=kv_heads)
+    mask = observed.mask
+    if mask is not None:  # of all heads, or of each
+        heads = 1 if mask.shape[1] == 1 else kv_heads
+        mask = rearrange(mask.index_select(2, index), "b (h g) i j -> b h g i j", h=heads).cpu()
+    by_key, by_value = sensitivities(observed, gradient)
+    by_key, by_value, q, by_out, k, v = (
+        t.detach().cpu() for t in (by_key, by_value, q, by_out, observed.k, observed.v)
+    )
+    return LayerGradients(by_key, by_value, q, by_out, k, v, columns, mask, observed.scale)
 
 
 def _likelihood_gradient(logits: Tensor, generator: torch.Generator, layers: Mapping[int, Observed]) -> Tensor:
@@ -166,10 +207,11 @@ def effects_of(
 ) -> Effects:
     r"""Predict, for each layer and candidate, the KL divergence from the dense model.
 
-    Let $h_j$ be the gradient of $\log p(y)$, with $y$ drawn from the model's own predictions, by the key (or value)
-    of token $j$ through those queries that see it packed. Errors $\delta_j$ of stored vectors, independent from
-    token to token, move the predictions by $\mathrm{KL} \approx \frac12 E \sum_j (h_j \cdot \delta_j)^2$, since the
-    Fisher information is the second derivative of the KL divergence. One backward pass serves all.
+    Let $g_i$ be the gradient of $\log p(y)$, with $y$ drawn from the model's own predictions, by the output of the
+    attention for query $i$, over all heads, and $\Delta o_i$ what that output changes by where the query sees tokens
+    packed. Then $\mathrm{KL} \approx \frac12 E \sum_i (g_i \cdot \Delta o_i)^2$ with errors of different queries
+    taken as independent, since the Fisher information is the second derivative of the KL divergence. Errors of
+    different tokens are not: what pruning takes from all of them adds up in an output. One backward pass serves all.
 
     Args:
         texts: for each text the gradients of each layer, from `run_backward`.
@@ -181,13 +223,25 @@ def effects_of(
         The effects, a row for each of the bases in the order of their indices.
     """
     keys, values = (torch.full((len(bases), len(side)), torch.nan) for side in (KEYS, VALUES))
-    rows = {index: row for row, index in enumerate(sorted(bases))}
-    for layers in texts:
-        for index, layer in layers.items():
-            row, (key_basis, value_basis) = rows[index], bases[index]
-            keys[row] = keys[row].nan_to_num(0) + _kl(layer.k, layer.by_key, key_basis, KEYS, device)
-            values[row] = values[row].nan_to_num(0) + _kl(layer.v, layer.by_value, value_basis, VALUES, device)
-    return Effects(keys / tokens, values / tokens)
+    for row, index in enumerate(sorted(bases)):
+        observed = [layers[index] for layers in texts if index in layers]
+        if observed:
+            sums = [_both_sums(layer, *bases[index], device) for layer in observed]
+            keys[row], values[row] = (torch.stack(side).sum(0).amax(0) / tokens for side in zip(*sums, strict=True))
+    return Effects(keys, values)
+
+
+def _both_sums(
+    layer: LayerGradients, key_basis: Tensor, value_basis: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the sums over tokens and over queries ``[2, candidates]``, for keys and for values."""
+    by_queries = _kl_by_queries(layer, key_basis, value_basis, device)
+    by_tokens = (
+        _kl_by_tokens(layer.k, layer.by_key, key_basis, KEYS, device),
+        _kl_by_tokens(layer.v, layer.by_value, value_basis, VALUES, device),
+    )
+    keys, values = (torch.stack(side) for side in zip(by_tokens, by_queries, strict=True))
+    return keys, values
 
 
 def sensitivities(observed: Observed, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +282,50 @@ def sensitivities(observed: Observed, gradient: Tensor) -> tuple[Tensor, Tensor]
     return by_key, by_value
 
 
-def _kl(x: Tensor, h: Tensor, basis: Tensor, candidates: Sequence[Groups], device: torch.device) -> Tensor:
+def _kl_by_queries(
+    layer: LayerGradients, key_basis: Tensor, value_basis: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Compute half the sum over queries of the squared change, for candidates of keys and of values, on the CPU."""
+    key_basis, value_basis = key_basis.to(device), value_basis.to(device)
+    k, v = (rotate(t.to(device).float(), each) for t, each in ((layer.k, key_basis), (layer.v, value_basis)))
+    q = einsum(layer.q.to(device).float(), key_basis, "b h g i d, h d e -> b h g i e") * layer.scale
+    g = einsum(layer.gradient.to(device).float(), value_basis, "b h g i d, h d e -> b h g i e")
+    stored_keys = [unpack(pack(k, graded(k.shape[-1], groups))) for groups in KEYS]
+    lost_values = [unpack(pack(v, graded(v.shape[-1], groups))) - v for groups in VALUES]
+    by_keys, by_values = torch.zeros(len(KEYS)), torch.zeros(len(VALUES))
+    key = torch.arange(k.shape[2], device=device)
+    for block in torch.arange(q.shape[3]).split(QUERIES):
+        rows, columns = slice(int(block[0]), int(block[-1]) + 1), layer.columns[block].to(device)[:, None]
+        seen = slice(0, int(columns[-1]) + 1) if layer.mask is None else slice(None)  # causal: no key after a query
+        visible = key[seen] <= columns if layer.mask is None else layer.mask[..., rows, :].to(device)
+        packed = (columns - key[seen] >= BUFFER) & (key[seen] >= SINKS)
+        q_rows, g_rows = q[..., rows, :], g[..., rows, :]
+
+        def scores(k: Tensor) -> Tensor:
+            return einsum(q_rows, k[:, :, seen], "b h g i d, b h j d -> b h g i j")  # noqa: B023
+
+        def change(weights: Tensor, values: Tensor) -> Tensor:
+            out = einsum(weights, values[:, :, seen], "b h g i j, b h j d -> b h g i d")  # noqa: B023
+            return einsum(out, g_rows, "b h g i d, b h g i d -> b i")  # noqa: B023
+
+        dense = scores(k)
+        weights = _softmax(dense, visible)
+        exact = change(weights, v)
+        for number, stored in enumerate(stored_keys):
+            found = change(_softmax(torch.where(packed, scores(stored), dense), visible), v)
+            by_keys[number] += (found - exact).square().sum().cpu()
+        weights = weights * packed
+        for number, lost in enumerate(lost_values):
+            by_values[number] += change(weights, lost).square().sum().cpu()
+    return by_keys * STRIDE / 2, by_values * STRIDE / 2
+
+
+def _softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    """Compute weights of visible keys; a query that sees none has weights of 0."""
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0)
+
+
+def _kl_by_tokens(x: Tensor, h: Tensor, basis: Tensor, candidates: Sequence[Groups], device: torch.device) -> Tensor:
     """Compute half the sum over tokens of the squared first-order change, for each candidate, on the CPU.
 
     Candidates share groups, so the change through each group is computed once.

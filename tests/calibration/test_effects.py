@@ -13,10 +13,14 @@ from swan.calibration.effects import (
     BUFFER,
     KEYS,
     SINKS,
+    STRIDE,
     VALUES,
     Effects,
-    _kl,
+    _at_some_queries,
+    _kl_by_queries,
+    _kl_by_tokens,
     _likelihood_gradient,
+    effects_of,
     graded,
     sensitivities,
 )
@@ -64,6 +68,59 @@ def test_sensitivities_are_gradients_through_packed_keys_and_values(masked):
     seen = Observed(nn.Identity(), q, k, v, out.transpose(1, 2).detach(), visible if masked else None, scale, False)
     for found, wanted in zip(sensitivities(seen, gradient), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_changes_by_queries_are_those_of_outputs(masked):
+    """Half the sum of (g · change of the output)² over the queries that are looked at, with each candidate stored."""
+    torch.manual_seed(0)
+    count, d, dv, scale = BUFFER + 60, 32, 64, 0.3
+    q, k, v = (torch.randn(2, h, count, n) for h, n in ((4, d), (2, d), (2, dv)))
+    i, j = torch.arange(count)[:, None], torch.arange(count)
+    visible = (j <= i)[None, None].repeat(2, 1, 1, 1)
+    if masked:
+        visible[1] &= j >= 3
+    packed = (i - j >= BUFFER) & (j >= SINKS)
+    bases = random_rotation(2, d, seed=0), random_rotation(2, dv, seed=1)
+
+    def stored(x, basis, layout):
+        return rotate(unpack(pack(rotate(x, basis), layout)), basis.mT)
+
+    def outputs(k_packed, v_packed):
+        wide = [t.double().repeat_interleave(2, dim=1) for t in (k, v, k_packed, v_packed)]
+        scores = torch.where(packed, q.double() @ wide[2].mT, q.double() @ wide[0].mT) * scale
+        weights = scores.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0)
+        return ((weights * ~packed) @ wide[1] + (weights * packed) @ wide[3]).transpose(1, 2)
+
+    out, gradient = outputs(k, v), torch.randn(2, count, 4, dv)
+    seen = Observed(nn.Identity(), q, k, v, out.float(), visible if masked else None, scale, False)
+    by_keys, by_values = _kl_by_queries(_at_some_queries(seen, gradient), *bases, q.device)
+    for side, found in ((KEYS, by_keys), (VALUES, by_values)):
+        for groups, each in zip(side, found, strict=True):
+            k_packed, v_packed = (
+                (stored(k, bases[0], graded(d, groups)), v)
+                if side is KEYS
+                else (k, stored(v, bases[1], graded(dv, groups)))
+            )
+            change = ((outputs(k_packed, v_packed) - out) * gradient).sum((2, 3))[:, BUFFER + SINKS :: STRIDE]
+            torch.testing.assert_close(each.double(), change.square().sum() * STRIDE / 2, rtol=2e-3, atol=1e-9)
+
+
+def test_what_is_lost_alike_of_all_tokens_counts():
+    """Values with a part in common, whose loss adds up in an output: one token at a time predicts too little of it."""
+    torch.manual_seed(0)
+    count, d = BUFFER + 200, 32
+    q, k, v = torch.randn(1, 1, count, d) * 0.1, torch.randn(1, 1, count, d), torch.randn(1, 1, count, d)
+    v[..., -1] = 3.0  # in a coordinate that the first candidate of values prunes
+    weights = (q @ k.mT * 0.2).masked_fill(~torch.ones(count, count, dtype=torch.bool).tril(), -math.inf).softmax(-1)
+    gradient = torch.randn(1, count, 1, d)
+    seen = Observed(nn.Identity(), q, k, v, (weights @ v).transpose(1, 2), None, 0.2, False)
+    layer, plain = _at_some_queries(seen, gradient), torch.eye(d)[None]
+    _, by_queries = _kl_by_queries(layer, plain, plain, q.device)
+    by_tokens = _kl_by_tokens(layer.v, layer.by_value, plain, VALUES, q.device)
+    assert by_queries[0] > 5 * by_tokens[0]
+    predicted = effects_of([{0: layer}], {0: (plain, plain)}, count, q.device)
+    assert predicted.values[0, 0] == by_queries[0] / count
 
 
 def test_effects_predict_the_measured_divergence():
@@ -159,7 +216,7 @@ def test_changes_by_groups_are_those_of_packed_vectors(d):
     """Half of the sum of (h · error)² with each candidate packed and unpacked whole, in float64 but for the codes."""
     x, h, basis = torch.randn(2, 3, 50, d), torch.randn(2, 3, 50, d), random_rotation(3, d, seed=0)
     for candidates in (KEYS, VALUES):
-        found = _kl(x, h, basis, candidates, x.device)
+        found = _kl_by_tokens(x, h, basis, candidates, x.device)
         rotated, by = rotate(x, basis), rotate(h, basis).double()
         for each, groups in zip(found, candidates, strict=True):
             error = unpack(pack(rotated, graded(d, groups))).double() - rotated.double()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from swan import Calibration, LayerPlan, Plan, SwanCache, TopK, attach, calibrat
 from swan.calibration import files
 from swan.calibration.files import MOST_BYTES, check_place, parse_json, replacing, write_json, write_tensors
 from swan.integrations.transformers import cache_keyword
-from tests.fuzz import DATA, SMALL, artifacts, outcome
+from tests.fuzz import DATA, SMALL, artifacts, outcome, with_effects
 from tests.tiny import tiny, tokens
 
-OLD = Calibration.load(DATA / "calibration-3.safetensors")
+with warnings.catch_warnings(action="ignore"):
+    OLD = with_effects(Calibration.load(DATA / "calibration-3.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +40,15 @@ def originals(tmp_path_factory):
 # Files of earlier formats --------------------------------------------------------------------------
 
 
+def test_effects_of_other_layouts_are_left_out():
+    with pytest.warns(UserWarning, match="an older version of swan, which measured effects of other layouts"):
+        found = Calibration.load(DATA / "calibration-3.safetensors")
+    assert found.effects is None
+
+
 def test_files_of_the_first_formats_load():
     plan = Plan.from_json((DATA / "plan-1.json").read_text())
     assert (OLD.basis, OLD.seed, OLD.tokens, OLD.dims) == ("joint", 0, 200, [(8, 8)] * 2)
-    assert Plan.for_retention(0.5, OLD, buffer=8, sinks=2) == plan
     model = tiny(**SMALL)
     attach(model, OLD)
     cache = SwanCache.load(DATA / "cache-2.safetensors", model)
@@ -55,7 +62,7 @@ def test_files_written_now_have_a_checksum_and_a_format(tmp_path):
     OLD.save(tmp_path / "file")
     header = json.loads((tmp_path / "file").read_bytes()[8:].partition(b"}}")[0] + b"}}")["__metadata__"]
     assert len(header["sha256"]) == 64
-    assert json.loads(header["swan"])["format"] == "swan-calibration-4"
+    assert json.loads(header["swan"])["format"] == "swan-calibration-5"
     assert json.loads(Plan.for_retention(0.5, OLD).to_json())["format"] == "swan-plan-1"
 
 
