@@ -14,6 +14,7 @@ from swan.calibration.files import parse_json, reason_of
 from swan.calibration.json_layouts import fields_of, layer_from_json, to_json
 from swan.modules import KVCache
 from swan.modules.cache import Prefill
+from swan.modules.checks import check_keep
 from swan.storage import Graded, LayerPlan
 
 if TYPE_CHECKING:
@@ -66,10 +67,12 @@ class Plan:
         layers: one `LayerPlan` per layer; None keeps no history in that layer (a sliding window).
         buffer: newest tokens kept dense.
         sinks: first tokens kept dense.
+        keep: share of the history's tokens that stay, chosen by the attention that they draw, as `KVCache` says; None
+            for all.
 
     Raises:
         TypeError: a layer is no `LayerPlan`, or `buffer` or `sinks` no whole number.
-        ValueError: `buffer` below 1 or `sinks` below 0.
+        ValueError: `buffer` below 1, `sinks` below 0, or `keep` not above 0 and at most 1.
 
     Example:
         >>> plan = Plan.for_retention(0.33, dims=[(64, 64)] * 2)
@@ -84,6 +87,7 @@ class Plan:
     layers: tuple[LayerPlan | None, ...]
     buffer: int = 128
     sinks: int = 4
+    keep: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -94,6 +98,7 @@ class Plan:
             raise TypeError(f"buffer and sinks are numbers of tokens, got {self.buffer!r} and {self.sinks!r}")
         if self.buffer < 1 or self.sinks < 0:
             raise ValueError(f"a plan needs buffer >= 1 and sinks >= 0, got {self.buffer} and {self.sinks}")
+        check_keep(self.keep)
 
     @classmethod
     def for_retention(
@@ -104,6 +109,7 @@ class Plan:
         dims: Sequence[tuple[int, int]] | None = None,
         buffer: int = 128,
         sinks: int = 4,
+        keep: float | None = None,
     ) -> "Plan":
         """Make the plan that we advise at a retention: it never stores more, and is monotone in it.
 
@@ -118,6 +124,7 @@ class Plan:
             dims: head dimensions of keys and values of each layer, where there is no calibration.
             buffer: newest tokens kept dense.
             sinks: first tokens kept dense.
+            keep: share of the history's tokens that stay; the retention is that of these.
 
         Returns:
             The plan.
@@ -148,7 +155,7 @@ class Plan:
             layers = [_step_within(retention, d, dv) for d, dv in dims]
         else:
             layers = _layers_by_effect(retention, dims, effects)
-        return cls(tuple(layers), buffer=buffer, sinks=sinks)
+        return cls(tuple(layers), buffer=buffer, sinks=sinks, keep=keep)
 
     @classmethod
     def levels(
@@ -207,16 +214,29 @@ class Plan:
             [32, 32]
         """
         settings: dict[str, Any] = {"static": static, "max_length": max_length, "prefill": prefill}
-        return [KVCache(layer, buffer=self.buffer, sinks=self.sinks, **settings) for layer in self.layers]
+        settings |= {"buffer": self.buffer, "sinks": self.sinks}
+        return [KVCache(layer, keep=None if layer is None else self.keep, **settings) for layer in self.layers]
 
     @property
     def retention(self) -> float:
-        """Bytes per history token over the bf16 bytes of the same keys and values, all layers."""
+        """Bytes per history token that stays over the bf16 bytes of the same keys and values, all layers."""
         layers = [layer for layer in self.layers if layer is not None]
         if not layers:
             return 0.0
         weights = [layer.keys.d + layer.values.d for layer in layers]
         return sum(layer.retention * w for layer, w in zip(layers, weights, strict=True)) / sum(weights)
+
+    @property
+    def share(self) -> float:
+        """Bytes of the history over the bf16 bytes of all its tokens: `keep` times the retention and a byte of score.
+
+        The score is a byte for each KV head and token that stays; without `keep` this is the retention.
+        """
+        layers = [layer for layer in self.layers if layer is not None]
+        if self.keep is None or not layers:
+            return self.retention
+        vectors = sum(2 * (layer.keys.d + layer.values.d) for layer in layers)
+        return self.keep * (self.retention + len(layers) / vectors)
 
     def check_dims(self, dims: Sequence[tuple[int, int]]) -> None:
         """Raise a ValueError if this is no plan for layers of such head dimensions of keys and values."""
@@ -232,7 +252,8 @@ class Plan:
     def to_json(self) -> str:
         """Write the plan as JSON text; `from_json` reads it, and what that would refuse is not written."""
         layers = [None if p is None else {"keys": to_json(p.keys), "values": to_json(p.values)} for p in self.layers]
-        text = json.dumps({"format": FORMAT, "buffer": self.buffer, "sinks": self.sinks, "layers": layers})
+        values = {"format": FORMAT, "buffer": self.buffer, "sinks": self.sinks, "layers": layers}
+        text = json.dumps(values if self.keep is None else values | {"keep": self.keep})
         self.from_json(text)
         return text
 
@@ -247,10 +268,12 @@ class Plan:
             values = parse_json(text)
             if isinstance(values, dict) and values.pop("format", FORMAT) != FORMAT:  # the first plans have none
                 raise ValueError(f"this version of swan reads the format {FORMAT!r}")
+            keep = values.pop("keep", None) if isinstance(values, dict) else None
             buffer, sinks, layers = fields_of(values, "buffer", "sinks", "layers")
             if max(buffer, sinks) >= MOST_TOKENS:
                 raise ValueError(f"buffer and sinks must be below {MOST_TOKENS}")
-            return cls(tuple(None if layer is None else layer_from_json(layer) for layer in layers), buffer, sinks)
+            read = tuple(None if layer is None else layer_from_json(layer) for layer in layers)
+            return cls(read, buffer, sinks, keep)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"this is not the JSON of a plan ({reason_of(error)}); write one with Plan.to_json"

@@ -93,8 +93,8 @@ class Setting:
 
     @property
     def retention(self) -> float:
-        """Return the retention of the plan."""
-        return 1.0 if self.plan is None else self.plan.retention
+        """Return the share of bytes of the plan."""
+        return 1.0 if self.plan is None else self.plan.share
 
     def cache(self, model: "PreTrainedModel") -> "Cache":
         """Make a `SwanCache` in windowed form; the dense cache of transformers without a plan."""
@@ -117,6 +117,8 @@ class Setting:
             return {}
         first = self._first_layer
         about: dict[str, Any] = {"basis": self.basis, "buffer": self.plan.buffer, "sinks": self.plan.sinks}
+        if self.plan.keep is not None:
+            about["keep"] = self.plan.keep
         if self.basis == "random":
             about["seed"] = self.seed
         return about | ({} if first is None else {"keys": _describe(first.keys), "values": _describe(first.values)})

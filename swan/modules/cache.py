@@ -1,5 +1,7 @@
 """`KVCache`: the winnowed cache of one layer."""
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ from swan.functional.dispatch import Impl, check_cache_impl
 from swan.modules import checks
 from swan.modules.buffer import DenseBuffer, StaticBuffer
 from swan.modules.history import History, StaticHistory
+from swan.modules.keeping import PAGE, keep_best, next_page, remember, score_page
 from swan.modules.state import CacheState, StaticState
 from swan.modules.visible import Visible, attend, recent_and_new, recent_tokens, window_starts
 from swan.storage import LayerPlan
@@ -38,6 +41,11 @@ class KVCache(nn.Module):
         static: fixed memory for `max_length` tokens, counters as tensors: one compilation for all
             steps under torch.compile.
         max_length: tokens that a static cache can hold.
+        keep: share of the history's tokens that stay, from 0 to 1; None: all of them. After each page of 64 queries
+            every KV head drops those that drew least attention: by a running mean of the attention that a token
+            received from the queries of a page (half of it from the newest page), times the length of its value. The
+            mean is stored in a byte a token, and the queries of the page are kept. At 1 tokens are scored only, so that
+            `evict` can choose.
 
     Raises:
         TypeError: `plan_layer` is neither a `LayerPlan` nor None.
@@ -64,10 +72,11 @@ class KVCache(nn.Module):
         prefill: Prefill = "chunk",
         static: bool = False,
         max_length: int | None = None,
+        keep: float | None = None,
     ) -> None:
         super().__init__()
-        checks.check_settings(plan_layer, prefill, static, max_length)
-        self.prefill, self.static, self.max_length = prefill, static, max_length
+        checks.check_settings(plan_layer, prefill, static, max_length, keep)
+        self.prefill, self.static, self.max_length, self.keep = prefill, static, max_length, keep
         self.state: CacheState = StaticState() if static else CacheState()
         self.buffer = (StaticBuffer if static else DenseBuffer)(buffer, sinks, state=self.state)
         self.history = (
@@ -167,9 +176,20 @@ class KVCache(nn.Module):
             checks.check_queries(q, k.shape[2])
             check_attention(q, k, v, None)
             checks.check_mask(mask, q, 0 if mask is None else self.length + k.shape[2])
+            self._check_choice(mask)
         if impl != "auto":
             check_cache_impl(impl, q, v, self.plan_layer)
-        return attend(q, self._take_in(k, v, padding), mask, scale, impl)
+        if self.keep is None:
+            return attend(q, self._take_in(k, v, padding), mask, scale, impl)
+        outputs, start = [], 0
+        for size in self._pages(k.shape[2]):
+            tokens, columns = slice(start, start + size), self.length + size
+            seen = None if mask is None else mask[:, :, tokens, :columns]
+            visible = self._take_in(k[:, :, tokens], v[:, :, tokens], padding)
+            outputs.append(attend(q[:, :, tokens], visible, seen, scale, impl))
+            self._observe(q[:, :, tokens], columns - size, scale)
+            start += size
+        return torch.cat(outputs, dim=2)
 
     @torch.no_grad()
     def update(self, k: Tensor, v: Tensor, *, padding: Tensor | None = None, impl: Impl = "auto") -> Visible:
@@ -192,6 +212,11 @@ class KVCache(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._check(k, v, padding)
+            if len(pages := self._pages(k.shape[2])) > 1:
+                raise ValueError(
+                    f"a windowed cache that drops tokens looks at its history after {pages[0]} more tokens; update it "
+                    "with no more than these, or take in and attend in one call: cache(q, k, v)"
+                )
         if impl != "auto":
             self.history.kernel(k, v, impl)  # raises an error, if it must, before anything is changed
         return self._take_in(k, v, padding, impl)
@@ -228,7 +253,11 @@ class KVCache(nn.Module):
             checks.check_queries(q, visible.queries)
             checks.check_latest(visible, self.state)
             checks.check_mask(mask, q, 0 if mask is None else self.length)
-        return attend(q, visible, mask, scale, impl)
+            self._check_choice(mask)
+        out = attend(q, visible, mask, scale, impl)
+        if self.keep is not None:
+            self._observe(q, self.length - visible.queries, scale)
+        return out
 
     @torch.no_grad()
     def repack(self, plan_layer: LayerPlan) -> None:
@@ -255,7 +284,8 @@ class KVCache(nn.Module):
     def evict(self, tokens: int) -> None:
         """Forget the oldest tokens after the sinks, in all rows alike; those that stay keep their columns.
 
-        History token ``i`` is column ``sinks + dropped + i`` of the whole sequence, for masks too. Where `tokens`
+        With `keep`, each KV head forgets those that it would drop next instead, as far as they have scores. History
+        token ``i`` is column ``sinks + dropped + i`` of the whole sequence, for masks too. Where `tokens`
         is more than the history holds, the next ones that leave the buffer are not stored either, until so many
         are gone. Memory is freed at once, but for the room that a history of this length keeps ahead.
 
@@ -274,7 +304,10 @@ class KVCache(nn.Module):
         """
         if tokens < 0:
             raise ValueError(f"cannot evict {tokens} tokens; give 0 or more")
-        self.history.evict(tokens)
+        scores = self.state.scores
+        chosen = 0 if scores is None else min(tokens, scores.shape[2])
+        keep_best(self.state, self.history, chosen)
+        self.history.evict(tokens - chosen)
 
     def crop(self, length: int) -> None:
         """Forget all tokens from `length` on.
@@ -286,17 +319,24 @@ class KVCache(nn.Module):
             length: tokens to keep.
 
         Raises:
-            ValueError: `length` is negative or more than the cache holds.
+            ValueError: `length` is negative or more than the cache holds, or tokens before it were dropped by score.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop to {length} tokens, the cache holds {self.length}")
         if length == 0 and not self.static:
             return self.reset()
+        if length < self.state.chosen:
+            raise ValueError(
+                f"cannot crop to {length} tokens: of the first {self.state.chosen} some were dropped for the sake of "
+                "later ones; crop to no less than that, or to 0"
+            )
         first, left = int(self.state.first), self._columns_left()
         owed = max(self.state.dropped - left, 0)  # to be dropped of the next tokens that leave
         self.buffer.crop(length)
         self.history.crop(first)
         self.state.dropped = min(self.state.dropped, self._columns_left()) + owed
+        if self.state.scores is not None:
+            self.state.scores = self.state.scores[:, :, : self.history_length].clone()
 
     @torch.no_grad()
     def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -307,11 +347,42 @@ class KVCache(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings that `repr` shows."""
         limit = "" if self.max_length is None else f", max_length={self.max_length}"
-        return f"{self.plan_layer}, prefill={self.prefill!r}{limit}"
+        keep = "" if self.keep is None else f", keep={self.keep:g}"
+        return f"{self.plan_layer}, prefill={self.prefill!r}{limit}{keep}"
 
     def _columns_left(self) -> int:
         """Count the columns after the sinks that have left the buffer."""
         return max(int(self.state.first) - self.buffer.sinks, 0)
+
+    def _pages(self, tokens: int) -> list[int]:
+        """Split new tokens where a windowed cache looks at its history, so that the split does not depend on them."""
+        if self.keep is None or self.prefill == "chunk":
+            return [tokens]
+        ends = [*range(next_page(self.length), self.length + tokens, PAGE), self.length + tokens]
+        return [end - start for start, end in itertools.pairwise([self.length, *ends])]
+
+    def _observe(self, q: Tensor, first_query: int, scale: float | None) -> None:
+        """Score the history by the pages that these queries fill, and drop what is too much."""
+        assert self.keep is not None
+        state, history = self.state, self.history
+        pages = remember(state, q, first_query)
+        for column, queries in pages:
+            score_page(state, history, self.buffer, column, queries, scale)
+        if pages:
+            keep_best(state, history, history.length - math.ceil(self.keep * (history.length + state.dropped)))
+
+    def _check_choice(self, mask: Tensor | None) -> None:
+        """Raise a ValueError if a mask says more than padding of a history of which tokens were dropped by score."""
+        chosen, padding = self.state.chosen, self.state.padding
+        if mask is None or not chosen:
+            return
+        columns = torch.arange(self.buffer.sinks, chosen, device=mask.device)
+        real = columns >= 0 if padding is None else columns >= padding.view(-1, 1, 1, 1)
+        if bool((mask[..., self.buffer.sinks : chosen] != real).any()):
+            raise ValueError(
+                "tokens of the history were dropped by score, so it is no longer known which is which: a mask can hide "
+                f"left padding of its first {chosen} columns, and nothing else"
+            )
 
     def _take_in(self, k: Tensor, v: Tensor, padding: Tensor | None, impl: Impl = "auto") -> Visible:
         state, buffer, queries = self.state, self.buffer, k.shape[2]
@@ -359,7 +430,7 @@ class KVCache(nn.Module):
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any, **__: Any) -> None:
         tensors = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-        checks.check_saved(tensors, self.plan_layer, self.buffer.size, self.buffer.sinks, self.max_length)
+        checks.check_saved(tensors, self.plan_layer, self.buffer.size, self.buffer.sinks, self.max_length, self.keep)
         self.reset()
         if tensors:
             if self.static:

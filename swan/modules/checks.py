@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swan.modules.state import COUNTERS, CacheState
+from swan.modules.state import COUNTERS, KEPT, PAGE, CacheState
 from swan.modules.visible import Visible
 from swan.storage import LayerPlan, TopK
 from swan.storage.topk import check_positions
 
 __all__ = [
+    "check_keep",
     "check_latest",
     "check_mask",
     "check_max_length",
@@ -22,7 +23,9 @@ __all__ = [
 ]
 
 
-def check_settings(plan_layer: Any, prefill: str, static: bool, max_length: int | None) -> None:
+def check_settings(
+    plan_layer: Any, prefill: str, static: bool, max_length: int | None, keep: float | None = None
+) -> None:
     """Raise a ValueError or TypeError if these are no settings of a cache."""
     if prefill not in ("chunk", "windowed"):
         raise ValueError(f"prefill must be 'chunk' or 'windowed', got {prefill!r}")
@@ -32,6 +35,20 @@ def check_settings(plan_layer: Any, prefill: str, static: bool, max_length: int 
             f"KVCache takes the LayerPlan of one layer, or None, got {type(plan_layer).__name__}; use {advice}"
         )
     check_max_length(static, max_length)
+    check_keep(keep)
+    if keep is not None and (static or plan_layer is None):
+        reason = "a static cache keeps all its tokens" if static else "a cache without history has none to keep"
+        raise ValueError(f"keep={keep:g} needs a dynamic cache with a history: {reason}")
+
+
+def check_keep(keep: Any) -> None:
+    """Raise a TypeError or ValueError if this is no share of tokens that stay."""
+    if keep is None:
+        return
+    if not isinstance(keep, int | float):
+        raise TypeError(f"keep is the share of tokens that stay, a number, got {type(keep).__name__}")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is the share of tokens that stay, above 0 and at most 1, got {keep}")
 
 
 def check_max_length(static: bool, max_length: int | None) -> None:
@@ -113,7 +130,12 @@ def check_mask(mask: Tensor | None, q: Tensor, length: int) -> None:
 
 
 def check_saved(
-    tensors: dict[str, Tensor], plan_layer: LayerPlan | None, size: int, sinks: int, max_length: int | None
+    tensors: dict[str, Tensor],
+    plan_layer: LayerPlan | None,
+    size: int,
+    sinks: int,
+    max_length: int | None,
+    keep: float | None = None,
 ) -> None:
     """Raise a ValueError if these are not the tensors and counters that a cache with these settings writes.
 
@@ -123,9 +145,12 @@ def check_saved(
         size: newest tokens kept dense.
         sinks: first tokens kept dense.
         max_length: tokens that a static cache can hold.
+        keep: share of tokens that stay, or None.
     """
     if not tensors:
         return  # an empty cache
+    if keep is not None:
+        tensors = _check_kept(tensors)
     missing = {*COUNTERS, "keys", "values"} - set(tensors)
     owes = set(tensors) == {*COUNTERS}  # an empty cache that drops the first tokens to come
     if missing and not owes:
@@ -160,6 +185,30 @@ def check_saved(
         for side, layout in (("k", plan_layer.keys), ("v", plan_layer.values)):
             if isinstance(layout, TopK) and f"{side}.positions" in tensors:
                 check_positions(tensors[f"{side}.positions"], layout)
+
+
+def _check_kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Check what only a cache that drops tokens by score saves, and return the others."""
+    kept = {name: tensors[name] for name in (*KEPT, "queries", "scores") if name in tensors}
+    if not kept:
+        return tensors  # it has seen no query
+    if any(name not in kept or kept[name].ndim or kept[name].dtype != torch.int64 for name in KEPT):
+        raise ValueError(f"the counters {' and '.join(KEPT)} of a saved cache must be whole numbers")
+    observed, chosen = (int(kept[name]) for name in KEPT)
+    keys, queries, scores = tensors.get("keys"), kept.get("queries"), kept.get("scores")
+    first, dropped = int(tensors.get("first", torch.tensor(0))), int(tensors.get("dropped", torch.tensor(0)))
+    if not (0 <= observed < 2**31 and observed % PAGE == 0 and 0 <= chosen <= max(first, 0)):
+        raise ValueError(f"a saved cache cannot have observed {observed} and chosen from {chosen} columns")
+    if keys is None or keys.ndim != 4 or queries is None or queries.ndim != 4 or queries.shape[1] % keys.shape[1]:
+        raise ValueError("a saved cache that drops tokens has queries of all heads")
+    wanted = (keys.shape[0], queries.shape[1], PAGE, keys.shape[3])
+    if tuple(queries.shape) != wanted or queries.dtype != keys.dtype:
+        raise ValueError(f"queries of a saved cache must be {_said((wanted, keys.dtype))}")
+    if scores is not None:
+        fits = scores.ndim == 3 and scores.shape[:2] == keys.shape[:2] and 0 < scores.shape[2] <= first - dropped
+        if not fits or scores.dtype != torch.uint8:
+            raise ValueError("scores of a saved cache must be bytes, one for each token of the history at most")
+    return {name: t for name, t in tensors.items() if name not in kept}
 
 
 Like = tuple[tuple[int, ...], torch.dtype]

@@ -124,6 +124,19 @@ class History:
             start = stored - remaining
             state.k_history = _resized(state.k_history.tokens(start, stored), capacity) if remaining else None
             state.v_history = _resized(state.v_history.tokens(start, stored), capacity) if remaining else None
+        if state.scores is not None:
+            state.scores = state.scores[:, :, stored - remaining :].clone()
+
+    def choose(self, places: Tensor) -> None:
+        """Keep the tokens at some places of each row and KV head ``[batch, kv_heads, kept]``, in their order."""
+        state, kept = self.state, places.shape[2]
+        state.dropped += self.length - kept
+        state.chosen = self.start + kept
+        capacity, index = min(self.capacity, grown(kept)), places[..., None]
+        for name in ("k_history", "v_history"):
+            history = getattr(state, name)
+            chosen = history.map(lambda t: t.gather(2, index.expand(-1, -1, -1, t.shape[3])))
+            setattr(state, name, _resized(chosen, capacity) if kept else None)
 
     def crop(self, first: int) -> None:
         """Forget the tokens that the buffer's `crop` has uncounted, up to column `first`; they are not read again."""

@@ -14,7 +14,9 @@ __all__ = ["CacheState", "StaticState"]
 
 # Names in files and state dicts, with the fields that they stand for.
 COUNTERS = ("length", "first", "padded", "dropped")
-RECENT = {"keys": "k_recent", "values": "v_recent", "padding": "padding"}
+PAGE = 64  # queries between two looks at the history of such a cache
+KEPT = ("observed", "chosen")  # counters of a cache that keeps the best tokens; others have none
+RECENT = {"keys": "k_recent", "values": "v_recent", "padding": "padding", "queries": "queries", "scores": "scores"}
 HISTORIES = {"k": "k_history", "v": "v_history"}
 
 
@@ -34,6 +36,11 @@ class CacheState:
         first: the oldest column in the ring; the history has the columns from ``sinks + dropped`` to before it.
         padded: the most left padding of a row: after so many columns and the sinks, no row has a sink left to write.
         dropped: tokens after the sinks that the history does not keep.
+        queries: the newest queries, a page that is being filled ``[batch, heads, page, d]``; None where no token is
+            dropped by its score.
+        scores: score of each token of the history that a page has seen, ``[batch, kv_heads, tokens]``, uint8.
+        observed: columns whose queries are in the scores.
+        chosen: the history before this column was chosen from: it is no longer that of all tokens.
 
     Example:
         >>> import swan
@@ -52,11 +59,15 @@ class CacheState:
     first: int | Tensor = 0
     padded: int = 0
     dropped: int = 0
+    queries: Tensor | None = None
+    scores: Tensor | None = None
+    observed: int = 0
+    chosen: int = 0
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors of the state."""
-        values = (self.k_recent, self.v_recent, self.padding, self.length, self.first)
+        values = (self.k_recent, self.v_recent, self.padding, self.length, self.first, self.queries, self.scores)
         histories = [t for p in (self.k_history, self.v_history) if p is not None for t in p.tensors]
         return [t for t in values if isinstance(t, Tensor)] + histories
 
@@ -91,7 +102,8 @@ class CacheState:
         """Return tensors and counters by name, all as tensors, without room ahead of the `stored` history tokens."""
         if self.k_recent is None and not self.dropped:
             return {}
-        tensors: dict[str, Tensor | None] = {name: torch.as_tensor(getattr(self, name)) for name in COUNTERS}
+        counters = COUNTERS if self.queries is None else (*COUNTERS, *KEPT)
+        tensors: dict[str, Tensor | None] = {name: torch.as_tensor(getattr(self, name)) for name in counters}
         tensors |= {name: getattr(self, field) for name, field in RECENT.items()}
         for side, field in HISTORIES.items():
             if (history := getattr(self, field)) is not None:
@@ -103,9 +115,10 @@ class CacheState:
     @outside_inference_mode
     def from_dict(self, tensors: dict[str, Tensor], plan_layer: LayerPlan | None) -> None:
         """Take copies of the tensors that `to_dict` returned for the same layouts."""
-        for name in COUNTERS:
+        counters = tensors.keys() & {*COUNTERS, *KEPT}
+        for name in counters:
             setattr(self, name, int(tensors[name]))
-        copies = {name: t.clone() for name, t in tensors.items() if name not in COUNTERS}
+        copies = {name: t.clone() for name, t in tensors.items() if name not in counters}
         for name, field in RECENT.items():
             setattr(self, field, copies.get(name))
         if plan_layer is not None and "k.plane0" in copies:

@@ -26,7 +26,7 @@ from swan.integrations.transformers.layers import (
     is_full,
     layer_bytes,
 )
-from swan.integrations.transformers.levels import Dial, check_static, origin_of
+from swan.integrations.transformers.levels import Dial, check_keep, check_static, origin_of
 from swan.kernels import cuda
 from swan.kernels.calls import kernels_on
 from swan.modules import KVCache
@@ -69,6 +69,11 @@ class SwanCache(Cache):
             Sinks stay, and so do positions: `get_seq_length` goes on counting the tokens seen.
         buffer: newest tokens kept dense (a plan has its own).
         sinks: first tokens kept dense (likewise).
+        keep: share of the history's tokens that stay (likewise): after each 64 tokens every KV head drops those that
+            drew least attention. The history then takes ``keep * retention`` of its bf16 bytes, and a byte of score for
+            each token. Below a fifth of the bytes that is better than fewer bits for all, but what is dropped can no
+            longer be asked about. Then no mask but one of left padding is taken, and `crop` goes back no further than
+            the last choice.
         prefill: ``"chunk"``: tokens given at once see each other dense; ``"windowed"``: the same as token
             by token, for chunks of any size.
         static: fixed memory, for compiled decoding. `reset` keeps it, and the number of rows.
@@ -113,6 +118,7 @@ class SwanCache(Cache):
         on_full: OnFull = "raise",
         buffer: int = 128,
         sinks: int = 4,
+        keep: float | None = None,
         prefill: Prefill = "chunk",
         static: bool = False,
         max_length: int | None = None,
@@ -127,13 +133,14 @@ class SwanCache(Cache):
                 f"on_full must be 'raise', or 'evict' with a budget; got {on_full!r} and budget={budget!r}"
             )
         check_static(static, max_length, budget, levels)
+        check_keep(keep, static, budget, plan)
         self.prefill, self.static, self.max_length = prefill, static, max_length
         self.exclude = tuple(sorted(set(exclude)))
         self.set_budget(None if budget is None else byte_count(budget), on_full)
         attention = attention_layers(model)
         self.shapes = {index: head_shape(attention[index]) for index in sorted(attention)}
         excluded = [row for row, index in enumerate(self.shapes) if index in self.exclude]
-        self.dial = Dial(attachment.calibration, excluded, buffer, sinks)
+        self.dial = Dial(attachment.calibration, excluded, buffer, sinks, keep)
         self.dial.start(origin)
         self.plan, self.bases = self.dial.levels[0], attachment.bases
         self._compiled: Plan | None = None
@@ -191,7 +198,7 @@ class SwanCache(Cache):
 
     @property
     def dropped(self) -> int:
-        """Tokens after the sinks that a full budget has dropped from the history (``on_full="evict"``)."""
+        """Tokens after the sinks that the history does not keep (`keep`, or a full budget with ``on_full="evict"``)."""
         return max((kv.dropped for kv in self.winnowed.values()), default=0)
 
     @property
@@ -217,12 +224,14 @@ class SwanCache(Cache):
     def __repr__(self) -> str:
         settings = "" if self.budget is None else f"budget={self.budget}, on_full={self.on_full!r}, "
         settings += f"exclude={list(self.exclude)}, " if self.exclude else ""
+        keep = "" if self.plan.keep is None else f"keep={self.plan.keep:g}, "
         if self.static:
             levels = [round(retention, 3) for retention in self.dial.retentions]
             settings += f"static, max_length={self.max_length}, levels={levels}, "
         return (
-            f"SwanCache({settings}retention={self.retention:.3g}, buffer={self.plan.buffer}, sinks={self.plan.sinks}, "
-            f"tokens={int(self.get_seq_length())}, nbytes={self.nbytes}, compression={self.compression:.3g})"
+            f"SwanCache({settings}retention={self.retention:.3g}, {keep}buffer={self.plan.buffer}, "
+            f"sinks={self.plan.sinks}, tokens={int(self.get_seq_length())}, nbytes={self.nbytes}, "
+            f"compression={self.compression:.3g})"
         )
 
     def update(
@@ -353,7 +362,8 @@ class SwanCache(Cache):
         settings: dict[str, Any] = {"prefill": self.prefill, "static": self.static, "max_length": self.max_length}
         for index, plan_layer in zip(self.shapes, self.plan.layers, strict=True):
             if winnowed[index]:
-                kv = KVCache(plan_layer, buffer=self.plan.buffer, sinks=self.plan.sinks, **settings)
+                keep = None if plan_layer is None else self.plan.keep
+                kv = KVCache(plan_layer, buffer=self.plan.buffer, sinks=self.plan.sinks, keep=keep, **settings)
                 layers[index] = (StaticSwanLayer if self.static else SwanLayer)(kv, self.bases)
         return layers
 

@@ -11,7 +11,7 @@ from swan.calibration import Calibration, Plan
 from swan.calibration.effects import Effects
 from swan.modules.checks import check_max_length
 
-__all__ = ["Dial", "Origin", "check_static", "origin_of"]
+__all__ = ["Dial", "Origin", "check_keep", "check_static", "origin_of"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,18 @@ def origin_of(
     return Origin(plan, tuple(retentions), budget is not None)
 
 
+def check_keep(keep: float | None, static: bool, budget: object, plan: object) -> None:
+    """Raise a ValueError if a cache with these settings cannot drop tokens by score."""
+    if keep is None:
+        return
+    if static:
+        raise ValueError(f"keep={keep} needs a dynamic cache: a static one keeps all its tokens")
+    if budget is not None:
+        raise ValueError(f"a budget lowers the dial, and has on_full='evict'; leave keep={keep} out, or give retention")
+    if isinstance(plan, Plan):
+        raise ValueError(f"the plan says which tokens stay (keep={plan.keep}): leave keep={keep} out")
+
+
 def check_static(static: bool, max_length: int | None, budget: object, levels: Sequence[float] | None) -> None:
     """Raise a ValueError if a cache, static or not, cannot have these settings."""
     check_max_length(static, max_length)
@@ -75,12 +87,14 @@ class Dial:
         excluded: the rows of a plan that are not winnowed: they store nothing, and do not compete for bytes.
         buffer: newest tokens kept dense.
         sinks: first tokens kept dense.
+        keep: share of the history's tokens that stay, or None.
     """
 
     calibration: Calibration
     excluded: list[int]
     buffer: int
     sinks: int
+    keep: float | None = None
 
     def __post_init__(self) -> None:
         self.levels: list[Plan] = []  # the levels, highest first
@@ -95,7 +109,7 @@ class Dial:
         """Make the levels from their origin."""
         if origin.plan is not None:
             plans = [origin.plan]
-            self.buffer, self.sinks = origin.plan.buffer, origin.plan.sinks
+            self.buffer, self.sinks, self.keep = origin.plan.buffer, origin.plan.sinks, origin.plan.keep
         elif origin.budgeted:
             plans = Plan.levels(self._competing, buffer=self.buffer, sinks=self.sinks)
         else:
@@ -106,7 +120,8 @@ class Dial:
 
     def plan(self, retention: float) -> Plan:
         """Make the plan of any retention."""
-        plan = Plan.for_retention(retention, self._competing, buffer=self.buffer, sinks=self.sinks)
+        settings = {"buffer": self.buffer, "sinks": self.sinks, "keep": self.keep}
+        plan = dataclasses.replace(Plan.for_retention(retention, self._competing), **settings)
         return self._without_excluded(plan)
 
     def level(self, retention: float) -> Plan:
