@@ -60,6 +60,7 @@ OF_ONE_CALL = ("kernels/test_attend_cpu.py::test_what_does_not_fit_one_call_is_m
 OF_NUMBERS = ("kernels/test_attend_cpu.py::test_tokens_seen_as_numbers",)
 OF_CUDA_HOST = ("kernels/test_cuda_host.py",)
 OF_ONE_TILE = ("test_never_dense.py::test_steps_stay_within_a_tile[compiled-dynamic-decode-few bits]",)
+OF_NUMERICS = ("functional/test_numerics.py",)
 
 MUTANTS = [
     # attention ------------------------------------------------------------------------------------
@@ -685,4 +686,33 @@ MUTANTS = [
     ),
     Mutant("the-slot-of-empty-slots-stays", HISTORY, "t[:, :, self.room :].zero_()", "pass", OF_NAN),
     Mutant("memory-of-inference-mode", HISTORY, "@outside_inference_mode\n", "", ("cases/test_inference_mode.py",)),
+    # numbers that are hard ------------------------------------------------------------------------
+    Mutant(
+        "what-cannot-be-stored-is-clipped",
+        CODES,
+        "torch.where(byte < NOT_A_NUMBER, byte.clamp(min=0), NOT_A_NUMBER)",
+        "byte.clamp(0, 254)",
+        OF_NUMERICS,
+    ),
+    Mutant(
+        "infinity-in-8-bits-is-clipped",
+        CODES,
+        "torch.where(peak < math.inf, as_bfloat16((peak / 127).clamp(max=largest / 128)), math.nan)",
+        "as_bfloat16((peak / 127).clamp(max=largest / 128))",
+        OF_NUMERICS,
+    ),
+    Mutant(
+        "scale-of-the-next-octave",
+        CODES,
+        "byte = (peak.log2() * OCTAVE).ceil() + OFFSET",
+        "byte = (peak.log2() * OCTAVE).ceil() + OFFSET + 8",
+        OF_NUMERICS,
+    ),
+    Mutant(
+        "a-query-of-nan-is-what-torch-makes-of-it",
+        DENSE,
+        'return out if q.device.type == "cuda" else torch.where(q.isfinite().all(-1, keepdim=True), out, math.nan)',
+        "return out",
+        OF_NUMERICS,
+    ),
 ]

@@ -42,9 +42,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sca
     """Attend by torch's fused kernels."""
     attention = torch.nn.functional.scaled_dot_product_attention
     if causal or (q.device.type == "cuda" and mask is None):  # there these kernels read each key once for a group
-        return attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return _spoilt(attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]), q)
     rows = attention(_group_rows(q, k.shape[1]), k, v, attn_mask=_group_mask(mask, q, k.shape[1]), scale=scale)
-    out = rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2])
+    out = _spoilt(rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2]), q)
     # Torch's kernels differ in their output for a query that sees nothing; here it is zero.
     return out if mask is None else torch.where(mask.any(-1, keepdim=True), out, 0)
 
@@ -66,11 +66,16 @@ def sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
     rows, lse_rows = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         _group_rows(q, k.shape[1]), k, v, attn_mask=bias, scale=scale
     )
-    out = rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2])
-    lse = rearrange(lse_rows, "b h (g q) -> b (h g) q", q=q.shape[2])
+    out = _spoilt(rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2]), q)
+    lse = _spoilt(rearrange(lse_rows, "b h (g q) -> b (h g) q 1", q=q.shape[2]), q).squeeze(-1)
     if mask is not None:  # the kernel returns 0 for a query that sees nothing
         lse = torch.where(mask.any(-1), lse, -math.inf)
     return out, lse
+
+
+def _spoilt(out: Tensor, q: Tensor) -> Tensor:
+    """Return NaN for queries that are not finite: torch's kernels for CPUs give some of them zeros."""
+    return out if q.device.type == "cuda" else torch.where(q.isfinite().all(-1, keepdim=True), out, math.nan)
 
 
 @functools.cache
@@ -111,7 +116,9 @@ def tensor_code(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
     row_mask = _group_mask(mask, q, kv_heads)
     if row_mask is not None:
         scores = scores.masked_fill(~row_mask, -math.inf)
-    peak = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    peak = scores.amax(-1, keepdim=True)
+    if row_mask is not None:  # of a query that sees nothing; where it sees infinities only, its output is NaN
+        peak = torch.where(row_mask.any(-1, keepdim=True), peak, 0)
     weights = (scores - peak).exp()
     total = weights.sum(-1, keepdim=True)
     rows = einsum(weights / total.clamp(min=1e-38), v.float(), "b h r k, b h k d -> b h r d").to(q.dtype)

@@ -85,14 +85,14 @@ def dense_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     keys, values = (t.to(wide).repeat_interleave(group_size, dim=1) for t in (k, v))
     scores = q.to(wide) @ keys.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    visible = torch.ones_like(scores, dtype=torch.bool)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        visible = visible & mask
     if causal:
-        above = torch.ones(scores.shape[-2:], device=q.device).triu(scores.shape[-1] - scores.shape[-2] + 1).bool()
-        scores = scores.masked_fill(above, -math.inf)
+        visible = visible.tril(scores.shape[-1] - scores.shape[-2])
+    scores = scores.masked_fill(~visible, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.softmax(scores, dim=-1).nan_to_num(0)  # zero for a query that sees nothing
-    return (weights @ values).to(q.dtype), lse
+    return (_softmax(scores, visible) @ values).to(q.dtype), lse
 
 
 def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
     assert isinstance(total, Tensor)
     out = sum(out * (lse.exp() / total)[..., None] for out, lse in parts)
     assert isinstance(out, Tensor)
-    return out.nan_to_num(0), total.log()
+    return out.masked_fill((total == 0)[..., None], 0), total.log()
 
 
 def windowed_attention(
@@ -136,7 +136,13 @@ def windowed_attention(
         return q @ keys.repeat_interleave(group_size, dim=1).mT * factor
 
     mixed = torch.where(dense[:, None], scores(k), scores(k_pruned)).masked_fill(~visible[:, None], -math.inf)
-    weights = torch.softmax(mixed, dim=-1).nan_to_num(0)
+    weights = _softmax(mixed, visible[:, None])
     from_dense = torch.where(dense[:, None], weights, 0) @ v.repeat_interleave(group_size, dim=1)
     from_pruned = torch.where(dense[:, None], 0, weights) @ v_pruned.repeat_interleave(group_size, dim=1)
     return from_dense + from_pruned
+
+
+def _softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    """Compute the weights, zero for a query that sees nothing; NaN among its scores stays."""
+    blind = ~visible.any(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(blind, 0), dim=-1).masked_fill(blind, 0)

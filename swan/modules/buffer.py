@@ -163,7 +163,7 @@ class DenseBuffer(nn.Module):
 
     def _set_padding(self, padding: Tensor) -> None:
         padding = padding.long().contiguous()  # as kernels read it
-        self.state.padding, self.state.padded = padding, int(padding.max())
+        self.state.padding, self.state.padded = padding, int(padding.max()) if padding.numel() else 0
 
     def _lacks_sinks(self) -> bool:
         """Tell if a sink of some row may be among the new tokens."""

@@ -1,5 +1,6 @@
 """Codes of few bits, how they lie in bytes, and the scales whose steps they count."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -7,27 +8,32 @@ from einops import rearrange
 from torch import Tensor
 
 __all__ = [
-    "OCTAVE", "OFFSET", "PARTS", "SCALE_DTYPE", "as_bfloat16", "code_bytes", "dequantize_group", "pack_code",
-    "quantize", "quantize_group", "row_bytes", "scale_byte", "scale_of", "unpack_code",
+    "NOT_A_NUMBER", "OCTAVE", "OFFSET", "PARTS", "SCALE_DTYPE", "as_bfloat16", "code_bytes", "dequantize_group",
+    "pack_code", "quantize", "quantize_group", "row_bytes", "scale_byte", "scale_of", "unpack_code",
 ]  # fmt: skip
 
 SCALE_DTYPE = torch.bfloat16  # the range of float32; its rounding is below half a step of int8
 # Bits of the parts of a code, high bits first.
 PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (4, 4)}
 OCTAVE, OFFSET = 8, 128  # a scale byte c means 2 ** ((c - OFFSET) / OCTAVE)
+NOT_A_NUMBER = 255  # but this one: some number of the group is NaN, infinite, or above all scales
 
 
 def quantize_group(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Code vectors: scale byte ``[..., 1]`` and codes of `bits` bits, ``|x - x_hat| <= 2 ** -bits * scale``."""
+    """Code vectors: scale byte ``[..., 1]`` and codes of `bits` bits, ``|x - x_hat| <= 2 ** -bits * scale``.
+
+    Codes under the byte `NOT_A_NUMBER` are 0.
+    """
     scale = scale_byte(x)
     steps = x.float() / scale_of(scale) * 2 ** (bits - 1)
-    return scale, (steps.floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1).to(torch.uint8)
+    return scale, (steps.floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1).nan_to_num(0).to(torch.uint8)
 
 
 def scale_byte(x: Tensor) -> Tensor:
-    """Return the byte ``[..., 1]`` of the smallest scale that is not below any coordinate."""
+    """Return the byte ``[..., 1]`` of the smallest scale that is not below any coordinate, or `NOT_A_NUMBER`."""
     peak = x.abs().amax(dim=-1, keepdim=True).float()
-    return ((peak.log2() * OCTAVE).ceil().clamp(-OFFSET, 255 - OFFSET) + OFFSET).to(torch.uint8)
+    byte = (peak.log2() * OCTAVE).ceil() + OFFSET
+    return torch.where(byte < NOT_A_NUMBER, byte.clamp(min=0), NOT_A_NUMBER).to(torch.uint8)
 
 
 def dequantize_group(code: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -36,8 +42,8 @@ def dequantize_group(code: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def scale_of(byte: Tensor) -> Tensor:
-    """Decode scale bytes to scales, float32."""
-    return torch.exp2((byte.float() - OFFSET) / OCTAVE)
+    """Decode scale bytes to scales, float32; `NOT_A_NUMBER` to NaN, and with it all numbers of the group."""
+    return torch.where(byte == NOT_A_NUMBER, math.nan, torch.exp2((byte.float() - OFFSET) / OCTAVE))
 
 
 def code_bytes(size: int, bits: int) -> int:
@@ -80,11 +86,12 @@ def unpack_code(planes: Tensor, size: int, bits: int) -> Tensor:
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
     """Round values to int8 with a scale for each vector: ``|values - int8 * scale| <= scale / 2``.
 
-    Within 0.8 % of the dtype's maximum the bound is `scale`, so that 127 steps stay finite.
+    Within 0.8 % of the dtype's maximum the bound is `scale`, so that 127 steps stay finite. The scale of a vector with
+    NaN or infinity is NaN, and with it all its values.
     """
     peak = values.abs().amax(dim=-1, keepdim=True).float()
     largest = min(torch.finfo(values.dtype).max, torch.finfo(torch.float32).max)  # scales are float32 of float64 too
-    scales = as_bfloat16((peak / 127).clamp(max=largest / 128))
+    scales = torch.where(peak < math.inf, as_bfloat16((peak / 127).clamp(max=largest / 128)), math.nan)
     multiples = torch.where(scales > 0, values.float() / scales, 0)
     return multiples.round().clamp(-127, 127).to(torch.int8), scales.to(SCALE_DTYPE)
 

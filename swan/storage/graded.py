@@ -23,7 +23,8 @@ class Graded:
     variance, and share one scale per vector, $s = 2^{c/8 - 16}$ with a byte $c$, the smallest that is not
     below $\max|x|$. With $b$ bits a coordinate is stored as the nearest of $2^b$ steps,
     $\hat x = (n - (2^b - 1)/2)\, 2^{1-b} s$. The steps are nested: the code of fewer bits
-    is the leading bits of the code of more.
+    is the leading bits of the code of more. A group some number of which, mixed, is NaN, infinite or above
+    $2^{15.75} \approx 55109$ has $c = 255$ and is read as NaN.
 
     Bytes per vector: ``ceil(size * bits / 8)`` for each group (each part of 4, 2 and 1 bits rounded up), together a
     whole number of words of four bytes, and a byte for each scale; at 16 bits the dtype of the cache, no scale and no

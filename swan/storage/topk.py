@@ -27,7 +27,8 @@ class TopK:
     r"""The layout in which each vector keeps its own ``keep`` largest coordinates: "winnowing".
 
     $\hat x_i = x_i$ if $|x_i|$ is among the ``keep`` largest of the vector, else 0; with 8 or 4 bits kept values
-    are rounded.
+    are rounded. With 8 bits NaN and infinity make all values of the vector NaN; with 4, as in `Graded`, what is above
+    $2^{15.75}$ too.
 
     Bytes per vector: ``keep * bits / 8 + positions + scale``, where positions take ``ceil(d / 8)``
     bytes as a bitmap or ``keep`` bytes as an index list (none when ``keep == d``), and the scale

@@ -326,6 +326,20 @@ def test_queries_that_are_not_finite_show(value):
 
 
 @needs_cxx
+@pytest.mark.parametrize("token", [3, 68, slice(None)])
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_tokens_that_are_no_numbers_show(name, token):
+    """In their KV head, whether they are some of the tokens or all; others do not see them."""
+    q, k, v = (normal(i, 1, n, t, 64).half() for i, n, t in ((0, 4, 1), (1, 2, 70), (2, 2, 70)))
+    for x in (k, v):
+        if (x is k) == (name == "keys"):
+            x[0, 1, token, 5] = math.nan
+    out, lse = attend(q, pack(k, SMALL[0]), pack(v, SMALL[1]), 0.1, 2)
+    assert out[0, 2:].isnan().any(-1).all() and out[0, :2].isfinite().all()
+    assert lse[0, :2].isfinite().all() and bool(lse[0, 2:].isnan().all()) == (name == "keys")
+
+
+@needs_cxx
 @pytest.mark.parametrize("layouts", [*named([SMALL]), *named([*LAYOUTS[3:], MORE[1], MORE[4]], pytest.mark.slow)])
 def test_numbers_of_four_bytes(layouts):
     check(*layouts, torch.float32, (8, 2), 3, 150, 2, batch=2)

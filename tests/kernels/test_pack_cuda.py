@@ -152,17 +152,17 @@ def test_packs_random_layouts(dtype, keys, values):
 
 @needs_cxx
 def test_scale_bytes_at_all_edges():
-    """The smallest scale that is not below a number; codes count its steps."""
+    """The smallest scale that is not below a number; codes count its steps. The last byte is for what has no scale."""
     layout = Graded(((1, 8),))
     eighths = (2.0 ** (torch.arange(8, dtype=torch.float64) / 8)).float()
     scales = (2.0 ** torch.arange(-16, 16)[:, None] * eighths).flatten()
     edges = [scales, scales.nextafter(torch.tensor(0.0)), scales.nextafter(torch.tensor(torch.inf))]
-    x = torch.cat([*edges, torch.tensor([0.0, 1e-45, 1e-38, 3e38, torch.inf])])
+    x = torch.cat([*edges, torch.tensor([0.0, 1e-45, 1e-38, 3e38, torch.inf, torch.nan])])
     x = torch.cat([x, -x])
     found = packed_by_kernel(Case(F32, layout, layout), layout, x.view(1, 1, -1, 1), mix=False)
     byte = torch.searchsorted(scales, x.abs()).clamp(max=255)
     assert found.scales is not None and torch.equal(found.scales.flatten().long(), byte)
-    code = ((x / scales[byte] * 128).floor() + 128).clamp(0, 255)
+    code = ((x / scales[byte] * 128).floor() + 128).clamp(0, 255).masked_fill(byte == 255, 0)
     assert torch.equal(unpack_code(found.planes[0], 1, 8).flatten().float(), code)
 
 

@@ -49,6 +49,12 @@ struct Side {
     for (int64_t c = 0; c < k.used; ++c) q[row * k_width + c] = x[c] * scale;
   }
 
+  // Whether a query sees some token.
+  bool seen(int64_t b, int64_t head, int64_t query) const {
+    if (!mask.data) return tokens > 0;
+    return std::memchr(mask.data + b * mask.batch + head * mask.head + query * mask.query, true, tokens);
+  }
+
   float peak(int64_t row) const {
     float most = NOTHING;
     for (int64_t s = 0; s < splits; ++s) most = std::max(most, peaks[part(row, s)]);
@@ -98,6 +104,14 @@ void check(const at::Tensor& q, const Source& k, const Source& v, at::TensorList
                     recent[i].scalar_type() == q.scalar_type(),
                 "recent keys and values do not fit the history");
   TORCH_CHECK(fits(recent_mask, recent[0].size(2)), "the mask of the recent tokens does not fit");
+}
+
+// Whether all groups of few bits of some tokens are numbers.
+bool all_numbers(const Source& x, int64_t b, int64_t h, int64_t begin, int64_t end) {
+  const int64_t groups = x.coded.size(), step = x.scales.token == groups ? end - begin : 1;  // tokens side by side
+  for (int64_t t = begin; t < end; t += step)
+    if (std::memchr(x.scales.row(b, h, t), NOT_A_NUMBER, step * groups)) return false;
+  return true;
 }
 
 // What sequences see from a column on (`first` [batch], or all) and queries before one (`end` [queries], or one), as a
@@ -162,12 +176,13 @@ std::tuple<at::Tensor, at::Tensor> attend(
   at::parallel_for(0, workers * rows, GRAIN, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* x = wide.const_data_ptr<float>() + row * k.d;
-      finite[row] = std::all_of(x, x + k.d, [](float c) { return std::isfinite(c); });
-      if (!finite[row]) continue;
-      if (beside) beside->query(row, x, static_cast<float>(scale));
       float mixed[MAX_DIM];
       std::copy_n(x, k.d, mixed);
       key_mix.apply(mixed);
+      const auto fits = [&](float c) { return std::isfinite(c * static_cast<float>(scale)); };
+      finite[row] = std::all_of(x, x + k.d, fits) && std::all_of(mixed, mixed + k.d, fits);
+      if (!finite[row]) continue;
+      if (beside) beside->query(row, x, static_cast<float>(scale));
       history.query(row, mixed, static_cast<float>(scale));
     }
   });
@@ -179,7 +194,8 @@ std::tuple<at::Tensor, at::Tensor> attend(
     const float* query = side.q.data() + worker * rows * side.k_width;
     float *out = side.outs.data() + i * rows * side.v_width, *peak = side.peaks.data() + i * rows;
     const Stretch stretch{side.k, side.v, side.mask, query, b, h, rows, groups, queries, out, peak, side.totals.data() + i * rows};
-    if (!codes) return stretch.run(begin, end);
+    // Codes that are no numbers are read as floats: sums of integers would make numbers of them.
+    if (!codes || !all_numbers(k, b, h, begin, end) || !all_numbers(v, b, h, begin, end)) return stretch.run(begin, end);
     for (int64_t r = 0; r < rows; r += Coded::ROWS) {
       const int64_t count = std::min(rows - r, Coded::ROWS);
       const bool* seen[Coded::ROWS] = {};
@@ -207,7 +223,13 @@ std::tuple<at::Tensor, at::Tensor> attend(
         continue;
       }
       const float most = std::max(history.peak(row), beside ? beside->peak(row) : NOTHING);
-      if (most == NOTHING) continue;
+      if (most == NOTHING) {  // sees nothing, or infinities only
+        const int64_t b = row / queries / heads, head = row / queries % heads, query = row % queries;
+        if (!history.seen(b, head, query) && !(beside && beside->seen(b, head, query))) continue;
+        std::fill_n(to + row * v.d, v.d, NAN);
+        lse_to[row] = NAN;
+        continue;
+      }
       std::vector<float> sums(v.d);
       float total = history.add(row, most, sums.data());
       value_mix.undo(sums.data());

@@ -80,11 +80,15 @@ inline void gather(uint64_t x, uint8_t* to) {
   std::memcpy(to, &x, P);
 }
 
-// 2 ** ((byte - 128) / 8) for each byte.
+// The scale byte of a group some number of which is NaN, infinite, or above all scales. Its numbers are read as NaN.
+constexpr uint8_t NOT_A_NUMBER = 255;
+
+// 2 ** ((byte - 128) / 8) for each byte; NaN for NOT_A_NUMBER.
 inline const std::array<float, 256>& scales_of_bytes() {
   static const auto table = [] {
     std::array<float, 256> t;
-    for (int i = 0; i < 256; ++i) t[i] = std::exp2((i - 128) / 8.f);
+    for (int i = 0; i < NOT_A_NUMBER; ++i) t[i] = std::exp2((i - 128) / 8.f);
+    t[NOT_A_NUMBER] = NAN;
     return t;
   }();
   return table;

@@ -13,10 +13,18 @@ using namespace swan;
 
 constexpr int64_t GRAIN = 64;  // vectors worth a thread
 
-// The smallest scale that is not below a number.
-uint8_t scale_byte(float peak) {
+// The smallest scale that is not below the numbers of a group, or NOT_A_NUMBER.
+uint8_t scale_byte(const float* x, int64_t size) {
   const auto& scales = scales_of_bytes();
-  return static_cast<uint8_t>(std::min<int64_t>(std::lower_bound(scales.begin(), scales.end(), peak) - scales.begin(), 255));
+  const float largest = scales[NOT_A_NUMBER - 1];
+  float peak = 0;
+  bool fits = true;
+  for (int64_t i = 0; i < size; ++i) {
+    fits &= std::abs(x[i]) <= largest;  // not true of NaN
+    peak = std::max(peak, std::abs(x[i]));
+  }
+  if (!fits) return NOT_A_NUMBER;
+  return static_cast<uint8_t>(std::lower_bound(scales.begin(), scales.end() - 1, peak) - scales.begin());
 }
 
 template <int P>
@@ -84,10 +92,10 @@ class Target {
       uint8_t *row = row_of(to_.codes, b, h, t), *scale = row_of(to_.scales, b, h, t);
       std::fill_n(row, to_.row, 0);
       for (const auto& group : to_.coded) {
-        float peak = 0;
-        for (int64_t c = group.start; c < group.start + group.size; ++c) peak = std::max(peak, std::abs(vector[c]));
-        *scale = scale_byte(peak);
-        write_group(vector + group.start, group, scales_of_bytes()[*scale++], row);
+        const float* x = vector + group.start;
+        *scale = scale_byte(x, group.size);
+        if (*scale != NOT_A_NUMBER) write_group(x, group, scales_of_bytes()[*scale], row);
+        ++scale;
       }
     }
     if (to_.dense.empty()) return;

@@ -180,10 +180,11 @@ struct Stretch {
     }
     float most = peak[r];
     for (int i = 0; i < LANES; ++i) most = std::max(most, high[i]);
-    if (most == NOTHING) {
+    if (most == NOTHING && std::none_of(score, score + count, [](float x) { return std::isnan(x); })) {
       std::fill_n(score, TILE, 0.f);
       return 1.f;
     }
+    if (most == NOTHING) most = 0;  // NaN, which the total shows
     for (int64_t t = 0; t < TILE; ++t) score[t] = exponential(score[t] - most);
     Vector each = load(score);
     for (int64_t t = LANES; t < TILE; t += LANES) each += load(score + t);

@@ -28,7 +28,8 @@ __device__ __forceinline__ void decode_key_scales(const uint8_t* bytes, float* t
     constexpr Span span = Keys::layout.spans[n];
     if constexpr (span.coded()) {
       const float byte = bytes[lane * Keys::layout.scales + span.scale];
-      place_of_scale(to, span.scale, lane) = exp2_(fmaf(byte, 0.125f, -15.0f - span.bits));
+      const float scale = exp2_(fmaf(byte, 0.125f, -15.0f - span.bits));
+      place_of_scale(to, span.scale, lane) = byte == NOT_A_NUMBER ? NO_NUMBER : scale;
     }
   });
 }
@@ -42,7 +43,8 @@ __device__ __forceinline__ void decode_value_scales(const uint8_t* bytes, float*
     bool above = false;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      exponents[n] = fmaf(bytes[lane * N + n], 0.125f, run.bias);
+      const int byte = bytes[lane * N + n];
+      exponents[n] = there && byte == NOT_A_NUMBER ? NO_NUMBER : fmaf(byte, 0.125f, run.bias);
       above |= exponents[n] > MOST;
     }
     if (__any_sync(~0u, above)) run.move_bias(exponents, there);

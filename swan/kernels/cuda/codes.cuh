@@ -10,13 +10,14 @@ constexpr uint32_t fraction_of_eighths(int n) {
   return n < 4 ? low : high;
 }
 
-// The scale 2^((byte - 128) / 8).
+// The scale 2^((byte - 128) / 8), or NaN.
 __device__ inline float scale_of(int byte) {
+  if (byte == NOT_A_NUMBER) return NO_NUMBER;
   return __uint_as_float(static_cast<uint32_t>(byte / 8 - 16 + 127) << 23 | fraction_of_eighths(byte % 8));
 }
 
 // The byte of the smallest scale that is not below a number: how many scales are below it. 8 for each power of two, and
-// those of its own octave.
+// those of its own octave. NOT_A_NUMBER for what is above all scales, and for NaN.
 __device__ inline int scale_byte(float peak) {
   const uint32_t bits = __float_as_uint(peak), fraction = bits & 0x7fffff;
   int byte = (static_cast<int>(bits >> 23) - 127 + 16) * 8;
@@ -30,18 +31,18 @@ template <class L, int N>
 __device__ int quantize(const Span& group, int n, bool mix) {
   using M = Memory<L, N>;
   const int lane = threadIdx.x % 32;
-  float peak = 0;
+  uint32_t peak = 0;  // magnitudes of floats are in the order of their bits, and NaN above all
   for (int i = group.start + lane; i < group.start + group.size; i += 32) {
     const float x = mixed<L, N>(mix, n, i);
     *M::sum(0, n, i) = x;  // this lane alone reads it, here and below
-    peak = fmaxf(peak, fabsf(x));
+    peak = max(peak, __float_as_uint(x) & 0x7fffffffu);
   }
-  for (int other = 16; other; other /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, other));
-  const int byte = scale_byte(peak);
+  for (int other = 16; other; other /= 2) peak = max(peak, __shfl_xor_sync(~0u, peak, other));
+  const int byte = scale_byte(__uint_as_float(peak));
   const float scale = scale_of(byte), half = 1 << (group.bits - 1), most = (1 << group.bits) - 1;
   for (int i = group.start + lane; i < group.start + group.size; i += 32) {
     const float step = floorf(*M::sum(0, n, i) / scale * half) + half;
-    *M::code(n, i) = static_cast<uint8_t>(fminf(fmaxf(step, 0), most));
+    *M::code(n, i) = static_cast<uint8_t>(fminf(fmaxf(step, 0), most));  // 0 where the scale is NaN
   }
   return byte;
 }

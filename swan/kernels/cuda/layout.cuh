@@ -4,6 +4,10 @@
 
 #include "ptx.cuh"
 
+// The scale byte of a group some number of which is NaN, infinite, or above all scales. Its numbers are read as NaN.
+constexpr int NOT_A_NUMBER = 255;
+#define NO_NUMBER __uint_as_float(0x7fc00000u)  // NaN, for which there is no constant without headers
+
 struct Group {
   int size, bits;
 };
