@@ -13,7 +13,7 @@ from swan.calibration.capture import Observed, call, observing
 from swan.functional.packing import pack
 from swan.functional.rotation import rotate
 from swan.storage import Graded, unpack
-from swan.storage.codes import scale_byte, scale_of
+from swan.storage.codes import NOT_A_NUMBER, scale_byte, scale_of
 
 __all__ = [
     "KEYS",
@@ -350,7 +350,13 @@ def _changes(x: Tensor, h: Tensor, bits: Sequence[int]) -> list[Tensor]:
     mix = Graded(((x.shape[-1], 8),)).mix(x.dtype, x.device)
     assert mix is not None
     x, h = x @ mix, h @ mix
-    scale = scale_of(scale_byte(x))
+    byte = scale_byte(x)
+    if bool((byte == NOT_A_NUMBER).any()):
+        raise ValueError(
+            "codes of few bits cannot store some keys or values: numbers above 55,109, infinity or NaN; calibrate in "
+            "float32, or with effects=False and keep such layers in 16 bits"
+        )
+    scale = scale_of(byte)
     fraction = x / scale
     below_one = fraction.clamp(max=1 - 2.0**-9)  # the largest coordinate has the code below that of 1
     changes = []

@@ -140,7 +140,8 @@ def _lengths(values: Packed, stop: int) -> Tensor:
 
 
 def _score_of(mean: Tensor) -> Tensor:
-    """Return the score byte of a mean attention: steps of an eighth of an octave."""
+    """Return the score byte of a mean attention, in steps of an eighth of an octave; NaN has the highest, and stays."""
+    mean = mean.nan_to_num(nan=math.inf)
     return ((mean.clamp(min=2.0**-LEAST).log2() + LEAST) * OCTAVE).round().clamp(0, 255).to(torch.uint8)
 
 

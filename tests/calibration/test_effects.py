@@ -17,6 +17,7 @@ from swan.calibration.effects import (
     VALUES,
     Effects,
     _at_some_queries,
+    _changes,
     _kl_by_queries,
     _kl_by_tokens,
     _likelihood_gradient,
@@ -312,3 +313,11 @@ def test_too_small_a_retention_names_the_least():
     levels = Plan.levels(calibration)
     assert levels[0].retention == 1
     assert all(a.retention > b.retention for a, b in itertools.pairwise(levels))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e6])
+def test_what_cannot_be_stored_is_refused(bad):
+    x = torch.randn(1, 2, 5, 16)
+    x[0, 1, 3, 2] = bad
+    with pytest.raises(ValueError, match="codes of few bits cannot store some keys or values: numbers above 55,109"):
+        _changes(x, torch.randn_like(x), [4, 2])

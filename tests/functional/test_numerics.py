@@ -175,7 +175,7 @@ def attend(q, k, v, layout, impl, recent=5):
 @every_impl
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_no_number_stays_in_its_row_and_shows(layout, impl, bad):
-    for dtype in DTYPES:
+    for dtype in DTYPES if impl in ("auto", "compiled") else DTYPES[:1]:
         shapes = {"q": (3, 4, 2, 20), "k": (3, 2, 75, 20), "v": (3, 2, 75, 20)}
         clean = {name: hard(i, "normal", dtype, *shape) for i, (name, shape) in enumerate(shapes.items())}
         expected = attend(*clean.values(), layout, impl)
