@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from swan.compiling import keep_in_place, outside_inference_mode
 from swan.modules.state import CacheState, StaticState
 
 __all__ = ["DenseBuffer", "Evicted", "StaticBuffer", "ring_columns"]
 
+FEWEST = 8  # slots that the ring of a dynamic buffer begins with
 NOWHERE = 2**62  # the column of an empty slot: later than every query, so no query sees it
 
 
@@ -34,7 +36,8 @@ class DenseBuffer(nn.Module):
     """Keeps the newest `size` tokens and the first `sinks` tokens of each row, unpruned.
 
     The ring is written in place: token ``c`` of the sequence (its *column*) lies in slot
-    ``c % size``. Sinks are the first tokens after each row's left padding; each is copied to a slot of its own at once,
+    ``c % size``. Until `size` tokens have come, it has memory for those that are there, and doubles when that is full.
+    Sinks are the first tokens after each row's left padding; each is copied to a slot of its own at once,
     which counts as soon as the ring has lost it. Columns in the slots of ``DenseBuffer(4, sinks=1)``:
 
         after 3 tokens   sink -   ring 0 1 2 -    (0 is in the ring: its sink does not count yet)
@@ -66,16 +69,27 @@ class DenseBuffer(nn.Module):
         self.size, self.sinks = size, sinks
         self.state = self._new_state() if state is None else state
 
+    @property
+    def slots(self) -> int:
+        """Slots of the ring that there is memory for."""
+        values = self.state.v_recent  # which get theirs after the keys
+        return 0 if values is None else values.shape[2] - self.sinks
+
+    def slots_after(self, tokens: int) -> int:
+        """Count the slots of the ring that there will be memory for after so many more tokens."""
+        needed, slots = min(int(self.state.length) + tokens, self.size), self.slots
+        return slots if needed <= slots else min(max(needed, 2 * slots, FEWEST), self.size)
+
     def reset(self) -> None:
         """Forget all tokens and free the memory."""
         self.state.reset()
 
     @outside_inference_mode
     def allocate(self, k: Tensor, v: Tensor) -> None:
-        """Take the memory for keys and values like these, of however many tokens."""
-        slots = self.sinks + self.size
-        self.state.k_recent = k.new_zeros(*k.shape[:2], slots, k.shape[3])
-        self.state.v_recent = v.new_zeros(*v.shape[:2], slots, v.shape[3])
+        """Take the memory that is missing for these keys and values."""
+        state, slots = self.state, self.sinks + self.slots_after(k.shape[2])
+        state.k_recent = _with_slots(state.k_recent, k, slots)
+        state.v_recent = _with_slots(state.v_recent, v, slots)
 
     def push(self, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Evicted:
         """Take new tokens in and hand out those that have to leave.
@@ -102,7 +116,7 @@ class DenseBuffer(nn.Module):
 
     def prepare(self, k: Tensor, v: Tensor, padding: Tensor | None) -> None:
         """Have memory for keys and values like these, and remember their padding."""
-        if self.state.k_recent is None:
+        if self.slots < self.slots_after(k.shape[2]):
             self.allocate(k, v)
         if padding is not None:
             self._set_padding(padding)
@@ -114,14 +128,14 @@ class DenseBuffer(nn.Module):
         state.first = max(int(state.first), state.length - self.size)
 
     def columns(self) -> Tensor:
-        """Return the column of the token in each slot, ``[batch or 1, sinks + size]``; a token counts once.
+        """Return the column of the token in each slot, ``[batch or 1, sinks + slots]``; a token counts once.
 
         An empty slot, and the slot of a sink that is still in the ring too, have a column later than
         every query.
         """
         state = self.state
         assert state.k_recent is not None
-        ring = ring_columns(state.length - 1, self.size, state.k_recent.device)
+        ring = ring_columns(state.length - 1, self.size, state.k_recent.device)[: self.slots]
         ring = torch.where(ring >= state.first, ring, NOWHERE)
         offsets = torch.arange(self.sinks, device=ring.device)[None]
         sinks = offsets if state.padding is None else state.padding[:, None] + offsets
@@ -197,7 +211,7 @@ class DenseBuffer(nn.Module):
 
 
 class StaticBuffer(DenseBuffer):
-    """A `DenseBuffer` for torch.compile: its counters are tensors, and no shape ever changes.
+    """A `DenseBuffer` for torch.compile: its counters are tensors, all slots are there at once, and no shape changes.
 
     Args:
         size: tokens in the ring, at least 1.
@@ -216,9 +230,13 @@ class StaticBuffer(DenseBuffer):
     Source: as of `DenseBuffer`.
     """
 
+    def slots_after(self, tokens: int) -> int:
+        """Return `size`."""
+        return self.size
+
     @outside_inference_mode
     def allocate(self, k: Tensor, v: Tensor) -> None:
-        """Take the memory for keys and values like these, and for the counters."""
+        """Take the memory for keys and values like these, of however many tokens, and for the counters."""
         super().allocate(k, v)
         state = self.state
         state.length, state.first = (torch.zeros((), dtype=torch.long, device=k.device) for _ in range(2))
@@ -264,6 +282,13 @@ def ring_columns(last: int | Tensor, size: int, device: torch.device) -> Tensor:
     """Return the column in each slot of a full ring ``[size]`` whose newest token is column `last`."""
     slots = torch.arange(size, device=device)
     return last - (last - slots) % size
+
+
+def _with_slots(stored: Tensor | None, like: Tensor, slots: int) -> Tensor:
+    """Return tokens with memory for so many; the new slots are empty."""
+    if stored is None:
+        return like.new_zeros(*like.shape[:2], slots, like.shape[3])
+    return pad(stored, (0, 0, 0, slots - stored.shape[2]))
 
 
 def _write_sinks(stored: Tensor, new: Tensor, source: tuple[Tensor, Tensor]) -> None:

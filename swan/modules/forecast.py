@@ -54,6 +54,6 @@ def nbytes_after(
         capacity = min(capacity, grown(history_after(cache, 0, drop)))
     if stored > capacity:
         capacity = grown(stored)
-    slots, vectors = cache.buffer.sinks + cache.buffer.size, rows * kv_heads
+    slots, vectors = cache.buffer.sinks + cache.buffer.slots_after(tokens), rows * kv_heads
     history, recent = plan_layer.nbytes(capacity, itemsize), plan_layer.dense_nbytes(slots, itemsize)
     return [vectors * size for size in (*history, *recent)] + [COLUMN_BYTES * rows]

@@ -27,8 +27,9 @@ class CacheState:
     A token's *column* is its place in the whole sequence.
 
     Attributes:
-        k_recent: dense keys ``[batch, kv_heads, sinks + size, d]``: the sinks, then the ring of the buffer.
-        v_recent: dense values ``[batch, kv_heads, sinks + size, dv]``.
+        k_recent: dense keys ``[batch, kv_heads, sinks + slots, d]``: the sinks, then the ring of the buffer, or the
+            part of it that there is memory for yet.
+        v_recent: dense values ``[batch, kv_heads, sinks + slots, dv]``.
         padding: left padding of each row ``[batch]``; None where no row is padded.
         k_history: packed keys, with room for more tokens than are stored.
         v_history: packed values, likewise.
@@ -178,7 +179,9 @@ class StaticState(CacheState):
                 for room, stored in zip(target.tensors, new.tensors, strict=True):
                     room[:, :, : stored.shape[2]].copy_(stored)
             elif isinstance(target, Tensor):
-                target.copy_(torch.as_tensor(0 if new is None else new))
+                new = torch.as_tensor(0 if new is None else new)
+                room = target[:, :, : new.shape[2]] if name in ("k_recent", "v_recent") else target
+                room.copy_(new)
 
 
 def _converted(packed: Packed, fn: Callable[[Tensor], Tensor]) -> Packed:

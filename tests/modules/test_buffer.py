@@ -10,7 +10,7 @@ from swan.modules.buffer import NOWHERE, StaticBuffer
 from swan.modules.state import CacheState
 from tests.strategies import splits
 
-sizes, sinks_counts = st.integers(1, 9), st.integers(0, 4)
+sizes, sinks_counts = st.integers(1, 9) | st.integers(10, 40), st.integers(0, 4)
 
 
 def numbered(start: int, stop: int, batch: int = 2):
@@ -35,7 +35,7 @@ def buffer_of(size: int, sinks: int, static: bool) -> DenseBuffer:
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@given(sizes, sinks_counts, st.integers(1, 30).flatmap(splits), st.data())
+@given(sizes, sinks_counts, st.integers(1, 60).flatmap(splits), st.data())
 def test_holds_the_newest_and_the_first(static, size, sinks, chunks, data):
     padding = data.draw(st.none() | st.lists(st.integers(0, 6), min_size=2, max_size=2))
     starts = padding or [0, 0]
@@ -61,7 +61,7 @@ def test_holds_the_newest_and_the_first(static, size, sinks, chunks, data):
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@given(sizes, sinks_counts, st.integers(1, 20), st.data())
+@given(sizes, sinks_counts, st.integers(1, 50), st.data())
 def test_crop_forgets_and_goes_on(static, size, sinks, length, data):
     kept, more = data.draw(st.integers(0, length)), data.draw(st.integers(1, 20))
     buffer = buffer_of(size, sinks, static)
@@ -76,6 +76,29 @@ def test_crop_forgets_and_goes_on(static, size, sinks, length, data):
     assert keys.tolist() == list(out)
     first = max(first, kept + more - size)
     assert held(buffer, 0) == sorted({*range(min(sinks, first)), *range(first, kept + more)})
+
+
+def test_the_ring_grows_with_its_tokens():
+    """From 8 slots on, twice as many whenever they are used up, until all are there; a prompt takes what it needs."""
+    buffer = DenseBuffer(40, sinks=2)
+    slots = []
+    for column in range(60):
+        buffer.push(*numbered(column, column + 1))
+        slots.append(buffer.slots)
+    assert slots == [8] * 8 + [16] * 8 + [32] * 16 + [40] * 28
+    for tokens, expected in ((1, 8), (23, 23), (40, 40), (90, 40)):
+        buffer.reset()
+        buffer.push(*numbered(0, tokens))
+        assert buffer.slots == expected
+        assert buffer.state.k_recent.shape[2] == buffer.state.v_recent.shape[2] == 2 + expected
+
+
+def test_a_crop_keeps_the_slots():
+    buffer = DenseBuffer(40, sinks=2)
+    buffer.push(*numbered(0, 12))
+    buffer.crop(5)
+    buffer.push(*numbered(5, 9))
+    assert (buffer.slots, held(buffer, 0)) == (12, list(range(9)))
 
 
 def test_reset_frees():

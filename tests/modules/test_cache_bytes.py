@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swan import KVCache, LayerPlan, TopK
+from swan import Graded, KVCache, LayerPlan, TopK
 from swan.modules.forecast import nbytes_after
 from tests.modules.caches import (
     DV,
@@ -13,12 +13,15 @@ from tests.modules.caches import (
     PLAN,
     D,
     cache_of,
+    history,
     reachable,
     sequence,
     static_or_not,
 )
 from tests.strategies import (
     DTYPES,
+    assert_within,
+    attention_bound,
     plan_layers,
     splits,
 )
@@ -63,6 +66,54 @@ def test_bytes_are_known_before(layouts, chunks_and_move, drop, dtype):
         assert counters == 8 * 2
         assert sum(exact[:2]) == sum(p.nbytes for p in (cache.state.k_history, cache.state.v_history) if p is not None)
         start += chunk
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_short_text_takes_little_more_than_dense(dtype):
+    """At most twice its tokens, the sinks' slots and 8 more; a prompt at once no more than its tokens and those."""
+    for chunks in ([1] * 150, [5, 1, 1], [20, 1], [100], [127, 1, 1], [300]):
+        cache, start = KVCache(LayerPlan(TopK(D, 6), Graded.leading(DV, 4))), 0
+        for size in chunks:
+            cache.update(*(t[:, :, :size] for t in sequence(size, dtype=dtype)[1:]))
+            start += size
+            token = cache.dense_nbytes // start
+            assert cache.nbytes <= 2 * cache.dense_nbytes + (4 + 8) * token
+            if start == chunks[0]:
+                assert cache.nbytes <= cache.dense_nbytes + (4 + 8) * token
+
+
+@given(
+    splits(70),
+    st.integers(1, 40),
+    st.integers(0, 4),
+    st.integers(0, 70),
+    st.integers(0, 20),
+    st.none() | st.lists(st.integers(0, 12), min_size=2, max_size=2),
+)
+def test_a_ring_that_grew_holds_what_one_taken_whole_holds(chunks, buffer, sinks, when, cropped, padding):
+    grown, whole = (cache_of(buffer=buffer, sinks=sinks) for _ in range(2))
+    whole.buffer.slots_after = lambda tokens: buffer
+    q, k, v = sequence(70)
+    padding, start = None if padding is None else torch.tensor(padding), 0
+    for size in chunks:
+        part = slice(start, start + size)
+        given = [t[:, :, part] for t in (q, k, v)]
+        found, expected = (cache(*given, padding=padding) for cache in (grown, whole))
+        assert_within(found, expected, 2 * attention_bound(q, k, v))
+        start += size
+        if start >= when > 0:
+            when = 0
+            for cache in (grown, whole):
+                cache.crop(max(cache.length - cropped, 1))
+        slots = sinks + grown.buffer.slots
+        for mine, theirs in zip(
+            (grown.state.k_recent, grown.state.v_recent), (whole.state.k_recent, whole.state.v_recent), strict=True
+        ):
+            assert torch.equal(mine, theirs[:, :, :slots]) and not theirs[:, :, slots:].any()
+        assert torch.equal(grown.buffer.columns(), whole.buffer.columns()[:, :slots])
+        assert grown.history_length == whole.history_length
+        if grown.history_length:
+            assert all(torch.equal(a, b) for a, b in zip(history(grown), history(whole), strict=True))
 
 
 def test_a_history_grows_when_its_room_is_full():

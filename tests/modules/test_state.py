@@ -59,6 +59,39 @@ def test_a_state_dict_is_the_cache(plan_layer, static, padded):
     assert (other[0].length, cache_of(plan_layer, static).state_dict()) == (0, {})
 
 
+@each_plan
+@pytest.mark.parametrize("tokens", [1, 5, 11, 40])
+@pytest.mark.parametrize(
+    "kinds", [(False, False), (False, True), (True, False)], ids=["same", "to static", "to dynamic"]
+)
+def test_a_state_dict_of_few_tokens(plan_layer, kinds, tokens):
+    """A dynamic cache writes the part of the ring that it has; a static one reads it, and the other way round."""
+    source, other = (
+        KVCache(plan_layer, buffer=20, sinks=2, static=static, max_length=60 if static else None) for static in kinds
+    )
+    source.update(*qkv(0, 2, (4, 2), tokens, tokens, D, D, torch.float32)[1:])
+    state = source.state_dict()
+    assert state["keys"].shape[2] == 2 + (20 if kinds[0] else max(min(tokens, 20), 8))
+    other.load_state_dict(state)
+    assert (other.length, other.history_length) == (tokens, source.history_length)
+    q, k, v = qkv(1, 2, (4, 2), 5, 5, D, D, torch.float32)
+    assert_within(other(q, k, v), source(q, k, v), 2 * attention_bound(q, *(torch.cat([t] * 12, 2) for t in (k, v))))
+
+
+def test_a_state_dict_has_slots_for_its_tokens():
+    source, other = (KVCache(PLANS["topk"], buffer=20, sinks=2) for _ in range(2))
+    source.update(*torch.randn(2, 1, 2, 11, D))
+    state = source.state_dict()
+    assert state["keys"].shape[2] == 2 + 11
+    for slots in (10, 21):
+        wrong = {name: state[name].new_zeros(1, 2, 2 + slots, D) for name in ("keys", "values")}
+        with pytest.raises(ValueError, match=r"(keys|values) of a saved cache must be torch.float32 \[1, 2, 22, 16\]"):
+            other.load_state_dict(state | wrong)
+    full = {"length": torch.tensor(25), "first": torch.tensor(5)}  # which would have filled the ring
+    with pytest.raises(ValueError, match="of a saved cache must be"):
+        other.load_state_dict(state | full)
+
+
 def test_a_state_dict_knows_what_was_dropped():
     cache, other = filled(PLANS["graded"], False), cache_of(PLANS["graded"], False)
     cache.evict(7)

@@ -15,10 +15,11 @@ from tests.stateful.checked import assert_answer, assert_holds, assert_refused, 
 from tests.stateful.oracle import Oracle
 from tests.strategies import coded_layouts, normal, seeds
 
-__all__ = ["CacheMachine"]
+__all__ = ["BUFFERS", "CacheMachine"]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LONGEST, COPIES = 150, 3
+BUFFERS = st.integers(1, 8) | st.sampled_from([12, 20, 33])  # the last ones grow, some of them more than once
 ROWS = st.lists(st.integers(0, 5), min_size=1, max_size=3)
 
 
@@ -54,7 +55,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.heads, self.kv_heads = data.draw(st.sampled_from([(2, 1), (2, 2)]))
         self.dtype = data.draw(st.sampled_from(DTYPES))
         plan_layer = data.draw(st.integers(0, 7).flatmap(lambda n: plans(self.d, self.dv) if n else st.none()))
-        buffer, sinks = data.draw(st.integers(1, 8)), data.draw(st.integers(0, 3))
+        buffer, sinks = data.draw(BUFFERS), data.draw(st.integers(0, 3))
         self.prefill = data.draw(st.sampled_from(["chunk", "windowed"]))
         self.static = data.draw(st.booleans())
         self.longest = data.draw(st.integers(1, 80)) if self.static else LONGEST

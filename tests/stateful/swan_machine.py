@@ -21,6 +21,7 @@ from swan.calibration.capture import attention_layers
 from swan.integrations.transformers.attention import swan_attention_forward
 from tests.stateful.checked import assert_answer, assert_holds, assert_refused, image
 from tests.stateful.layouts import U32, unit
+from tests.stateful.machine import BUFFERS
 from tests.stateful.oracle import Oracle
 from tests.strategies import normal, seeds
 from tests.tiny import attached
@@ -53,7 +54,7 @@ class SwanMachine(RuleBasedStateMachine):
         self.model = model_of(self.dtype)
         self.modules = attention_layers(self.model)
         kind = data.draw(st.sampled_from(["retention", "plan", "budget", "budget", "levels"]))
-        buffer, sinks = data.draw(st.integers(1, 8)), data.draw(st.integers(0, 3))
+        buffer, sinks = data.draw(BUFFERS), data.draw(st.integers(0, 3))
         self.prefill = data.draw(st.sampled_from(["chunk", "windowed"]))
         settings = {"buffer": buffer, "sinks": sinks, "prefill": self.prefill}
         if kind in ("retention", "budget"):
