@@ -1,9 +1,12 @@
 """The choice and the build of the kernels for CPUs, and work without them; nothing here compiles them for long."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -31,10 +34,29 @@ case "$*" in
 esac
 """
 
+# A compiler that takes the kernels of this process for what it would have made.
+COPIES = """#!/bin/sh
+case "$*" in
+*-shared*) while [ "$1" != -o ]; do shift; done; sleep 1; cp "$REAL" "$2" ;;
+*.cpp*) ;;
+*) exec c++ "$@" ;;
+esac
+"""
+
+
+def script(file, text):
+    file.write_text(text)
+    file.chmod(file.stat().st_mode | stat.S_IEXEC)
+    return str(file)
+
+
+def environment_of(tmp_path, **environment):
+    return os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "built")} | environment
+
 
 def decode(tmp_path, **environment):
     """A process that decodes on packed tokens where nothing is built yet."""
-    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "built")} | environment
+    environment = environment_of(tmp_path, **environment)
     return subprocess.run([sys.executable, "-c", DECODE], env=environment, capture_output=True, text=True, check=False)
 
 
@@ -83,10 +105,7 @@ def test_without_a_compiler_tensor_code_decodes_and_says_so_once(tmp_path):
 @needs_cxx
 def test_a_compiler_that_fails_is_quoted(tmp_path):
     """Its first error, and nothing of the failed build stays."""
-    compiler = tmp_path / "c++"
-    compiler.write_text(FAILS)
-    compiler.chmod(compiler.stat().st_mode | stat.S_IEXEC)
-    found = decode(tmp_path, CXX=str(compiler), SWAN_CPU="generic")
+    found = decode(tmp_path, CXX=script(tmp_path / "c++", FAILS), SWAN_CPU="generic")
     assert found.returncode == 0, found.stderr
     (warning,) = found.stdout.splitlines()
     assert "were not built: kernel.cpp:7:1: error: no semicolon; they need" in warning
@@ -104,3 +123,144 @@ def test_building_says_how_long_it_took(tmp_path):
     assert len(said) == 2
     (file,) = (tmp_path / "built").iterdir()
     assert said[1].startswith("swan: compiled in ") and said[1].endswith(str(file))
+
+
+# Several that build, and folders in which nothing can be built ------------------------------------
+
+
+@needs_cxx
+def test_two_processes_build_at_once(tmp_path):
+    """Beside what is left of a build that was killed."""
+    cpu.build()
+    environment = environment_of(tmp_path, CXX=script(tmp_path / "c++", COPIES), REAL=str(cpu.library()))
+    left = tmp_path / "built" / f"{cpu.BUILD}killed"
+    left.mkdir(parents=True)
+    (left / "lock").write_text("")
+    command = [sys.executable, "-c", DECODE]
+    both = [subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert [out.strip() for out, _ in said] == ["", ""]
+    assert any("swan: compiled in" in err for _, err in said)
+    assert sorted(file.name for file in (tmp_path / "built").iterdir()) == [left.name, cpu.library().name]
+
+
+def test_what_killed_builds_left_is_removed_in_time(tmp_path):
+    old, new, other = (tmp_path / name for name in (f"{cpu.BUILD}old", f"{cpu.BUILD}new", "torch"))
+    for folder in (old, new, other):
+        folder.mkdir()
+        (folder / "lock").write_text("")
+    for folder in (old, other):
+        os.utime(folder, (0, time.time() - cpu.FORGOTTEN - 60))
+    with cpu._folder_to_build_in(tmp_path) as folder:
+        assert os.path.basename(folder).startswith(cpu.BUILD)
+        assert not old.exists() and new.exists() and other.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([new, other])
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF" + bytes(60)], ids=["empty", "cut"])
+def test_a_file_that_does_not_load_is_compiled_anew(content, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(cpu, "_compile", lambda *given: compiled.append(given))
+    file = tmp_path / "damaged.so"
+    file.write_bytes(content)
+    cpu._load("generic", file)
+    assert compiled == [("generic", file)]
+
+
+def unwritable(*_, **__):
+    raise PermissionError(30, "Read-only file system")  # as root is told of one
+
+
+@needs_cxx
+@pytest.mark.parametrize("where", ["below a file", "no such home", "read-only"])
+def test_a_folder_that_cannot_be_written_to_is_named(where, tmp_path, monkeypatch):
+    """`_built_once` makes one warning of it."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(
+        "TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "built" if where == "below a file" else tmp_path)
+    )
+    if where == "no such home":
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path / "file" / "nobody"))
+    if where == "read-only":
+        monkeypatch.setattr(cpu.tempfile, "TemporaryDirectory", unwritable)
+    file = cpu.library()
+    with pytest.raises(
+        RuntimeError, match=r"not built: .* cannot be written to \((Not a dir|Read-only).*\); set TORCH_EXT"
+    ) as caught:
+        cpu._compile("generic", file)
+    assert str(file.parent) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_without_a_home_nothing_is_made_here(monkeypatch):
+    """Python leaves the ~ of a user without a home as it is, and torch would make a folder of that name."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(RuntimeError, match="not built: this user has no home folder; set TORCH_EXTENSIONS_DIR"):
+        cpu.library()
+
+
+def test_threads_build_once(monkeypatch):
+    """Each waits for the first, and all learn that the kernels are there."""
+    loaded, start = [], threading.Barrier(4)
+
+    def load(name, _):
+        time.sleep(0.05)
+        loaded.append(name)
+
+    def work():
+        start.wait()
+        found.append(cpu.built())
+
+    found = []
+    monkeypatch.setattr(cpu, "variant", lambda: "of_this_test")
+    monkeypatch.setattr(cpu, "library", lambda name: name)
+    monkeypatch.setattr(cpu, "_load", load)
+    monkeypatch.setattr(cpu, "_register_fakes", lambda name: None)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (loaded, found) == (["of_this_test"], [True] * 4)
+
+
+FIRST_USE = """
+import sys, threading, warnings
+import torch
+from swan import Graded, pack, packed_attention
+layout, start, errors = Graded(((32, 4),)), threading.Barrier(8), []
+sys.setswitchinterval(1e-6)
+warnings.simplefilter("error")
+
+def work():
+    start.wait()
+    try:
+        k = pack(torch.randn(1, 2, 9, 32), layout)
+        packed_attention(torch.randn(1, 4, 1, 32), k, k)
+    except Exception as error:
+        errors.append(error)
+
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(*errors)
+"""
+
+
+@needs_cxx
+@pytest.mark.slow
+def test_threads_use_the_kernels_for_the_first_time_at_once(tmp_path):
+    cpu.build()
+    (tmp_path / "built").mkdir()
+    shutil.copy(cpu.library(), tmp_path / "built")
+    environment = environment_of(tmp_path)
+    found = subprocess.run(
+        [sys.executable, "-c", FIRST_USE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr

@@ -1,5 +1,6 @@
 """The kernels for CPUs: C++ sources, compiled on the machine that uses them, for its widest instruction set."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -31,7 +33,11 @@ ATTENDS = "Graded, and TopK with a bitmap, with queries of float32, bfloat16 or 
 PACKS = "Graded layouts, vectors of float32, bfloat16 or float16 on a CPU, without gradients"
 FOLDER = Path(__file__).parent
 SOURCES, HEADERS = (sorted(FOLDER.glob(pattern)) for pattern in ("*.cpp", "*.h"))
+BUILD, FORGOTTEN = "swan-build-", 3600  # name of a folder to build in; seconds after which its build was surely killed
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+
+# Held while the kernels are built or loaded: several threads may need them for the first time at once.
+_building = threading.RLock()
 
 # Variants of the kernels, the fastest first: capabilities that the CPU must have (names of
 # `torch.cpu.get_capabilities`), and flags for the compiler.
@@ -100,7 +106,8 @@ def operator(name: str) -> Any:
 @constant_result
 def built(_device: torch.device | None = None) -> bool:
     """Build the kernels at the first call, also while torch.compile traces; return whether they are there."""
-    return _built_once(variant())
+    with _building:
+        return _built_once(variant())
 
 
 def require(device: torch.device) -> None:
@@ -134,13 +141,15 @@ def library(name: str | None = None) -> Path:
     Its name changes with the sources, the flags, the CPU and the versions of torch and Python.
 
     Raises:
-        RuntimeError: setuptools, which torch needs for that, does not load.
+        RuntimeError: setuptools, which torch needs for that, does not load, or there is no home folder.
     """
     name = name or variant()
     text = [path.read_text() for path in (*SOURCES, *HEADERS)]
     identity = [*text, *FLAGS, name, *VARIANTS[name][1], torch.__version__, sys.version, platform.machine(), _cpu()]
     digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or _cpp_extension().get_default_build_root()
+    if "~" in Path(root).parts:  # torch would make a folder of that name
+        raise RuntimeError(_not_kept("this user has no home folder"))
     return Path(root) / f"swan_cpu_{name}-{digest}.so"
 
 
@@ -166,15 +175,25 @@ def build(name: str | None = None) -> None:
     Compiling says on stderr that it begins, and how long it took.
 
     Raises:
-        RuntimeError: there is no compiler, or it fails.
+        RuntimeError: there is no compiler, it fails, or there is no folder to keep them in.
     """
     name = name or variant()
-    if hasattr(torch.ops.swan, f"attend_cpu_{name}"):
-        return
-    if (file := library(name)).exists():
-        torch.ops.load_library(str(file))
-    else:
-        _compile(name, file)
+    with _building:
+        if not hasattr(torch.ops.swan, f"attend_cpu_{name}"):
+            _load(name, library(name))
+            _register_fakes(name)
+
+
+def _load(name: str, file: Path) -> None:
+    """Load a variant from its file; compile it where there is none, or one that does not load."""
+    if file.exists():
+        with contextlib.suppress(OSError):
+            return torch.ops.load_library(str(file))
+    _compile(name, file)
+
+
+def _register_fakes(name: str) -> None:
+    """Tell torch.compile what the operators of a variant return."""
 
     @torch.library.register_fake(f"swan::attend_cpu_{name}")
     def _(q, k, k_layout, v, v_layout, *_):  # pyright: ignore
@@ -204,13 +223,16 @@ def _compile(name: str, file: Path) -> None:
     """Compile and load a variant, and leave it in a file."""
     if reason := missing():
         raise RuntimeError(not_built(reason))
+    try:
+        scratch = _folder_to_build_in(file.parent)
+    except OSError as error:
+        raise RuntimeError(_not_kept(f"{file.parent} cannot be written to ({error.strerror})")) from error
     print(f"swan: compiling its CPU kernels ({name}), once on this machine ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
     flags = [*FLAGS, *VARIANTS[name][1], f"-DSWAN_VARIANT={name}"]
     settings = {"extra_cflags": flags, "extra_ldflags": ["-fopenmp"], "is_python_module": False}
     module = f"swan_cpu_{name}"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # a new one: killed builds leave locks
+    with scratch as folder:
         try:
             _cpp_extension().load(module, [str(path) for path in SOURCES], build_directory=folder, **settings)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
@@ -218,6 +240,21 @@ def _compile(name: str, file: Path) -> None:
         shutil.copy(Path(folder) / f"{module}.so", f"{folder}/copy")
         os.replace(f"{folder}/copy", file)
     print(f"swan: compiled in {time.perf_counter() - start:.0f} s: {file}", file=sys.stderr, flush=True)
+
+
+def _folder_to_build_in(parent: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a new folder, because killed builds leave locks; remove those that were left long ago."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for old in parent.glob(f"{BUILD}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process may be faster
+            if time.time() - old.stat().st_mtime > FORGOTTEN:
+                shutil.rmtree(old, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=BUILD, dir=parent)
+
+
+def _not_kept(reason: str) -> str:
+    """Say that the kernels were not built because there is no folder to keep them in."""
+    return f"swan's CPU kernels were not built: {reason}; set TORCH_EXTENSIONS_DIR to a folder that can be written to"
 
 
 def not_built(reason: str) -> str:
