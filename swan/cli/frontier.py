@@ -23,6 +23,7 @@ from swan.cli.common import (
     write_json,
 )
 from swan.cli.tables import Columns, Row, number, percent, print_table
+from swan.evaluation.baselines import fit_linear_scores
 from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.figures import save
@@ -38,8 +39,10 @@ from swan.evaluation.frontier import (
 )
 from swan.evaluation.perplexity import Setting, evaluate
 from swan.evaluation.retrieval import evaluate_needles, needle_cases, summarize_needles
-from swan.evaluation.texts import evaluation_text, token_windows
+from swan.evaluation.texts import calibration_text, evaluation_text, token_windows
 from swan.integrations import attached
+
+LINEAR_TOKENS = 8192  # of calibration text that linear scores are fitted on
 
 
 def frontier(
@@ -67,7 +70,7 @@ def frontier(
     out: Annotated[Path | None, typer.Option(help="JSON file to write, after each window too.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare default plans with dense, fp8, 2 to 4 bit, top-k and low-rank caches at their bytes."""
+    """Compare default plans with dense, fp8, 2 to 4 bit, top-k, low-rank and token-dropping caches at their bytes."""
     texts, retentions = text or ["qasper", "squad"], retention or list(RETENTIONS)
     if quick:
         windows, length, needles, seeds = 1, 1024, min(needles, 10), 1
@@ -79,12 +82,17 @@ def frontier(
     if needles:
         cases = needle_cases(tokenizer, evaluation_text("qasper"), cases=needles, lengths=(length // 2, length))
     calibration = calibration_of(model, network, tokenizer, path=calibration_file)
-    compared_methods = methods(calibration, retentions, buffer=buffer, sinks=sinks, seeds=seeds)
+    recent: dict[str, Any] = {"buffer": buffer, "sinks": sinks}
+    linear = None
+    if rivals and length > 2 * buffer:
+        batches = token_windows(calibration_text(), tokenizer, max(LINEAR_TOKENS // length, 1), length).split(1)
+        linear = fit_linear_scores(network, batches, calibration, buffer=buffer)
+    compared_methods = methods(calibration, retentions, seeds=seeds, linear=linear, **recent)
     if not rivals:
         compared_methods = [m for m in compared_methods if m.form == DEFAULT]
     if quick:
         compared_methods = [m for m in compared_methods if m.basis is not None]  # those of transformers are slow
-    settings = {"texts": texts, "windows": windows, "length": length, "buffer": buffer, "sinks": sinks}
+    settings = {"texts": texts, "windows": windows, "length": length, **recent}
     settings |= {"dtype": dtype_name(network.dtype), "calibration": repr(calibration), "layers": _layers(network)}
 
     def written(scored: list[Row]) -> dict[str, Any]:
@@ -95,7 +103,7 @@ def frontier(
         return result
 
     result = written(evaluate(network, tokens, compared_methods, calibration, after_window=written))
-    plans = [Plan.for_retention(r, calibration, buffer=buffer, sinks=sinks) for r in needle_retention or [0.26]]
+    plans = [Plan.for_retention(r, calibration, **recent) for r in needle_retention or [0.26]]
     needle_settings = [Setting(), *(Setting(plan, name=DEFAULT) for plan in plans)] if cases else []
     for method in needle_settings:
         with attached(network, None if method.form == "dense" else calibration):

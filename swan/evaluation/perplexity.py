@@ -28,7 +28,7 @@ CHUNK = 512  # tokens a forward takes in; the windowed form does not depend on i
 
 
 class Method(Protocol):
-    """A way to keep the cache small that can be scored: `Setting`, or a rival of swan/evaluation/baselines.py."""
+    """A way to keep the cache small that can be scored: `Setting`, or a rival of swan/evaluation/baselines."""
 
     @property
     def form(self) -> str:
@@ -331,4 +331,4 @@ def _indexed(d: int, retention: float) -> TopK:
 
 
 def _describe(layout: Layout) -> dict[str, Any]:
-    return {"form": layout.form, **vars(layout)}
+    return {"form": layout.form, **getattr(layout, "about", vars(layout))}

@@ -109,7 +109,9 @@ def test_frontier(tiny, text, tmp_path):
     result = json.loads(out.read_text())
     assert set(result) == ENVELOPE | {"needles"}
     assert [row["form"] for row in result["rows"]][:2] == ["dense", "swan"]
-    assert {"fp8", "kivi", "random-rotation", "window", "low rank"} <= {row["form"] for row in result["rows"]}
+    rivals = {"fp8", "kivi", "random-rotation", "window", "low rank", "nvfp4", "kvarn", "block-gtq", "trellis"}
+    rivals |= {"snapkv", "expected attention, 4 bit", "linear score"}
+    assert rivals <= {row["form"] for row in result["rows"]}
     assert (tmp_path / "f.png").is_file()
 
 

@@ -1,5 +1,6 @@
 """Rivals: their grids, their bytes, and that they see what they should."""
 
+import itertools
 import math
 
 import pytest
@@ -7,15 +8,19 @@ import torch
 
 from swan import Graded, KVCache, LayerPlan, Plan, pack, unpack
 from swan.evaluation.baselines import (
-    KIVI_GROUP,
+    BlockBits,
+    Float4,
     Float8,
     Kivi,
-    KiviHistory,
+    KVarN,
     LloydMax,
     TransformersQuantized,
-    normal_grid,
+    Trellis,
     rivals,
 )
+from swan.evaluation.baselines.codes import FLOAT4, block_bits, normal_grid, sphere_grid
+from swan.evaluation.baselines.tiles import KIVI_GROUP, TileHistory, balanced, kivi_fits
+from swan.evaluation.baselines.trellis import grid_of, nearest_paths, subset
 from swan.evaluation.perplexity import Setting, evaluate
 from swan.functional import reference
 from tests.strategies import normal, one_thread  # noqa: F401
@@ -31,12 +36,104 @@ def test_the_normal_grid_has_the_error_of_the_tables(bits, error):
     assert nearest.square().mean().item() == pytest.approx(error, rel=2e-3)
 
 
-@pytest.mark.parametrize("layout", [LloydMax(64, 4), LloydMax(63, 3), LloydMax(64, 2), Float8(64)], ids=str)
-def test_layouts_store_their_bytes(layout):
-    x = normal(0, 2, 3, 7, layout.d)
+UNEVEN = BlockBits(((6,) * 8 + (2,) * 56, (3,) * 32 + (2,) * 16 + (1,) * 8 + (3,) * 8))
+
+
+@pytest.mark.parametrize(
+    ("layout", "size"),
+    [
+        (LloydMax(64, 4), 34),
+        (LloydMax(63, 3), 26),  # 16 bytes of high parts and 8 of low ones
+        (LloydMax(64, 2), 18),
+        (Float8(64), 64),
+        (Float4(64, 0.3), 36),
+        (Trellis(64, 3), 27),
+        (Trellis(64, 2), 19),
+        (BlockBits(((3,) * 64,) * 2), 26),
+        (UNEVEN, 26),  # 160 bits and three lengths, of which one head uses two
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_layouts_store_their_bytes(layout, size):
+    x = normal(0, 3, 2, 7, layout.d)
     packed = pack(x, layout)
-    assert packed.nbytes == 42 * layout.vector_bytes()
-    assert unpack(packed).shape == x.shape
+    assert packed.nbytes == 42 * layout.vector_bytes() == 42 * size
+    restored = unpack(packed)
+    assert restored.shape == x.shape
+    assert (restored - x).square().mean() < 0.2
+    assert unpack(pack(torch.zeros(1, 2, 1, layout.d), layout)).abs().max() < 1e-6
+
+
+def test_errors_fall_with_bits():
+    """Squared errors of normal vectors; those of the trellis are near the least possible, 4 ** -bits."""
+    x = normal(3, 1, 2, 200, 64)
+    errors = {}
+    for bits in (2, 3):
+        uniform, trellis = BlockBits(((bits,) * 64,) * 2), Trellis(64, bits)
+        errors[bits] = [(unpack(pack(x, a)) - x).square().mean().item() for a in (uniform, trellis)]
+    assert errors[2] == pytest.approx([0.116, 0.070], rel=0.05)
+    assert errors[3] == pytest.approx([0.034, 0.019], rel=0.05)
+
+
+def test_float4_by_hand():
+    x = torch.tensor([12.0, -1.0, 2.9, 0.4] + [0.0] * 12).view(1, 1, 1, 16)  # 12 / 6 is the scale
+    assert unpack(pack(x, Float4(16))).flatten()[:4].tolist() == [12.0, -1.0, 3.0, 0.0]
+    exact = torch.tensor(FLOAT4 + tuple(-m for m in FLOAT4)).view(1, 1, 1, 16)
+    assert torch.equal(unpack(pack(exact, Float4(16))), exact)
+    with pytest.raises(ValueError, match="NVFP4 needs a head dimension that is a multiple of 16, got 24"):
+        Float4(24)
+
+
+def test_rotary_blocks_get_bits_by_their_energy():
+    """Greedy bits have no other of the same sum that is better, for all of three blocks; none is above 8."""
+    energy = torch.tensor([[40.0, 3.0, 1.0]])
+    bits = block_bits(energy, 3)
+    loss = {
+        (a, b, 9 - a - b): (energy * 4.0 ** -torch.tensor([[a, b, 9 - a - b]])).sum().item()
+        for a in range(1, 8)
+        for b in range(1, 9 - a)
+    }
+    assert tuple(bits[0].tolist()) == min(loss, key=loss.get) == (4, 3, 2)
+    assert block_bits(torch.tensor([[1e9, 1.0, 1.0, 1.0]]), 4)[0].tolist() == [8, 3, 3, 2]
+
+
+def test_uneven_bits_lie_at_their_coordinates():
+    x = normal(4, 1, 2, 500, 64)
+    error = (unpack(pack(x, UNEVEN)) - x).square().mean((0, 2))
+    assert error[0, :8].max() < 0.002 < 0.08 < error[0, 8:].min()
+    assert error[1, 48:56].min() > 0.3 > 0.05 > error[1, :32].max()
+    with pytest.raises(ValueError, match=r"as many bits each, got \[32, 48\]"):
+        BlockBits(((2,) * 16, (3,) * 16))
+
+
+@pytest.mark.parametrize("n", [2, 8, 64])
+def test_grids_of_unit_vectors(n):
+    """Of one bit the points are the mean magnitude; of two coordinates it is 2 / pi."""
+    x = torch.nn.functional.normalize(normal(5, 20_000, n), dim=-1)[:, 0]
+    assert sphere_grid(1, n)[1].item() == pytest.approx(x.abs().mean().item(), rel=0.02)
+    errors = [(x[:, None] - sphere_grid(bits, n)).abs().amin(-1).square().mean().item() for bits in (1, 2, 3, 4)]
+    assert all(b < a / 3 for a, b in itertools.pairwise(errors))
+    if n == 2:
+        assert sphere_grid(1, n)[1].item() == pytest.approx(2 / math.pi, abs=1e-4)
+
+
+def test_paths_on_the_trellis_are_the_nearest():
+    """Against all paths of three coordinates."""
+    x, bits = normal(6, 5, 3), 2
+    first, codes = nearest_paths(x, bits)
+    state = torch.arange(256).view(-1, 1, 1, 1)
+    code = torch.arange(4)
+    points, shape = [], [256, 4, 4, 4]
+    for axis in range(3):
+        now = code.view([-1 if i == axis else 1 for i in range(3)])
+        points.append(grid_of(bits)[4 * (now >> 1) + subset(state, now & 1)].expand(shape))
+        state = (2 * state + (now & 1)) % 256
+    every = torch.stack(points, dim=-1).view(-1, 3)
+    least = torch.cdist(x.double(), every.double()).square().amin(-1)
+    own = torch.stack(
+        [every[((f * 4 + a) * 4 + b) * 4 + c] for f, (a, b, c) in zip(first.int(), codes.int(), strict=True)]
+    )
+    torch.testing.assert_close((own - x).double().square().sum(-1), least, rtol=1e-5, atol=1e-6)
 
 
 def test_lloyd_max_error_after_rotation():
@@ -64,7 +161,7 @@ def test_kivi_codes_keys_by_channel_and_values_by_token(bits, chunks):
     d, buffer, sinks = 64, 16, 2
     plain = Graded(((d, 16),))
     cache = KVCache(LayerPlan(plain, plain), buffer=buffer, sinks=sinks, prefill="windowed")
-    cache.history = KiviHistory(bits, cache)
+    cache.history = TileHistory(Kivi(bits), cache)
     k, v = normal(0, 1, 2, 140, d), normal(1, 1, 2, 140, d)
     start = 0
     for size in chunks:
@@ -81,33 +178,94 @@ def test_kivi_codes_keys_by_channel_and_values_by_token(bits, chunks):
         v[:, :, group] = affine(v[:, :, group].reshape(1, 2, KIVI_GROUP, 2, 32), -1, bits).reshape(1, 2, KIVI_GROUP, d)
     expected, _ = reference.dense_attention(q.double(), k.double(), v.double())
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-    coded = sum(t.numel() * t.element_size() for group in cache.history.coded for t in group)
+    coded = sum(t.numel() * t.element_size() for group in cache.history.coded for side in group for t in side)
     assert coded == 2 * 2 * whole * d * 2 * Kivi(bits).retention
+
+
+def test_balanced_matrices_have_even_rows_and_columns():
+    x = normal(7, 2, 32, 128) * normal(8, 2, 32, 1).exp() * normal(9, 2, 1, 128).exp()
+    quotient, rows, columns = balanced(x)
+    torch.testing.assert_close(quotient * rows * columns, x)
+    for dim in (-1, -2):
+        deviations = quotient.std(dim)
+        assert deviations.max() / deviations.min() < 1.05 < 5 < x.std(dim).max() / x.std(dim).min()
+    assert balanced(torch.zeros(4, 8))[0].eq(0).all()
+
+
+def test_kvarn_stores_its_bytes_and_spends_bits_on_keys():
+    """A channel of outliers and a token of outliers cost little: both are divided by factors of their own."""
+    coder = KVarN((64, 32))
+    k, v = normal(10, 1, 2, 3, 128, 64), normal(11, 1, 2, 3, 128, 32)
+    keys, values = coder.code(k, v)
+    size = sum(t.numel() * t.element_size() for t in (*keys, *values))
+    assert size == coder.retention * 2 * (k.numel() + v.numel())
+    assert KVarN((64, 64)).retention == (64 * 64 + 2 * 256 + 128 * 16 + 2 * 320) / (2 * 128 * 128)
+    restored = coder.decode(keys, values, (64, 32))
+    errors = [(a - b).square().mean().item() for a, b in zip(restored, (k, v), strict=True)]
+    assert errors[0] < 0.015 < 0.1 < errors[1] < 0.2
+    k[..., 5, :] *= 100
+    (restored, _) = coder.decode(*coder.code(k, v), (64, 32))
+    error = (restored - k).square().mean(-1)
+    assert error[..., 6:].mean() < 2 * errors[0]
+
+
+def test_kvarn_in_a_cache_waits_for_128_tokens():
+    plain = Graded(((32, 16),))
+    cache = KVCache(LayerPlan(plain, plain), buffer=16, sinks=2, prefill="windowed")
+    cache.history = TileHistory(KVarN((32, 32)), cache)
+    k, v = normal(0, 1, 2, 300, 32), normal(1, 1, 2, 300, 32)
+    for start in range(0, 300, 50):
+        cache.update(k[:, :, start : start + 50], v[:, :, start : start + 50])
+    (packed, _) = cache.history.until(284)
+    (tile, _) = KVarN((32, 32)).code(*(x[:, :, 2:258].unflatten(2, (2, 128)) for x in (k, v)))
+    assert torch.equal(cache.history.coded[1][0][0], tile[0][:, :, 1:])
+    torch.testing.assert_close(unpack(packed)[:, :, 256:], k[:, :, 258:284])
+    assert 0 < (unpack(packed)[:, :, :256] - k[:, :, 2:258]).abs().max() < 0.5
 
 
 def test_rivals_are_scored_on_a_model():
     model, ids = tiny(head_dim=32), tokens(2, 120)
     calibration = calibration_of(model)
-    chosen = rivals([(32, 32)] * 2, buffer=16, seeds=2)
-    names = [rival.form for rival in chosen if rival.basis is not None]
-    assert (
-        names
-        == ["window", "fp8", "topk, no rotation", "topk, no rotation", "low rank"]
-        + ["random-rotation"] * 6
-        + ["kivi"] * 2
-    )
+    chosen = rivals(calibration, buffer=16, seeds=2)
     attachable = [rival for rival in chosen if rival.basis is not None]
+    assert [rival.form for rival in attachable] == [
+        "window", "fp8", "topk, no rotation", "topk, no rotation", "low rank", *["random-rotation"] * 6, "nvfp4",
+        "trellis", "trellis", *["block-gtq"] * 4, "kivi", "kivi", "kvarn", *["expected attention"] * 3,
+        *["expected attention, 4 bit"] * 3, *["snapkv"] * 3, *["snapkv, 4 bit"] * 3,
+    ]  # fmt: skip
     dense, *rows = evaluate(model, ids, attachable, calibration)
     for row, rival in zip(rows, attachable, strict=True):
         assert row["form"] == rival.form
         assert row["retention"] == rival.retention
-        assert row["kl"] > 0
+        assert row["kl"] > (0 if rival.form != "kvarn" else -1e-6)  # there is no whole tile of it
         history = 120 - 16 - 4
         assert row["compression_bf16"] == pytest.approx((20 + history * rival.retention) / 120)
-    kl = {(row["form"], row["settings"].get("bits"), row["retention"]): row["kl"] for row in rows}
+    kl = {
+        (row["form"], row["settings"].get("bits"), row["retention"]): row["kl"]
+        for row in rows
+        if row["form"] != "kvarn"
+    }
     assert min(kl, key=kl.get)[0] == "fp8"
     assert max(kl, key=kl.get)[0] == "window"
     assert dense["kl"] == 0
+
+
+def test_rotary_blocks_are_found_in_the_basis():
+    """RoPE turns the coordinates i and i + d / 2 together: whatever the order of the basis, both have the same bits."""
+    model = tiny(head_dim=32)
+    calibration = calibration_of(model)
+    chosen = [rival for rival in rivals(calibration, seeds=1) if rival.form == "block-gtq"]
+    plan = chosen[2].plan  # 3 bits for keys and 2 for values
+    for index, layer in enumerate(plan.layers):
+        identity = calibration.with_basis("identity").layers[index].key_basis
+        bits = torch.tensor(layer.keys.bits, dtype=torch.float32)
+        by_axis = (identity @ bits[..., None])[..., 0]
+        assert torch.equal(by_axis[:, :16], by_axis[:, 16:])
+        assert by_axis.sum(-1).eq(96).all()
+        moments = calibration.moments[index]
+        energy = (moments.q / 2 + moments.k).diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, 16)).sum(-2)
+        assert torch.equal(energy.argmax(-1), (energy * 4.0 ** -by_axis[:, :16]).argmax(-1)) or by_axis.max() > 3
+        assert {bits for head in layer.values.bits for bits in head} == {2}
 
 
 def test_kivi_wants_groups_of_32_coordinates_in_values():
@@ -115,9 +273,8 @@ def test_kivi_wants_groups_of_32_coordinates_in_values():
     message = r"KIVI needs values .* multiple of 32, got 48 in layer 0: leave it out for this model, as rivals\(\) does"
     with pytest.raises(ValueError, match=message):
         Kivi(4).cache(model)
-    assert "kivi" not in {rival.form for rival in rivals([(48, 48)] * 2)}
-    assert "kivi" not in {rival.form for rival in rivals([(32, 32), (32, 48)])}
-    assert "kivi" in {rival.form for rival in rivals([(48, 32)] * 2)}  # keys share scales between tokens
+    assert "kivi" not in {rival.form for rival in rivals(calibration_of(tiny(head_dim=48)))}
+    assert kivi_fits(32) and not kivi_fits(48)
 
 
 def test_caches_of_transformers_run_as_they_are():
