@@ -91,7 +91,7 @@ def frontier(
     if not rivals:
         compared_methods = [m for m in compared_methods if m.form == DEFAULT]
     if quick:
-        compared_methods = [m for m in compared_methods if m.basis is not None]  # those of transformers are slow
+        compared_methods = [m for m in compared_methods if m.basis is not None and m.form != "trellis"]  # slow ones
     settings = {"texts": texts, "windows": windows, "length": length, **recent}
     settings |= {"dtype": dtype_name(network.dtype), "calibration": repr(calibration), "layers": _layers(network)}
 

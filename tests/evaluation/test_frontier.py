@@ -24,6 +24,9 @@ def test_seeds_are_averaged(rows):
     random = [row for row in shown if row["form"] == "random-rotation"]
     assert [row["seeds"] for row in random] == [2, 2, 2]
     assert [label(row) for row in random] == [f"random-rotation, {bits} bit" for bits in (4, 3, 2)]
+    names = {label(row) for row in shown}
+    assert {"block-gtq, K 3 V 2 bit", "block-gtq, 3 bit", "trellis, 2 bit", "kvarn, K 4 V 2 bit", "nvfp4"} <= names
+    assert {"snapkv", "snapkv, 4 bit", "kivi, 4 bit"} <= names
     first = [row["kl"] for row in rows if row["form"] == "random-rotation"][:2]
     assert random[0]["kl"] == pytest.approx(sum(first) / 2)
     assert len(shown) == len(rows) - 3

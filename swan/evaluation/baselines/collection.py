@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -56,7 +57,8 @@ def rivals(
     """
     from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
-    dims, recent = calibration.dims, {"buffer": buffer, "sinks": sinks}
+    dims = calibration.dims
+    recent: dict[str, Any] = {"buffer": buffer, "sinks": sinks}
 
     def stored(make: Callable[[int], Layout]) -> Plan:
         return Plan(tuple(LayerPlan(make(d), make(dv)) for d, dv in dims), **recent)
@@ -77,7 +79,7 @@ def rivals(
         methods.append(Setting(Plan(_each_layer(calibration, _nvfp4), **recent), basis="identity"))
     methods += [Setting(stored(lambda d, bits=bits: Trellis(d, bits)), basis="identity") for bits in (3, 2)]
     for bits in BLOCK_BITS:
-        plan = Plan(_each_layer(calibration, lambda *layer, bits=bits: _block_gtq(*layer, bits)), **recent)
+        plan = Plan(_each_layer(calibration, partial(_block_gtq, bits=bits)), **recent)
         methods.append(Setting(plan, basis="identity"))
     if all(kivi_fits(dv) for _, dv in dims):
         methods += [Kivi(bits, **recent) for bits in (4, 2)]

@@ -1,7 +1,7 @@
 """Rivals whose keys share scales between tokens: tiles of tokens are coded together, in a history of its own."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from einops import rearrange
@@ -101,11 +101,10 @@ class Tiled:
         sinks: first tokens kept dense.
     """
 
-    form: ClassVar[str]
-    tile: ClassVar[int]
-
     buffer: int = field(default=64, kw_only=True)
     sinks: int = field(default=4, kw_only=True)
+    form: str = field(default="", init=False, repr=False)
+    tile: int = field(default=1, init=False, repr=False)
     basis: Basis | None = field(default="identity", init=False, repr=False)
     seed: int = field(default=0, init=False, repr=False)
     chunk: int = field(default=CHUNK, init=False, repr=False)
@@ -149,10 +148,9 @@ class Kivi(Tiled):
     Source: KIVI, arXiv:2402.02750.
     """
 
-    form: ClassVar[str] = "kivi"
-    tile: ClassVar[int] = KIVI_GROUP
-
     bits: int
+    form: str = field(default="kivi", init=False, repr=False)
+    tile: int = field(default=KIVI_GROUP, init=False, repr=False)
 
     @property
     def retention(self) -> float:
@@ -207,11 +205,10 @@ class KVarN(Tiled):
     Source: KVarN, arXiv:2606.03458.
     """
 
-    form: ClassVar[str] = "kvarn"
-    tile: ClassVar[int] = KVARN_TILE
-
     dims: tuple[int, int]
     bits: tuple[int, int] = (4, 2)
+    form: str = field(default="kvarn", init=False, repr=False)
+    tile: int = field(default=KVARN_TILE, init=False, repr=False)
 
     @property
     def retention(self) -> float:
