@@ -179,8 +179,8 @@ class Calibration:
             raise ValueError(f"{path} holds no whole calibration ({reason_of(error)}); {AGAIN}") from error
         if calibration.effects is None and "effects.keys" in tensors:
             warnings.warn(
-                f"{path} was written by an older version of swan, which measured effects of other layouts: plans will be "
-                f"the same for all layers until you {AGAIN}",
+                f"{path} was written by an older version of swan, which measured effects of other layouts: plans will "
+                f"be the same for all layers until you {AGAIN}",
                 stacklevel=2,
             )
         return calibration

@@ -30,8 +30,8 @@ __all__ = [
 
 Groups = tuple[tuple[int, int], ...]
 
-# Candidates for keys and for values: groups as (sixteenths of d, bits). They remained of 29 and 25 when those that plans
-# per layer of three models can do without were taken out one by one.
+# Candidates for keys and for values: groups as (sixteenths of d, bits). They remained of 29 and 25 when those that
+# plans per layer of three models can do without were taken out one by one.
 KEYS: tuple[Groups, ...] = (
     ((4, 4), (4, 2), (8, 1)),
     ((2, 5), (6, 2), (8, 1)),
