@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from swan.calibration.effects import KEYS, VALUES, Effects, Groups, graded
@@ -317,7 +318,7 @@ def _least(dims: Dims, effects: Effects | None) -> float:
 def _layers_by_effect(retention: float, dims: Dims, effects: Effects) -> list[LayerPlan | None]:
     """Begin all at their fewest bytes, and take first the step that lowers the predicted KL most per byte."""
     room, layouts, steps = 0.0, {}, []
-    tables = [_shrunk_to_mean(table) for table in (effects.keys, effects.values)]
+    tables = [_cautious(table) for table in (effects.keys, effects.values)]
     for index, pair in enumerate(dims):
         if not _is_winnowed(effects, index):
             continue
@@ -337,10 +338,13 @@ def _layers_by_effect(retention: float, dims: Dims, effects: Effects) -> list[La
     return [LayerPlan(layouts[i, "k"], layouts[i, "v"]) if (i, "k") in layouts else None for i in range(len(dims))]
 
 
-def _shrunk_to_mean(table: Tensor) -> Tensor:
-    """Move effects half way, in their logarithm, to the mean of all layers: on other texts layers differ less."""
+def _cautious(table: Tensor) -> Tensor:
+    """Raise effects that are below the mean of all layers half way to it, in their logarithm.
+
+    On other texts layers differ less; but a layer whose effect is above the mean is one with outliers, on any text.
+    """
     logs = table.clamp(min=1e-30).log()
-    return ((logs + logs.nanmean(0)) / 2).exp()
+    return torch.maximum(logs, (logs + logs.nanmean(0)) / 2).exp()
 
 
 def _hull(points: list[tuple[int, float, Graded]]) -> list[tuple[int, float, Graded]]:

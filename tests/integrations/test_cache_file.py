@@ -23,6 +23,7 @@ SETTINGS = {
     "static": {"retention": 0.33, "static": True, "max_length": 90},
     "levels": {"levels": [0.5, 0.33], "static": True, "max_length": 90},
     "excluded": {"retention": 0.33, "exclude": [0]},
+    "kept": {"retention": 0.5, "keep": 0.5},
 }
 each_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 

@@ -215,9 +215,9 @@ class SwanCache(Cache):
     def report(self) -> list[dict[str, Any]]:
         """Report for each winnowed layer its layouts, retention, bytes, compression and captured energy.
 
-        With a budget also the budget (of the whole cache) and the tokens dropped. Captured energy is the share of
-        squared length that the layouts keep of the keys and values now in the buffer: tokens of the history are no
-        longer dense, so it cannot be measured on them.
+        With a budget also the budget (of the whole cache), with `keep` also that, and with both the tokens dropped.
+        Captured energy is the share of squared length that the layouts keep of the keys and values now in the buffer:
+        tokens of the history are no longer dense, so it cannot be measured on them.
         """
         return report.report(self)
 

@@ -22,7 +22,11 @@ def report(cache: "SwanCache") -> list[dict[str, Any]]:
         row: dict[str, Any] = {"layer": index, "tokens": kv.length, "history": kv.history_length}
         row["retention"] = 0.0 if plan_layer is None else plan_layer.retention
         if cache.budget is not None:
-            row |= {"budget": cache.budget, "dropped": kv.dropped}
+            row["budget"] = cache.budget
+        if kv.keep is not None:
+            row["keep"] = kv.keep
+        if cache.budget is not None or kv.keep is not None:
+            row["dropped"] = kv.dropped
         row |= {"nbytes": kv.nbytes, "compression": kv.nbytes / max(kv.dense_nbytes, 1)}
         for name, dense in (("keys", kv.state.k_recent), ("values", kv.state.v_recent)):
             layout = None if plan_layer is None else getattr(plan_layer, name)

@@ -141,7 +141,7 @@ def _check_layers(cache: "SwanCache", layers: list[Saved]) -> None:
         try:
             if index in winnowed:
                 kv = winnowed[index]
-                check_saved(tensors, kv.plan_layer, kv.buffer.size, kv.buffer.sinks, kv.max_length)
+                check_saved(tensors, kv.plan_layer, kv.buffer.size, kv.buffer.sinks, kv.max_length, kv.keep)
                 if values:
                     raise ValueError("it has values beside its tensors")
             else:
