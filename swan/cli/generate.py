@@ -14,6 +14,7 @@ from swan.cli.common import (
     Dtype,
     DtypeOption,
     JsonOption,
+    KeepOption,
     ModelArgument,
     check_retention,
     check_size,
@@ -42,6 +43,7 @@ def generate(
         str | None,
         typer.Option(callback=check_size, help="Most bytes of the cache, such as 64MiB, instead of a retention."),
     ] = None,
+    keep: KeepOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 200,
     buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 128,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept dense.")] = 4,
@@ -55,6 +57,8 @@ def generate(
     json: JsonOption = False,
 ) -> None:
     """Generate text on a winnowed cache and say what the cache held."""
+    if keep is not None and budget is not None:
+        raise typer.BadParameter("--keep goes with a retention, not with a budget")
     prompt = _read(prompt)  # before a model is loaded
     network, tokenizer = load(model, dtype)
     inputs = encode(tokenizer, prompt, raw=raw).to(network.device)
@@ -70,12 +74,13 @@ def generate(
             calibration = calibration.with_basis(basis.value, seed=seed)
         attach(network, calibration)
         level: dict[str, Any] = {"retention": retention} if budget is None else {"budget": budget}
-        cache = SwanCache(network, **level, buffer=buffer, sinks=sinks)
+        cache = SwanCache(network, **level, keep=keep, buffer=buffer, sinks=sinks)
     torch.manual_seed(seed)
     row = stream(network, tokenizer, inputs, cache, tokens, sample=sample, show=not json)
     row["retention"] = getattr(cache, "retention", 1.0)
     if json:
-        settings = {"model": model, "retention": retention, "budget": budget, "buffer": buffer, "sinks": sinks}
+        settings = {"model": model, "retention": retention, "budget": budget, "keep": keep}
+        settings |= {"buffer": buffer, "sinks": sinks}
         return print_json(settings | {"basis": basis, "dtype": dtype_name(network.dtype), "dense": dense}, [row])
     messages.print(
         f"[dim]{row['new_tokens']} tokens at {number(row['tokens_per_second'], 1)}/s "
