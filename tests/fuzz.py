@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
-import dataclasses
 import json
 import math
 import random
@@ -28,10 +27,9 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
 from swan import Calibration, Plan, SwanCache, attach
-from swan.calibration.effects import KEYS, VALUES, Effects, graded
 from swan.calibration.files import _checksum, read_json
 from swan.integrations.transformers.pretrained import CALIBRATION, PLAN, _read
-from tests.tiny import logits_of, tiny, tokens
+from tests.tiny import logits_of, tiny, tokens, with_effects
 
 DATA = Path(__file__).parent / "data"
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
@@ -103,15 +101,6 @@ def artifacts(folder: Path) -> list[Artifact]:
 def _old_calibration(file: Path) -> Calibration:
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # its effects are of other layouts
         return Calibration.load(file)
-
-
-def with_effects(calibration: Calibration) -> Calibration:
-    """Give a calibration effects that fall with the bytes, alike for all layers."""
-    falling = [
-        torch.tensor([2.0 ** -graded(64, groups).vector_bytes() for groups in side]).expand(len(calibration.layers), -1)
-        for side in (KEYS, VALUES)
-    ]
-    return dataclasses.replace(calibration, effects=Effects(*(t.contiguous() for t in falling)))
 
 
 def outcome(artifact: Artifact, original: Any, rng: random.Random, folder: Path) -> str:

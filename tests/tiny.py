@@ -1,6 +1,7 @@
 """Tiny transformers models with random weights, and what their tests share."""
 
 import copy
+import dataclasses
 import gc
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from swan import Calibration, SwanCache, attach, calibrate
+from swan.calibration.effects import KEYS, VALUES, Effects, graded
 from swan.evaluation.models import model_folder
 from swan.integrations.transformers import cache_keyword
 from swan.storage.mixing import MIXES, _name
@@ -138,6 +140,17 @@ def attached(architecture: str = "llama", seed: int = 0, fold: bool = False, **c
 
 def calibration_of(model: PreTrainedModel) -> Calibration:
     return calibrate(model, [tokens(2, 40, seed=1)])
+
+
+def with_effects(calibration: Calibration) -> Calibration:
+    """Give a calibration effects that fall with the bytes, alike for all layers."""
+    falling = [
+        torch.tensor([2.0 ** (-graded(64, groups).vector_bytes() / 4) for groups in side]).expand(
+            len(calibration.layers), -1
+        )
+        for side in (KEYS, VALUES)
+    ]
+    return dataclasses.replace(calibration, effects=Effects(*(t.contiguous() for t in falling)))
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

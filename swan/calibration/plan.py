@@ -25,18 +25,14 @@ __all__ = ["Plan"]
 
 # Without measured effects, from few bytes to many: groups (sixteenths of d, bits) of keys and of values. Chosen on
 # calibration text of SmolLM2 by the KL that a layout of keys alone, and one of values alone, adds: the frontier of
-# their sums.
+# their sums; of those with 8 bits for the leading keys, without which models whose keys have outliers fall apart.
 LADDER: tuple[tuple[Groups, Groups], ...] = (
-    (((4, 3), (4, 2), (8, 1)), ((4, 2), (12, 1))),  # at d = 64: retention 0.11
-    (((2, 5), (6, 3), (8, 1)), ((8, 2), (8, 1))),
-    (((2, 5), (6, 3), (8, 1)), ((16, 2),)),  # 0.15
-    (((2, 6), (6, 3), (8, 1)), ((2, 3), (14, 2))),
-    (((2, 6), (6, 3), (8, 2)), ((2, 3), (14, 2))),
-    (((2, 6), (6, 3), (8, 2)), ((8, 3), (8, 2))),
-    (((2, 6), (6, 4), (8, 2)), ((8, 3), (8, 2))),  # 0.20
-    (((2, 6), (6, 4), (8, 2)), ((16, 3),)),
-    (((2, 6), (6, 4), (8, 3)), ((16, 3),)),
-    (((2, 8), (6, 5), (8, 3)), ((16, 3),)),  # 0.25
+    (((2, 8), (6, 3), (8, 1)), ((8, 2), (8, 1))),  # at d = 64: retention 0.18
+    (((2, 8), (6, 4), (8, 2)), ((8, 2), (8, 1))),
+    (((2, 8), (6, 4), (8, 2)), ((16, 2),)),  # 0.20
+    (((2, 8), (6, 4), (8, 2)), ((8, 3), (8, 2))),
+    (((2, 8), (6, 4), (8, 2)), ((16, 3),)),
+    (((2, 8), (6, 5), (8, 3)), ((16, 3),)),  # 0.27
     (((2, 8), (6, 5), (8, 3)), ((4, 4), (12, 3))),
     (((2, 8), (6, 5), (8, 3)), ((8, 4), (8, 3))),
     (((2, 8), (6, 5), (8, 3)), ((16, 4),)),
@@ -148,6 +144,10 @@ class Plan:
             rounded_up = math.ceil(least * 1e4) / 1e4  # rounded down it would not fit
             raise ValueError(
                 f"no plan fits in retention {retention:.3g} at these head dimensions; the least is {rounded_up}"
+                + (
+                    "; fewer bytes are safe where effects were measured: calibrate(..., effects=True)"
+                    * (effects is None)
+                )
             )
         if retention == 1:
             unpruned = [LayerPlan(Graded(((d, 16),)), Graded(((dv, 16),))) for d, dv in dims]
@@ -184,7 +184,7 @@ class Plan:
         Example:
             >>> levels = Plan.levels(dims=[(64, 64)])
             >>> [round(plan.retention, 2) for plan in (levels[0], levels[1], levels[-1])]
-            [1.0, 0.51, 0.13]
+            [1.0, 0.51, 0.18]
         """
         dims, effects = _dims_and_effects(calibration, dims)
         least = _least(dims, effects)

@@ -18,8 +18,8 @@ from swan import Calibration, LayerPlan, Plan, SwanCache, TopK, attach, calibrat
 from swan.calibration import files
 from swan.calibration.files import MOST_BYTES, check_place, parse_json, replacing, write_json, write_tensors
 from swan.integrations.transformers import cache_keyword
-from tests.fuzz import DATA, SMALL, artifacts, outcome, with_effects
-from tests.tiny import tiny, tokens
+from tests.fuzz import DATA, SMALL, artifacts, outcome
+from tests.tiny import tiny, tokens, with_effects
 
 with warnings.catch_warnings(action="ignore"):
     OLD = with_effects(Calibration.load(DATA / "calibration-3.safetensors"))
