@@ -101,7 +101,7 @@ def test_uneven_bits_lie_at_their_coordinates():
     x = normal(4, 1, 2, 500, 64)
     error = (unpack(pack(x, UNEVEN)) - x).square().mean((0, 2))
     assert error[0, :8].max() < 0.002 < 0.08 < error[0, 8:].min()
-    assert error[1, 48:56].min() > 0.3 > 0.05 > error[1, :32].max()
+    assert error[1, 48:56].min() > 0.25 > 0.05 > error[1, :32].max()
     with pytest.raises(ValueError, match=r"as many bits each, got \[32, 48\]"):
         BlockBits(((2,) * 16, (3,) * 16))
 
@@ -224,12 +224,12 @@ def test_kvarn_in_a_cache_waits_for_128_tokens():
 
 
 def test_rivals_are_scored_on_a_model():
-    model, ids = tiny(head_dim=32), tokens(2, 120)
+    model, ids = tiny(head_dim=32), tokens(1, 120)
     calibration = calibration_of(model)
-    chosen = rivals(calibration, buffer=16, seeds=2)
+    chosen = rivals(calibration, buffer=16, seeds=1)
     attachable = [rival for rival in chosen if rival.basis is not None]
     assert [rival.form for rival in attachable] == [
-        "window", "fp8", "topk, no rotation", "topk, no rotation", "low rank", *["random-rotation"] * 6, "nvfp4",
+        "window", "fp8", "topk, no rotation", "topk, no rotation", "low rank", *["random-rotation"] * 3, "nvfp4",
         "trellis", "trellis", *["block-gtq"] * 4, "kivi", "kivi", "kvarn", *["expected attention"] * 3,
         *["expected attention, 4 bit"] * 3, *["snapkv"] * 3, *["snapkv, 4 bit"] * 3,
     ]  # fmt: skip

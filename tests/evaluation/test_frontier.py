@@ -13,7 +13,7 @@ from tests.tiny import tiny, tokens
 
 @pytest.fixture(scope="module")
 def rows():
-    model, ids = tiny(head_dim=32), tokens(2, 200)
+    model, ids = tiny(head_dim=32), tokens(2, 150)
     calibration = calibrate(model, [tokens(1, 200)])
     chosen = [m for m in methods(calibration, (0.5, 0.25), buffer=16, seeds=2) if m.basis is not None]
     return evaluate(model, ids, chosen, calibration)

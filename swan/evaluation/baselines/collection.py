@@ -83,9 +83,11 @@ def rivals(
         methods.append(Setting(plan, basis="identity"))
     if all(kivi_fits(dv) for _, dv in dims):
         methods += [Kivi(bits, **recent) for bits in (4, 2)]
-    if len(set(dims)) == 1:
-        methods.append(KVarN(dims[0], **recent))
-    methods += _evicting(tuple(dims), linear, recent)
+    used = [layer is not None for layer in Plan.for_retention(1.0, calibration).layers]  # None: a sliding window
+    whole = tuple(pair if winnowed else None for pair, winnowed in zip(dims, used, strict=True))
+    if len(alike := {pair for pair in whole if pair is not None}) == 1:
+        methods.append(KVarN(*alike, **recent))
+    methods += _evicting(whole, linear, recent)
     for backend, installed in (("quanto", is_optimum_quanto_available()), ("hqq", is_hqq_available())):
         if installed:
             methods += [TransformersQuantized(backend, bits) for bits in (4, 2)]
@@ -93,7 +95,7 @@ def rivals(
 
 
 def _evicting(
-    dims: tuple[tuple[int, int], ...], linear: tuple[Tensor | None, ...] | None, recent: dict[str, Any]
+    dims: tuple[tuple[int, int] | None, ...], linear: tuple[Tensor | None, ...] | None, recent: dict[str, Any]
 ) -> list[Method]:
     """Drop tokens by each score, the others at 16 bits and at 4, down to the same bytes."""
     methods: list[Method] = []

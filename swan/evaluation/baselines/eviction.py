@@ -57,7 +57,7 @@ class Eviction:
     Args:
         score: what tokens are chosen by.
         share: of the tokens that stay, above 0 and at most 1.
-        dims: head dimensions of keys and values of each layer.
+        dims: head dimensions of keys and values of each layer; None where it has a sliding window.
         bits: 16 or 4.
         linear: for each layer what `fit_linear_scores` returns, for that score.
         buffer: recent tokens kept dense.
@@ -71,7 +71,7 @@ class Eviction:
 
     score: Score
     share: float
-    dims: tuple[tuple[int, int], ...]
+    dims: tuple[tuple[int, int] | None, ...]
     bits: int = 16
     linear: tuple[Tensor | None, ...] | None = field(default=None, repr=False, compare=False)
     buffer: int = 64
@@ -96,7 +96,7 @@ class Eviction:
     @property
     def plan(self) -> Plan:
         """Return the layouts of the tokens that stay."""
-        layers = [LayerPlan(Graded(((d, self.bits),)), Graded(((dv, self.bits),))) for d, dv in self.dims]
+        layers = [pair and LayerPlan(*[Graded(((n, self.bits),)) for n in pair]) for pair in self.dims]
         return Plan(tuple(layers), buffer=self.buffer, sinks=self.sinks)
 
     @property
