@@ -109,7 +109,7 @@ def test_a_planted_mistake_breaks_the_bound(mistake, impl):
     x, layout = hard(0, "normal", torch.float32, 1, 1, 16, 64), ALONE
     f = discarded(x, layout)
     found = {}
-    for name, packed in (("right", pack(x, layout)), ("wrong", mistake(pack(x, layout)))):
+    for name, packed in (("right", pack(x, layout, impl=impl)), ("wrong", mistake(pack(x, layout, impl=impl)))):
         off = unpack(packed) - x
         above_as_value, above_as_key = [], []
         for j in range(x.shape[2]):
