@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -298,18 +299,22 @@ def sphere_grid(bits: int, n: int) -> Tensor:
 
     Example:
         >>> sphere_grid(2, 64) * 8
-        tensor([-1.4867, -0.4509,  0.4509,  1.4867])
+        tensor([-1.5000, -0.4521,  0.4521,  1.5000])
     """
     steps, count = 1 << 14, 2**bits
-    angle = torch.pi * (torch.arange(steps, dtype=torch.float64).flip(0) + 0.5) / steps
-    x, weight = angle.cos(), angle.sin() ** (n - 2)
-    zero = weight.new_zeros(1)
-    mass, moment = (torch.cat([zero, t.cumsum(0)]) for t in (weight, weight * x))
+    angle = torch.pi * torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    edge, middle = angle.cos(), ((angle[1:] + angle[:-1]) / 2).cos()
+    weight = (1 - middle**2) ** (n / 2 - 1)
+    below = [torch.cat([t.new_zeros(1), t.cumsum(0)]) for t in (weight, weight * middle)]  # each edge
+
+    def between(stops: Tensor) -> tuple[Tensor, Tensor]:
+        at = [numpy.interp(stops, edge, each) for each in below]
+        mass, moment = (torch.from_numpy(each).diff() for each in at)
+        return mass, moment
+
     share = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    grid = x[torch.searchsorted(mass, share * mass[-1]).clamp(max=steps - 1)]
+    grid = torch.from_numpy(numpy.interp(share * below[0][-1], below[0], edge))
     for _ in range(300):
-        edges = torch.searchsorted(x, (grid[1:] + grid[:-1]) / 2)
-        edges = torch.cat([edges.new_zeros(1), edges, edges.new_full((1,), steps)])
-        inside = mass[edges].diff()
-        grid = torch.where(inside > 0, moment[edges].diff() / inside.clamp(min=1e-300), grid)
+        mass, moment = between(torch.cat([edge[:1], (grid[1:] + grid[:-1]) / 2, edge[-1:]]))
+        grid = torch.where(mass > 0, moment / mass.clamp(min=1e-300), grid)
     return grid.float()
