@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT", "RETENTIONS", "average_seeds", "compared", "label", "mark_frontier", "methods", "plot_frontier"]
 
-RETENTIONS = (0.5, 0.33, 0.26, 0.2, 0.15)
+RETENTIONS = (0.5, 0.33, 0.26, 0.2, 0.15, 0.1)
+ALIKE = 0.2  # the least of them at which plans without effects are shown
+KEPT = 0.18  # retention of the tokens that stay, where a retention is below it
 NEAR = 0.985  # share of a rival's bytes from which on a default plan counts as one of as many
 DEFAULT = "swan"  # form of the rows of swan's default plans
 BY_BITS = ("random-rotation", "trellis", "block-gtq")  # forms of rows whose layouts differ by their bits
@@ -35,7 +38,7 @@ def methods(
     seeds: int = 3,
     linear: tuple[Tensor | None, ...] | None = None,
 ) -> list[Method]:
-    """Collect the methods of `swan frontier`: default plans, the same without effects, the paper's form, rivals.
+    """Collect the methods of `swan frontier`: default plans, fewer tokens, no effects, the paper's form, rivals.
 
     Args:
         calibration: of the model.
@@ -55,7 +58,11 @@ def methods(
         return Plan(tuple(layers), buffer=plan.buffer, sinks=plan.sinks)
 
     others: list[Method] = []
-    for r in retentions[1::2]:
+    for r in retentions:
+        if r < KEPT:
+            plan = Plan.for_retention(KEPT, calibration, **recent, keep=1.0)
+            others.append(Setting(replace(plan, keep=r / plan.share), name="swan, tokens kept"))
+    for r in (r for r in retentions[1::2] if r >= ALIKE):
         others.append(Setting(everywhere(Plan.for_retention(r, dims=dims, **recent)), name="swan, layers alike"))
     topk = [LayerPlan(TopK(d, d // 2), TopK(dv, dv // 2)) for d, dv in dims]
     others.append(Setting(everywhere(Plan(tuple(topk), **recent)), name="swan topk"))
