@@ -60,6 +60,7 @@ OF_ONE_CALL = ("kernels/test_attend_cpu.py::test_what_does_not_fit_one_call_is_m
 OF_NUMBERS = ("kernels/test_attend_cpu.py::test_tokens_seen_as_numbers",)
 OF_CUDA_HOST = ("kernels/test_cuda_host.py",)
 OF_ONE_TILE = ("test_never_dense.py::test_steps_stay_within_a_tile[compiled-dynamic-decode-few bits]",)
+OF_KEEPING = ("modules/test_keeping.py",)
 OF_NUMERICS = ("functional/test_numerics.py",)
 
 MUTANTS = [
@@ -714,5 +715,34 @@ MUTANTS = [
         'return out if q.device.type == "cuda" else torch.where(q.isfinite().all(-1, keepdim=True), out, math.nan)',
         "return out",
         OF_NUMERICS,
+    ),
+    # the tokens that stay --------------------------------------------------------------------------
+    Mutant(
+        "long-values-are-worth-no-more",
+        "swan/modules/keeping.py",
+        "rank = _mean_of(state.scores) * _lengths(values, scored)",
+        "rank = _mean_of(state.scores)",
+        OF_KEEPING,
+    ),
+    Mutant(
+        "padding-may-stay",
+        "swan/modules/keeping.py",
+        "state.padding.view(-1, 1, 1) - state.dropped, -1)",
+        "state.padding.view(-1, 1, 1) - state.dropped, 1)",
+        OF_KEEPING,
+    ),
+    Mutant(
+        "a-page-counts-twice-after-a-crop",
+        "swan/modules/keeping.py",
+        "return [page for page in pages if page[0] >= state.observed]",
+        "return pages",
+        OF_KEEPING,
+    ),
+    Mutant(
+        "only-errors-of-single-tokens-count",
+        "swan/calibration/effects.py",
+        "(torch.stack(side).sum(0).amax(0) / tokens",
+        "(torch.stack(side).sum(0)[0] / tokens",
+        ("calibration/test_effects.py",),
     ),
 ]
