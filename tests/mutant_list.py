@@ -310,6 +310,15 @@ MUTANTS = [
         OF_CROP,
     ),
     Mutant("static-crop-forgets-the-oldest-in-the-ring", BUFFER, "state.first.clamp_(max=length)", "pass", OF_CROP),
+    Mutant("the-ring-is-taken-whole", BUFFER, "min(max(needed, 2 * slots, FEWEST), self.size)", "self.size", OF_BYTES),
+    Mutant("the-forecast-forgets-that-the-ring-grows", FORECAST, "slots_after(tokens)", "slots_after(0)", OF_BYTES),
+    Mutant(
+        "a-saved-ring-that-was-full-may-be-short",
+        CHECKS,
+        "if first or not length <= slots <= size:",
+        "if not length <= slots <= size:",
+        OF_STATE,
+    ),
     Mutant("static-crop-keeps-the-padding", BUFFER, "state.padding.zero_()", "pass", OF_CROP),
     Mutant(
         "slots-that-held-nothing-are-packed",
@@ -686,6 +695,13 @@ MUTANTS = [
         "forgotten-history-stays", HISTORY, "max(first - self.start, 0)].zero_()", "max(first - self.start, 0)]", OF_NAN
     ),
     Mutant("the-slot-of-empty-slots-stays", HISTORY, "t[:, :, self.room :].zero_()", "pass", OF_NAN),
+    Mutant(
+        "threads-build-the-kernels-each",
+        "swan/kernels/cpu/__init__.py",
+        "    with _building:\n        return _built_once(variant())",
+        "    return _built_once(variant())",
+        ("kernels/test_cpu.py::test_threads_build_once",),
+    ),
     Mutant("memory-of-inference-mode", HISTORY, "@outside_inference_mode\n", "", ("cases/test_inference_mode.py",)),
     # numbers that are hard ------------------------------------------------------------------------
     Mutant(
