@@ -48,63 +48,59 @@ def with_effects(dims, effects: Effects) -> Calibration:
     )
 
 
+def two_rows(count, d, dv, masked):
+    """Draw queries of 4 heads, keys and values of 2, and a mask that is causal, or hides three tokens of a row too."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, count, n) for h, n in ((4, d), (2, d), (2, dv)))
+    visible = torch.ones(2, 1, count, count, dtype=torch.bool).tril()
+    if masked:
+        visible[1, ..., :3] = False
+    return q, k, v, visible
+
+
+def outputs(q, dense, packed, visible, scale):
+    """Attend to keys and values as queries see them, recent ones dense: ``[batch, tokens, heads, dv]``."""
+    far = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2]) >= BUFFER
+    far[:, :SINKS] = False
+    k, v, k_packed, v_packed = (t.repeat_interleave(2, dim=1) for t in (*dense, *packed))
+    scores = torch.where(far, q @ k_packed.mT, q @ k.mT) * scale
+    weights = scores.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0)
+    return ((weights * ~far) @ v + (weights * far) @ v_packed).transpose(1, 2)
+
+
+def observed(q, k, v, out, visible, masked, scale=0.3):
+    return Observed(nn.Identity(), q, k, v, out.detach().float(), visible if masked else None, scale, False)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_sensitivities_are_gradients_through_packed_keys_and_values(masked):
     """The same by autograd, with a copy of keys and values for the queries that see them packed."""
-    torch.manual_seed(0)
-    count, d, dv, scale = BUFFER + 40, 16, 8, 0.3
-    q, k, v = (torch.randn(2, h, count, n) for h, n in ((4, d), (2, d), (2, dv)))
-    i, j = torch.arange(count)[:, None], torch.arange(count)
-    visible = (j <= i)[None, None].repeat(2, 1, 1, 1)
-    if masked:
-        visible[1] &= j >= 3
-    packed = (i - j >= BUFFER) & (j >= SINKS)
-    k_packed, v_packed = k.clone().requires_grad_(), v.clone().requires_grad_()
-    wide = [t.repeat_interleave(2, dim=1) for t in (k, v, k_packed, v_packed)]
-    scores = torch.where(packed, q @ wide[2].mT, q @ wide[0].mT) * scale
-    weights = scores.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0)
-    out = (weights * ~packed) @ wide[1] + (weights * packed) @ wide[3]
-    gradient = torch.randn(2, count, 4, dv)
-    expected = torch.autograd.grad((out.transpose(1, 2) * gradient).sum(), (k_packed, v_packed))
-    seen = Observed(nn.Identity(), q, k, v, out.transpose(1, 2).detach(), visible if masked else None, scale, False)
-    for found, wanted in zip(sensitivities(seen, gradient), expected, strict=True):
+    q, k, v, visible = two_rows(BUFFER + 40, 16, 8, masked)
+    packed = k.clone().requires_grad_(), v.clone().requires_grad_()
+    out = outputs(q, (k, v), packed, visible, 0.3)
+    gradient = torch.randn(out.shape)
+    expected = torch.autograd.grad((out * gradient).sum(), packed)
+    for found, wanted in zip(sensitivities(observed(q, k, v, out, visible, masked), gradient), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_changes_by_queries_are_those_of_outputs(masked):
     """Half the sum of (g · change of the output)² over the queries that are looked at, with each candidate stored."""
-    torch.manual_seed(0)
-    count, d, dv, scale = BUFFER + 60, 32, 64, 0.3
-    q, k, v = (torch.randn(2, h, count, n) for h, n in ((4, d), (2, d), (2, dv)))
-    i, j = torch.arange(count)[:, None], torch.arange(count)
-    visible = (j <= i)[None, None].repeat(2, 1, 1, 1)
-    if masked:
-        visible[1] &= j >= 3
-    packed = (i - j >= BUFFER) & (j >= SINKS)
+    d, dv = 32, 64
+    q, k, v, visible = two_rows(BUFFER + 60, d, dv, masked)
     bases = random_rotation(2, d, seed=0), random_rotation(2, dv, seed=1)
-
-    def stored(x, basis, layout):
-        return rotate(unpack(pack(rotate(x, basis), layout)), basis.mT)
-
-    def outputs(k_packed, v_packed):
-        wide = [t.double().repeat_interleave(2, dim=1) for t in (k, v, k_packed, v_packed)]
-        scores = torch.where(packed, q.double() @ wide[2].mT, q.double() @ wide[0].mT) * scale
-        weights = scores.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0)
-        return ((weights * ~packed) @ wide[1] + (weights * packed) @ wide[3]).transpose(1, 2)
-
-    out, gradient = outputs(k, v), torch.randn(2, count, 4, dv)
-    seen = Observed(nn.Identity(), q, k, v, out.float(), visible if masked else None, scale, False)
-    by_keys, by_values = _kl_by_queries(_at_some_queries(seen, gradient), *bases, q.device)
-    for side, found in ((KEYS, by_keys), (VALUES, by_values)):
-        for groups, each in zip(side, found, strict=True):
-            k_packed, v_packed = (
-                (stored(k, bases[0], graded(d, groups)), v)
-                if side is KEYS
-                else (k, stored(v, bases[1], graded(dv, groups)))
-            )
-            change = ((outputs(k_packed, v_packed) - out) * gradient).sum((2, 3))[:, BUFFER + SINKS :: STRIDE]
-            torch.testing.assert_close(each.double(), change.square().sum() * STRIDE / 2, rtol=2e-3, atol=1e-9)
+    wide = q.double(), (k.double(), v.double())
+    out = outputs(*wide, wide[1], visible, 0.3)
+    gradient = torch.randn(out.shape)
+    layer = _at_some_queries(observed(q, k, v, out, visible, masked), gradient)
+    for side, results in enumerate(_kl_by_queries(layer, *bases, q.device)):
+        for groups, found in zip((KEYS, VALUES)[side], results, strict=True):
+            packed = [k.double(), v.double()]
+            stored = unpack(pack(rotate((k, v)[side], bases[side]), graded((d, dv)[side], groups)))
+            packed[side] = rotate(stored, bases[side].mT).double()
+            change = ((outputs(*wide, packed, visible, 0.3) - out) * gradient).sum((2, 3))[:, BUFFER + SINKS :: STRIDE]
+            torch.testing.assert_close(found.double(), change.square().sum() * STRIDE / 2, rtol=2e-3, atol=1e-9)
 
 
 def test_what_is_lost_alike_of_all_tokens_counts():
