@@ -21,7 +21,7 @@ from tests.tiny import attached, forget_mixes, live_storages, tokens
 D, HEADS, KV_HEADS = 16, 4, 2
 SCALE = 0.2
 DRIFT = 2.0**-11  # the most that an output is off at any length, relative to the largest value
-lengths = pytest.mark.parametrize("steps", [2_000, pytest.param(20_000, marks=pytest.mark.slow)], ids=["2k", "20k"])
+slow = pytest.mark.slow
 
 
 def exact(kv: KVCache, q: Tensor) -> Answer:
@@ -65,8 +65,16 @@ def resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@lengths
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("static", "steps"),
+    [
+        (False, 2_000),
+        (True, 600),
+        pytest.param(False, 20_000, marks=slow),
+        pytest.param(True, 20_000, marks=slow),
+    ],
+    ids=["dynamic-2k", "static-600", "dynamic-20k", "static-20k"],
+)
 def test_a_long_decode_neither_leaks_nor_drifts(static, steps):
     model = attached(num_hidden_layers=1, max_position_embeddings=steps + 1)
     room = {"levels": [0.33], "static": True, "max_length": steps + 1} if static else {"retention": 0.33}
@@ -104,7 +112,7 @@ def test_a_long_decode_neither_leaks_nor_drifts(static, steps):
     assert memory[2] - memory[1] < 16 * 2**20, f"resident bytes beside the cache {memory}"
 
 
-@lengths
+@pytest.mark.parametrize("steps", [500, pytest.param(20_000, marks=slow)], ids=["500", "20k"])
 def test_a_long_compiled_decode_compiles_once(steps):
     torch._dynamo.reset()
     counters.clear()
