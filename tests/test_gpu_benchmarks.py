@@ -278,7 +278,7 @@ def test_the_page_shows_a_card_once_it_has_results(tmp_path, monkeypatch):
         ("dense", 1.0, 0.352),
         ("dense", 1.0, 0.4),
         ("graded", 0.266, 0.132),
-        ("graded", 0.141, None),
+        ("graded", 0.18, None),
     ):
         results.add("speed", speed_row(form, retention, ms))
     results.add("speed", speed_row("dense", 1.0, 3.0, what="model") | {"tokens_per_second": 2666.0})

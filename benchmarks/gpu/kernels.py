@@ -20,7 +20,7 @@ from .oracle import Expected, Limits, Part, attention, history, limits, windowed
 from .rows import Job, Row, guarded
 
 HALF = "leading"
-RETENTIONS = (0.504, 0.266, 0.195, 0.141)
+RETENTIONS = (0.504, 0.266, 0.195, 0.18)
 BATCH, HEADS, KV_HEADS = 2, 8, 2
 SHORT, LONG = 333, 5003  # tokens of a history: no multiples of anything
 BUFFER, SINKS = 32, 3

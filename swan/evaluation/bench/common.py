@@ -23,7 +23,7 @@ T = TypeVar("T")
 Form = tuple[str, float]  # name and retention
 
 FORMS: tuple[Form, ...] = (
-    ("graded", 0.33), ("graded", 0.27), ("graded", 0.25), ("graded", 0.15), ("topk", 0.5), ("topk", 0.33),
+    ("graded", 0.33), ("graded", 0.27), ("graded", 0.25), ("graded", 0.18), ("topk", 0.5), ("topk", 0.33),
     ("leading", 0.5),
 )  # fmt: skip
 FP8: Form = ("fp8", 0.5)
