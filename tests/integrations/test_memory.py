@@ -4,16 +4,18 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from swan import SwanCache
+from swan import SwanCache, attach
 from swan.integrations.transformers import cache_keyword
-from tests.tiny import attached, forget_mixes, live_storages, tokens
+from tests.tiny import calibration_of, forget_mixes, live_storages, tiny, tokens, with_effects
 
 PREFILL, STEPS = 4096, 200
 
 
 @pytest.fixture(scope="module")
 def model():
-    return attached(hidden_size=128, head_dim=64, max_position_embeddings=8192)
+    model = tiny(hidden_size=128, head_dim=64, max_position_embeddings=8192)
+    attach(model, with_effects(calibration_of(model)))  # plans down to few bytes
+    return model
 
 
 @torch.no_grad()
