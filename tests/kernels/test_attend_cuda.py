@@ -45,7 +45,7 @@ MORE = [
 PLANS = [
     Plan.for_retention(retention, dims=[(d, d)]).layers[0]
     for d in (64, 128)
-    for retention in (0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+    for retention in (0.18, 0.2, 0.25, 0.3, 0.4, 0.5)
 ]
 ADVISED = [(plan.keys, plan.values) for plan in PLANS if plan]
 
