@@ -13,7 +13,6 @@ from swan.calibration.capture import Observed, call, observing
 from swan.functional.packing import pack
 from swan.functional.rotation import rotate
 from swan.storage import Graded, unpack
-from swan.storage.codes import NOT_A_NUMBER, scale_byte, scale_of
 
 __all__ = [
     "KEYS",
@@ -165,14 +164,14 @@ def run_backward(
         by_out = torch.autograd.grad(logits, out, _likelihood_gradient(logits, generator, full))
     gradients = {}
     for (index, observed), gradient in zip(full.items(), by_out, strict=True):
-        gradients[index] = _at_some_queries(observed, gradient)
+        gradients[index] = _layer_gradients(observed, gradient)
     return layers, gradients
 
 
-def _at_some_queries(observed: Observed, gradient: Tensor) -> LayerGradients:
-    """Keep what `effects_of` needs, of every `STRIDE`-th query that sees packed tokens."""
+def _layer_gradients(observed: Observed, gradient: Tensor) -> LayerGradients:
+    """Keep what `effects_of` needs; of queries every `STRIDE`-th that sees packed tokens."""
     kv_heads, tokens = observed.k.shape[1:3]
-    columns = torch.arange(BUFFER + SINKS, tokens, STRIDE)
+    columns = torch.arange(min(BUFFER + SINKS, tokens), tokens, STRIDE)
     index = columns.to(observed.k.device)
     q = rearrange(observed.q.index_select(2, index), "b (h g) i d -> b h g i d", h=kv_heads)
     by_out = rearrange(gradient.index_select(1, index), "b i (h g) d -> b h g i d", h=kv_heads)
@@ -234,14 +233,35 @@ def effects_of(
 def _both_sums(
     layer: LayerGradients, key_basis: Tensor, value_basis: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the sums over tokens and over queries ``[2, candidates]``, for keys and for values."""
-    by_queries = _kl_by_queries(layer, key_basis, value_basis, device)
-    by_tokens = (
-        _kl_by_tokens(layer.k, layer.by_key, key_basis, KEYS, device),
-        _kl_by_tokens(layer.v, layer.by_value, value_basis, VALUES, device),
-    )
-    keys, values = (torch.stack(side) for side in zip(by_tokens, by_queries, strict=True))
-    return keys, values
+    """Compute half the sums of squared changes over tokens and over queries ``[2, candidates]``, of keys and of values.
+
+    The change by a token is of the first order: the product of its gradient and what is lost of it.
+    """
+    bases = key_basis.to(device), value_basis.to(device)
+    rows, sides = ((layer.k, layer.by_key, KEYS), (layer.v, layer.by_value, VALUES)), []
+    for basis, (x, gradient, candidates) in zip(bases, rows, strict=True):
+        x, gradient = (rotate(t.to(device).float(), basis) for t in (x, gradient))
+        stored = _stored(x, candidates)
+        by_tokens = [torch.linalg.vecdot(gradient, each - x).square().sum().cpu() / 2 for each in stored]
+        sides.append((x, stored, torch.stack(by_tokens)))
+    (k, stored_keys, keys), (v, stored_values, values) = sides
+    by_queries = _kl_by_queries(layer, bases, (k, v), (stored_keys, stored_values))
+    return torch.stack([keys, by_queries[0]]), torch.stack([values, by_queries[1]])
+
+
+def _stored(x: Tensor, candidates: Sequence[Groups]) -> list[Tensor]:
+    """Return vectors as each candidate stores them.
+
+    Raises:
+        ValueError: codes of few bits cannot store some of them.
+    """
+    stored = [unpack(pack(x, graded(x.shape[-1], groups))) for groups in candidates]
+    if not all(bool(each.isfinite().all()) for each in stored):
+        raise ValueError(
+            "codes of few bits cannot store some keys or values: numbers above 55,109, infinity or NaN; calibrate in "
+            "float32, or with effects=False and keep such layers in 16 bits"
+        )
+    return stored
 
 
 def sensitivities(observed: Observed, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,7 +293,7 @@ def sensitivities(observed: Observed, gradient: Tensor) -> tuple[Tensor, Tensor]
         visible = (columns <= query) if mask is None else mask[..., rows, :]
         packed = (query - columns >= BUFFER) & (columns >= SINKS)
         scores = einsum(q[..., rows, :], k[:, :, keys], "b h g i d, b h j d -> b h g i j") * observed.scale
-        weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1).nan_to_num_(0).mul_(packed)
+        weights = _softmax(scores, visible).mul_(packed)
         by_value[:, :, keys] += einsum(weights, g[..., rows, :], "b h g i j, b h g i d -> b h j d")
         change = einsum(g[..., rows, :], v[:, :, keys], "b h g i d, b h j d -> b h g i j")
         change -= einsum(g[..., rows, :], out[..., rows, :], "b h g i d, b h g i d -> b h g i")[..., None]
@@ -283,19 +303,29 @@ def sensitivities(observed: Observed, gradient: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _kl_by_queries(
-    layer: LayerGradients, key_basis: Tensor, value_basis: Tensor, device: torch.device
+    layer: LayerGradients,
+    bases: tuple[Tensor, Tensor],
+    dense: tuple[Tensor, Tensor],
+    stored: tuple[list[Tensor], list[Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """Compute half the sum over queries of the squared change, for candidates of keys and of values, on the CPU."""
-    key_basis, value_basis = key_basis.to(device), value_basis.to(device)
-    k, v = (rotate(t.to(device).float(), each) for t, each in ((layer.k, key_basis), (layer.v, value_basis)))
-    q = einsum(layer.q.to(device).float(), key_basis, "b h g i d, h d e -> b h g i e") * layer.scale
-    g = einsum(layer.gradient.to(device).float(), value_basis, "b h g i d, h d e -> b h g i e")
-    stored_keys = [unpack(pack(k, graded(k.shape[-1], groups))) for groups in KEYS]
-    lost_values = [unpack(pack(v, graded(v.shape[-1], groups))) - v for groups in VALUES]
+    """Compute half the sum over queries of the squared change, for candidates of keys and of values, on the CPU.
+
+    Args:
+        layer: queries, and gradients by their outputs.
+        bases: of keys and values.
+        dense: keys and values, rotated.
+        stored: the same as each candidate stores them.
+    """
+    (k, v), device = dense, dense[0].device
+    q, g = (
+        einsum(t.to(device).float(), basis, "b h g i d, h d e -> b h g i e")
+        for t, basis in zip((layer.q * layer.scale, layer.gradient), bases, strict=True)
+    )
     by_keys, by_values = torch.zeros(len(KEYS)), torch.zeros(len(VALUES))
     key = torch.arange(k.shape[2], device=device)
-    for block in torch.arange(q.shape[3]).split(QUERIES):
-        rows, columns = slice(int(block[0]), int(block[-1]) + 1), layer.columns[block].to(device)[:, None]
+    for start in range(0, q.shape[3], QUERIES):
+        rows = slice(start, start + QUERIES)
+        columns = layer.columns[rows].to(device)[:, None]
         seen = slice(0, int(columns[-1]) + 1) if layer.mask is None else slice(None)  # causal: no key after a query
         visible = key[seen] <= columns if layer.mask is None else layer.mask[..., rows, :].to(device)
         packed = (columns - key[seen] >= BUFFER) & (key[seen] >= SINKS)
@@ -308,59 +338,18 @@ def _kl_by_queries(
             out = einsum(weights, values[:, :, seen], "b h g i j, b h j d -> b h g i d")  # noqa: B023
             return einsum(out, g_rows, "b h g i d, b h g i d -> b i")  # noqa: B023
 
-        dense = scores(k)
-        weights = _softmax(dense, visible)
-        exact = change(weights, v)
-        for number, stored in enumerate(stored_keys):
-            found = change(_softmax(torch.where(packed, scores(stored), dense), visible), v)
-            by_keys[number] += (found - exact).square().sum().cpu()
-        weights = weights * packed
-        for number, lost in enumerate(lost_values):
-            by_values[number] += change(weights, lost).square().sum().cpu()
+        exact = scores(k)
+        weights = _softmax(exact, visible)
+        out = change(weights, v)
+        for number, each in enumerate(stored[0]):
+            found = change(_softmax(torch.where(packed, scores(each), exact), visible), v)
+            by_keys[number] += (found - out).square().sum().cpu()
+        weights *= packed
+        for number, each in enumerate(stored[1]):
+            by_values[number] += change(weights, each - v).square().sum().cpu()
     return by_keys * STRIDE / 2, by_values * STRIDE / 2
 
 
 def _softmax(scores: Tensor, visible: Tensor) -> Tensor:
-    """Compute weights of visible keys; a query that sees none has weights of 0."""
-    return scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0)
-
-
-def _kl_by_tokens(x: Tensor, h: Tensor, basis: Tensor, candidates: Sequence[Groups], device: torch.device) -> Tensor:
-    """Compute half the sum over tokens of the squared first-order change, for each candidate, on the CPU.
-
-    Candidates share groups, so the change through each group is computed once.
-    """
-    basis = basis.to(device)
-    x, h = (rotate(t.to(device).float(), basis) for t in (x, h))
-    spans = [graded(x.shape[-1], groups).spans for groups in candidates]
-    changes: dict[tuple[int, int, int], Tensor] = {}
-    for (start, stop), same in itertools.groupby(sorted(set(itertools.chain(*spans))), key=lambda span: span[:2]):
-        bits = [each for _, _, each in same]
-        through = _changes(x[..., start:stop], h[..., start:stop], bits)
-        changes |= {(start, stop, each): change for each, change in zip(bits, through, strict=True)}
-    totals = [torch.stack([changes[span] for span in each]).sum(0) for each in spans]
-    return torch.stack([total.square().sum() / 2 for total in totals]).cpu()
-
-
-def _changes(x: Tensor, h: Tensor, bits: Sequence[int]) -> list[Tensor]:
-    r"""Compute the first-order change $h \cdot (\hat x - x)$ of each token, for a group at each of `bits`, at most 8.
-
-    The group is stored as `Graded` stores it: codes of the mixed group over its scale; steps are all of one size.
-    """
-    mix = Graded(((x.shape[-1], 8),)).mix(x.dtype, x.device)
-    assert mix is not None
-    x, h = x @ mix, h @ mix
-    byte = scale_byte(x)
-    if bool((byte == NOT_A_NUMBER).any()):
-        raise ValueError(
-            "codes of few bits cannot store some keys or values: numbers above 55,109, infinity or NaN; calibrate in "
-            "float32, or with effects=False and keep such layers in 16 bits"
-        )
-    scale = scale_of(byte)
-    fraction = x / scale
-    below_one = fraction.clamp(max=1 - 2.0**-9)  # the largest coordinate has the code below that of 1
-    changes = []
-    for each in bits:
-        steps = (below_one * 2.0 ** (each - 1)).floor_().add_(0.5).mul_(2.0 ** (1 - each)) if each else 0
-        changes.append(torch.linalg.vecdot(h, steps - fraction) * scale[..., 0])
-    return changes
+    """Compute weights of visible keys, of 0 for a query that sees none; the scores are hidden in place."""
+    return scores.masked_fill_(~visible, -torch.inf).softmax(-1).nan_to_num_(0)

@@ -16,11 +16,11 @@ from swan.calibration.effects import (
     STRIDE,
     VALUES,
     Effects,
-    _at_some_queries,
-    _changes,
-    _kl_by_queries,
-    _kl_by_tokens,
+    LayerGradients,
+    _both_sums,
+    _layer_gradients,
     _likelihood_gradient,
+    _stored,
     effects_of,
     graded,
     sensitivities,
@@ -93,8 +93,8 @@ def test_changes_by_queries_are_those_of_outputs(masked):
     wide = q.double(), (k.double(), v.double())
     out = outputs(*wide, wide[1], visible, 0.3)
     gradient = torch.randn(out.shape)
-    layer = _at_some_queries(observed(q, k, v, out, visible, masked), gradient)
-    for side, results in enumerate(_kl_by_queries(layer, *bases, q.device)):
+    layer = _layer_gradients(observed(q, k, v, out, visible, masked), gradient)
+    for side, (_, results) in enumerate(_both_sums(layer, *bases, q.device)):
         for groups, found in zip((KEYS, VALUES)[side], results, strict=True):
             packed = [k.double(), v.double()]
             stored = unpack(pack(rotate((k, v)[side], bases[side]), graded((d, dv)[side], groups)))
@@ -112,9 +112,8 @@ def test_what_is_lost_alike_of_all_tokens_counts():
     weights = (q @ k.mT * 0.2).masked_fill(~torch.ones(count, count, dtype=torch.bool).tril(), -math.inf).softmax(-1)
     gradient = torch.randn(1, count, 1, d)
     seen = Observed(nn.Identity(), q, k, v, (weights @ v).transpose(1, 2), None, 0.2, False)
-    layer, plain = _at_some_queries(seen, gradient), torch.eye(d)[None]
-    _, by_queries = _kl_by_queries(layer, plain, plain, q.device)
-    by_tokens = _kl_by_tokens(layer.v, layer.by_value, plain, VALUES, q.device)
+    layer, plain = _layer_gradients(seen, gradient), torch.eye(d)[None]
+    _, (by_tokens, by_queries) = _both_sums(layer, plain, plain, q.device)
     assert by_queries[0] > 5 * by_tokens[0]
     predicted = effects_of([{0: layer}], {0: (plain, plain)}, count, q.device)
     assert predicted.values[0, 0] == by_queries[0] / count
@@ -140,6 +139,7 @@ def test_needs_tokens_beyond_the_buffer():
     with pytest.raises(ValueError, match="texts of more than 64 tokens"):
         calibrate(model, [tokens(1, BUFFER)], effects=True)
     assert calibrate(model, [tokens(1, 2 * BUFFER)], effects=False).effects is None
+    assert (calibrate(model, [tokens(1, BUFFER + 2)]).effects.keys == 0).all()  # all that is packed are sinks
 
 
 def test_of_frozen_and_of_padded_models():
@@ -209,11 +209,13 @@ def test_measuring_leaves_no_gradients():
 
 
 @pytest.mark.parametrize("d", [16, 40, 64, 256])
-def test_changes_by_groups_are_those_of_packed_vectors(d):
+def test_changes_by_tokens_are_those_of_packed_vectors(d):
     """Half of the sum of (h · error)² with each candidate packed and unpacked whole, in float64 but for the codes."""
-    x, h, basis = torch.randn(2, 3, 50, d), torch.randn(2, 3, 50, d), random_rotation(3, d, seed=0)
-    for candidates in (KEYS, VALUES):
-        found = _kl_by_tokens(x, h, basis, candidates, x.device)
+    (k, h_k, v, h_v), bases = torch.randn(4, 2, 3, 50, d), [random_rotation(3, d, seed=seed) for seed in (0, 1)]
+    no_queries = torch.empty(2, 3, 1, 0, d)
+    layer = LayerGradients(h_k, h_v, no_queries, no_queries, k, v, torch.arange(0), None, 1.0)
+    sums = _both_sums(layer, *bases, k.device)
+    for x, h, basis, candidates, (found, _) in zip((k, v), (h_k, h_v), bases, (KEYS, VALUES), sums, strict=True):
         rotated, by = rotate(x, basis), rotate(h, basis).double()
         for each, groups in zip(found, candidates, strict=True):
             error = unpack(pack(rotated, graded(d, groups))).double() - rotated.double()
@@ -316,4 +318,4 @@ def test_what_cannot_be_stored_is_refused(bad):
     x = torch.randn(1, 2, 5, 16)
     x[0, 1, 3, 2] = bad
     with pytest.raises(ValueError, match="codes of few bits cannot store some keys or values: numbers above 55,109"):
-        _changes(x, torch.randn_like(x), [4, 2])
+        _stored(x, KEYS)
