@@ -229,9 +229,14 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """Bytes of the history over the bf16 bytes of all its tokens: `keep` times the retention and a byte of score.
+        r"""Bytes of the history over the bf16 bytes of all its tokens: without `keep` the retention.
 
-        The score is a byte for each KV head and token that stays; without `keep` this is the retention.
+        With it $\text{keep}\,(r + n / \sum_l 2\,(d_{k,l} + d_{v,l}))$ for the retention $r$ and $n$ layers with a
+        history: each token that stays has a byte of score in each KV head.
+
+        Example:
+            >>> round(Plan.for_retention(0.33, dims=[(64, 64)], keep=0.5).share, 3)
+            0.158
         """
         layers = [layer for layer in self.layers if layer is not None]
         if self.keep is None or not layers:

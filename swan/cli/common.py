@@ -23,6 +23,7 @@ from swan.evaluation.figures import check_format
 from swan.evaluation.machine import default_device, machine, versions
 from swan.evaluation.models import automatic_dtype, load_model
 from swan.integrations.sizes import byte_count
+from swan.modules import checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,8 +68,10 @@ def check_retentions(retentions: list[float] | None) -> list[float] | None:
 
 def check_keep(keep: float | None) -> float | None:
     """Raise an error of usage if a share of tokens is out of range."""
-    if keep is not None and not 0 < keep <= 1:
-        raise typer.BadParameter(f"the share of tokens that stay must be above 0 and at most 1, got {keep}")
+    try:
+        checks.check_keep(keep)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     return keep
 
 

@@ -33,10 +33,8 @@ def calibration_of(
         return Calibration.load(path)
     file = cache_folder() / "calibrations" / f"{name}-{text}-{tokens}-{model.dtype}.safetensors"
     if name in MODELS and text == "python-topics" and file.is_file():
-        with (
-            contextlib.suppress(ValueError, UserWarning),
-            warnings.catch_warnings(action="error"),
-        ):  # one of an older version
+        # One of an older version warns, and is made anew.
+        with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings(action="error"):
             return Calibration.load(file).with_basis(basis)
     windows = token_windows(calibration_text(text), tokenizer, max(tokens // WINDOW, 1), min(tokens, WINDOW))
     calibration = calibrate(model, list(windows.split(1)), basis)

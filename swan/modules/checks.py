@@ -150,7 +150,7 @@ def check_saved(
     if not tensors:
         return  # an empty cache
     if keep is not None:
-        tensors = _check_kept(tensors)
+        tensors = _check_kept(tensors, sinks)
     missing = {*COUNTERS, "keys", "values"} - set(tensors)
     owes = set(tensors) == {*COUNTERS}  # an empty cache that drops the first tokens to come
     if missing and not owes:
@@ -190,7 +190,7 @@ def check_saved(
                 check_positions(tensors[f"{side}.positions"], layout)
 
 
-def _check_kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _check_kept(tensors: dict[str, Tensor], sinks: int) -> dict[str, Tensor]:
     """Check what only a cache that drops tokens by score saves, and return the others."""
     kept = {name: tensors[name] for name in (*KEPT, "queries", "scores") if name in tensors}
     if not kept:
@@ -208,7 +208,8 @@ def _check_kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if tuple(queries.shape) != wanted or queries.dtype != keys.dtype:
         raise ValueError(f"queries of a saved cache must be {_said((wanted, keys.dtype))}")
     if scores is not None:
-        fits = scores.ndim == 3 and scores.shape[:2] == keys.shape[:2] and 0 < scores.shape[2] <= first - dropped
+        fits = scores.ndim == 3 and scores.shape[:2] == keys.shape[:2]
+        fits = fits and scores.shape[2] <= max(first - sinks - dropped, 0)
         if not fits or scores.dtype != torch.uint8:
             raise ValueError("scores of a saved cache must be bytes, one for each token of the history at most")
     return {name: t for name, t in tensors.items() if name not in kept}

@@ -14,8 +14,8 @@ __all__ = ["CacheState", "StaticState"]
 
 # Names in files and state dicts, with the fields that they stand for.
 COUNTERS = ("length", "first", "padded", "dropped")
-PAGE = 64  # queries between two looks at the history of such a cache
 KEPT = ("observed", "chosen")  # counters of a cache that keeps the best tokens; others have none
+PAGE = 64  # queries between two looks of such a cache at its history
 RECENT = {"keys": "k_recent", "values": "v_recent", "padding": "padding", "queries": "queries", "scores": "scores"}
 HISTORIES = {"k": "k_history", "v": "v_history"}
 

@@ -90,6 +90,17 @@ def test_evaluate(tiny, text):
     assert "perplexity" in run(*arguments).stdout
 
 
+def test_fewer_tokens(tiny, text):
+    arguments = ("evaluate", tiny[0], *tiny[1], *text, "--windows", "1", "--length", "200", "--keep", "0.5")
+    _, row = run_json(*arguments, "--retention", "0.5")["rows"]
+    assert row["settings"]["keep"] == 0.5 and row["retention"] <= 0.5 * (0.5 + 1 / 64)
+    assert "50%" in run(*arguments, "--retention", "0.5").stdout  # in a narrow column
+    assert "--keep needs one --retention or more" in run(*arguments, status=2).stderr.replace("\n", " ")
+    arguments = ("generate", tiny[0], "Hello", "--tokens", "3", *tiny[1], "--keep", "0.5")
+    assert run_json(*arguments)["settings"]["keep"] == 0.5
+    assert "goes with a retention, not with a budget" in run(*arguments, "--budget", "20MiB", status=2).stderr
+
+
 def test_generate_within_a_budget(tiny):
     arguments = ("generate", tiny[0], "Name three colours.", *tiny[1])
     (row,) = run_json(*arguments, "--tokens", "8", "--budget", "20MiB")["rows"]
@@ -191,6 +202,7 @@ def test_bench_model(tiny):
     [
         (("generate", "./nowhere.gguf", "x"), "does not exist", 1),
         (("generate", "TINY", "x", "--retention", "1.5"), "above 0 and at most 1", 2),
+        (("generate", "TINY", "x", "--keep", "1.5"), "above 0 and at most 1, got 1.5", 2),
         (("evaluate", "TINY", "--text", "nowhere.txt"), "nowhere.txt", 1),
         (("generate", "TINY", "x", "--calibration", "nowhere.safetensors"), "nowhere.safetensors", 1),
         (("bench", "decode", "--shape", "8x8"), "such as 32/8/128, got '8x8'", 2),

@@ -192,6 +192,7 @@ def test_evict_drops_those_of_least_score():
     assert not torch.equal(kept, unpack(by_age.state.k_history.tokens(0, by_age.history_length)))
     by_score.evict(10_000)  # more than there are scores, or tokens
     assert by_score.history_length == 0
+    cache_of(keep=1.0).load_state_dict(by_score.state_dict())
     run(by_score, *(t[:, :, :3] for t in (q, k, v)), [1, 1, 1])
 
 

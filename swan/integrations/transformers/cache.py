@@ -133,7 +133,7 @@ class SwanCache(Cache):
                 f"on_full must be 'raise', or 'evict' with a budget; got {on_full!r} and budget={budget!r}"
             )
         check_static(static, max_length, budget, levels)
-        check_keep(keep, static, budget, plan)
+        check_keep(keep, budget, plan)
         self.prefill, self.static, self.max_length = prefill, static, max_length
         self.exclude = tuple(sorted(set(exclude)))
         self.set_budget(None if budget is None else byte_count(budget), on_full)

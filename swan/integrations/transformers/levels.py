@@ -51,12 +51,10 @@ def origin_of(
     return Origin(plan, tuple(retentions), budget is not None)
 
 
-def check_keep(keep: float | None, static: bool, budget: object, plan: object) -> None:
-    """Raise a ValueError if a cache with these settings cannot drop tokens by score."""
+def check_keep(keep: float | None, budget: object, plan: object) -> None:
+    """Raise a ValueError if a share of tokens that stay is given beside a budget, or a plan, which has its own."""
     if keep is None:
         return
-    if static:
-        raise ValueError(f"keep={keep} needs a dynamic cache: a static one keeps all its tokens")
     if budget is not None:
         raise ValueError(f"a budget lowers the dial, and has on_full='evict'; leave keep={keep} out, or give retention")
     if isinstance(plan, Plan):
