@@ -131,10 +131,13 @@ def save_with_words(folder: Path, seed: int = 0, **changes: object) -> tuple[Pre
     return model, tokenizer
 
 
-def attached(architecture: str = "llama", seed: int = 0, fold: bool = False, **changes: object) -> PreTrainedModel:
-    """A tiny model, calibrated on random tokens and attached."""
+def attached(
+    architecture: str = "llama", seed: int = 0, fold: bool = False, effects: bool = False, **changes: object
+) -> PreTrainedModel:
+    """A tiny model, calibrated on random tokens and attached; with effects its plans go down to few bytes."""
     model = tiny(architecture, seed, **changes)
-    attach(model, calibration_of(model), fold=fold)
+    calibration = calibration_of(model)
+    attach(model, with_effects(calibration) if effects else calibration, fold=fold)
     return model
 
 
@@ -144,13 +147,10 @@ def calibration_of(model: PreTrainedModel) -> Calibration:
 
 def with_effects(calibration: Calibration) -> Calibration:
     """Give a calibration effects that fall with the bytes, alike for all layers."""
-    falling = [
-        torch.tensor([2.0 ** (-graded(64, groups).vector_bytes() / 4) for groups in side]).expand(
-            len(calibration.layers), -1
-        )
-        for side in (KEYS, VALUES)
+    rows = [
+        torch.tensor([2.0 ** (-graded(64, groups).vector_bytes() / 4) for groups in side]) for side in (KEYS, VALUES)
     ]
-    return dataclasses.replace(calibration, effects=Effects(*(t.contiguous() for t in falling)))
+    return dataclasses.replace(calibration, effects=Effects(*(row.repeat(len(calibration.layers), 1) for row in rows)))
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -5,19 +5,12 @@ from contextlib import contextmanager
 import torch
 
 import swan.modules.history
-from swan import SwanCache, attach
-from tests.tiny import calibration_of, logits_of, tiny, tokens, with_effects
+from swan import SwanCache
+from tests.tiny import logits_of, tokens
 
 TEXT = {"input_ids": tokens(1, 500)}
 DENSE = 2 * 2 * 2 * 16 * 4  # bytes of a token in two layers with two heads of keys and values
 BUDGET = 60 * DENSE  # too little for any history at level 1; the least level holds some 400 tokens
-
-
-def attached(architecture="llama"):
-    """A tiny model whose plans go down to few bytes."""
-    model = tiny(architecture)
-    attach(model, with_effects(calibration_of(model)))
-    return model
 
 
 def budgeted(model, budget=BUDGET, **settings):

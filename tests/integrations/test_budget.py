@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from swan import Plan, SwanCache
 from swan.integrations.transformers import cache_keyword
-from tests.integrations.budgets import BUDGET, DENSE, TEXT, assert_same, attached, budgeted, state, step, watched
+from tests.integrations.budgets import BUDGET, DENSE, TEXT, assert_same, budgeted, state, step, watched
 from tests.strategies import splits
 from tests.tiny import (
+    attached,
     forget_mixes,
     generated,
     left_padded,
@@ -26,13 +27,13 @@ DIMS = [(16, 16)] * 2
 
 @pytest.fixture(scope="module")
 def model():
-    return attached()
+    return attached(effects=True)
 
 
 @pytest.fixture(scope="module")
 def hybrid():
     """The first layer has a sliding window of 8 tokens, the second is winnowed."""
-    return attached("gemma3")
+    return attached("gemma3", effects=True)
 
 
 @given(
@@ -67,7 +68,7 @@ MODELS = {}
 
 def attached_once(architecture):
     if architecture not in MODELS:
-        MODELS[architecture] = attached(architecture)
+        MODELS[architecture] = attached(architecture, effects=True)
     return MODELS[architecture]
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from swan import SwanCache
-from tests.integrations.budgets import BUDGET, DENSE, TEXT, assert_same, attached, budgeted, state, step, watched
+from tests.integrations.budgets import BUDGET, DENSE, TEXT, assert_same, budgeted, state, step, watched
 from tests.tiny import (
+    attached,
     float32_bound,
     generated,
     left_padded,
@@ -19,14 +20,14 @@ from tests.tiny import (
 
 @pytest.fixture(scope="module")
 def model():
-    return attached()
+    return attached(effects=True)
 
 
 @pytest.mark.parametrize("chunk", [1, 400])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_full_budget_raises_and_changes_nothing(architecture, chunk):
     """Nor in sliding layers, which come first."""
-    model = attached(architecture)
+    model = attached(architecture, effects=True)
     cache = budgeted(model, BUDGET // (1 if architecture == "llama" else 2))
     step(model, cache, TEXT["input_ids"][:, :200])
     message = (
@@ -146,7 +147,7 @@ MORE_ROWS = {
 @pytest.mark.parametrize("operation", MORE_ROWS)
 @pytest.mark.parametrize(("architecture", "budget"), [("llama", 70_000), ("gemma3", 50_000)])
 def test_more_rows_lower_the_level_first(architecture, budget, operation):
-    model = attached(architecture)
+    model = attached(architecture, effects=True)
     cache = budgeted(model, budget)
     step(model, cache, TEXT["input_ids"][:, :180])
     before = cache.retention

@@ -4,18 +4,16 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from swan import SwanCache, attach
+from swan import SwanCache
 from swan.integrations.transformers import cache_keyword
-from tests.tiny import calibration_of, forget_mixes, live_storages, tiny, tokens, with_effects
+from tests.tiny import attached, forget_mixes, live_storages, tokens
 
 PREFILL, STEPS = 4096, 200
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = tiny(hidden_size=128, head_dim=64, max_position_embeddings=8192)
-    attach(model, with_effects(calibration_of(model)))  # plans down to few bytes
-    return model
+    return attached(effects=True, hidden_size=128, head_dim=64, max_position_embeddings=8192)
 
 
 @torch.no_grad()

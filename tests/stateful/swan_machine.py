@@ -40,7 +40,8 @@ PLANS = {
 
 @functools.cache
 def model_of(dtype: torch.dtype):
-    return attached(hidden_size=HEADS * D, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS).to(dtype)
+    sizes = {"hidden_size": HEADS * D, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    return attached(effects=True, **sizes).to(dtype)
 
 
 class SwanMachine(RuleBasedStateMachine):
