@@ -23,11 +23,11 @@ class Coded {
     return true;
   }
 
-  Coded(const Source& k, const Source& v, bool exact) : k_(k), v_(v), exact_(exact) {
+  Coded(const Source& k, const Source& v, bool exact) : k_(k), v_(v), exact_(exact), k_steps_(k), v_steps_(v) {
     std::array<int64_t, CHUNK> same, pairs;
     for (int64_t c = 0; c < CHUNK; ++c) {
       same[c] = c;
-      pairs[c] = c / 32 * 32 + c % 16 / 4 * 8 + c % 32 / 16 * 4 + c % 4;  // in order once tokens are interleaved
+      pairs[c] = c % 16 / 4 * 16 + c / 16 * 4 + c % 4;  // in order once tokens are interleaved
     }
     int64_t width = 0;
     for (auto group : k.coded) {  // each begins a piece
@@ -88,8 +88,46 @@ class Coded {
   }
 
  private:
+  // Distances of two codes from scale bytes, which are no NOT_A_NUMBER, four tokens at a time.
+  struct Steps {
+    alignas(64) float least[LANES], halving[LANES] = {};  // scales of bytes 0 to 7; of the group of each lane
+    alignas(16) uint8_t place[LANES];                     // in the bytes of four tokens, for each token and group
+    int64_t groups;
+
+    explicit Steps(const Source& x) : groups(x.coded.size()) {
+      for (int64_t i = 0; i < LANES; ++i) {
+        const int64_t g = i % GROUPS;
+        least[i] = scales_of_bytes()[i % 8];
+        place[i] = g < groups ? static_cast<uint8_t>(i / GROUPS * groups + g) : 0x80;  // 0x80: none
+        if (g < groups) halving[i] = HALVINGS[x.coded[g].bits];
+      }
+    }
+
+    void read(const Plane& scales, int64_t b, int64_t h, int64_t t, int64_t count, float (&to)[SPAN][GROUPS]) const {
+      const __m512 eight = _mm512_load_ps(least), halvings = _mm512_load_ps(halving);
+      const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(place));
+      for (int64_t i = 0; i < SPAN; i += 4) {
+        __m128i bytes = _mm_setzero_si128();
+        if (const int64_t left = std::min<int64_t>(count - i, 4); left > 0) {
+          if (scales.token == groups) {  // tokens side by side
+            bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1 << left * groups) - 1), scales.row(b, h, t + i));
+          } else {
+            alignas(16) uint8_t row[LANES] = {};
+            for (int64_t j = 0; j < left; ++j) std::memcpy(row + j * groups, scales.row(b, h, t + i + j), groups);
+            bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(row));
+          }
+        }
+        const __m512i scale = _mm512_cvtepu8_epi32(_mm_shuffle_epi8(bytes, places));
+        const __m512i eighth = _mm512_castps_si512(_mm512_permutexvar_ps(scale, eight));  // by the low bits
+        const __m512i found = _mm512_add_epi32(eighth, _mm512_slli_epi32(_mm512_srli_epi32(scale, 3), 23));
+        _mm512_store_ps(to[i], _mm512_mul_ps(_mm512_castsi512_ps(found), halvings));
+      }
+    }
+  };
+
   const Source &k_, &v_;
   const bool exact_;
+  const Steps k_steps_, v_steps_;
   std::vector<Source::Group> k_groups_;
   std::vector<std::vector<Field>> k_fields_, v_fields_;
   alignas(64) float middle_[MAX_DIM] = {};  // of the steps of each coordinate of a value
@@ -140,8 +178,7 @@ class Coded {
   struct Span {
     alignas(64) float weight[SPAN * ROWS];           // scores, then weights before scales: [token, row]
     alignas(64) uint8_t code[SPAN][rounded_up(MAX_PIECES * PIECE, CHUNK)] = {};  // of the keys
-    alignas(64) float k_step[SPAN][GROUPS] = {};
-    alignas(64) float v_step[GROUPS][SPAN] = {};
+    alignas(64) float step[SPAN][GROUPS];  // of the codes of the keys, then of the values
     alignas(64) int32_t pair[SPAN / 2][GROUPS][ROWS] = {};  // weights of two tokens in 16 bits each
     alignas(64) float scaled[SPAN][GROUPS][ROWS] = {};      // weights as floats
     alignas(64) float unit[GROUPS][ROWS] = {}, sum[GROUPS][ROWS] = {};  // of a weight in 16 bits; of the weights
@@ -155,16 +192,22 @@ class Coded {
   }
   static __m512 larger(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
   static __m512 plus(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
-  static __m512i low_half(__m512i x) { return _mm512_cvtepu8_epi16(_mm512_castsi512_si256(x)); }
-  static __m512i high_half(__m512i x) { return _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(x, 1)); }
+
+  // sum + products of codes with bytes, four neighbours at a time; of codes of two tokens with their weights, which all
+  // lanes share. Compilers would copy sums from one register to another.
+  [[gnu::always_inline]] static __m512i plus_products(__m512i sum, __m512i codes, __m512i bytes) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(bytes));
+    return sum;
+  }
+  [[gnu::always_inline]] static __m512i plus_pairs(__m512i sum, __m512i codes, const int32_t* weights) {
+    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*weights));
+    return sum;
+  }
 
   template <bool EXACT>
   void scores(const Query& q, int64_t b, int64_t h, int64_t t, int64_t count, Span& span) const {
     constexpr int BYTES = EXACT ? 4 : 2;
-    for (int64_t i = 0; i < count; ++i) {
-      const uint8_t* scale = k_.scales.row(b, h, t + i);
-      for (size_t g = 0; g < k_.coded.size(); ++g) span.k_step[i][g] = k_.coded[g].step(scale[g]);
-    }
+    k_steps_.read(k_.scales, b, h, t, count, span.step);
     const uint8_t* row = k_.codes.row(b, h, t);
     for (size_t chunk = 0; chunk < k_fields_.size(); ++chunk)
       by_fields(k_fields_[chunk], [&](const auto& codes) {
@@ -181,26 +224,30 @@ class Coded {
       __m512 x[4] = {};  // of four tokens: a quarter for each row
       for (size_t g = 0; g < k_groups_.size(); ++g) {
         __m512i sum[4][BYTES];
-        for (auto& of_token : sum)
-          for (int n = 0; n < BYTES; ++n) of_token[n] = n % 2 ? _mm512_load_si512(q.start[n / 2][g]) : _mm512_setzero_si512();
+        each<4>([&](auto j) __attribute__((always_inline)) {
+          each<BYTES>([&](auto n) __attribute__((always_inline)) {
+            sum[j][n] = n % 2 ? _mm512_load_si512(q.start[n / 2][g]) : _mm512_setzero_si512();
+          });
+        });
         const int64_t first = k_groups_[g].start / PIECE, pieces = (k_groups_[g].size + PIECE - 1) / PIECE;
         for (int64_t piece = first; piece < first + pieces; ++piece) {
+          const uint8_t* codes = span.code[i] + piece * PIECE;
           __m512i byte[BYTES];
-          for (int n = 0; n < BYTES; ++n) byte[n] = _mm512_load_si512(q.bytes[n][piece]);
-          for (int64_t j = 0; j < 4; ++j) {
-            const auto* codes = reinterpret_cast<const __m128i*>(span.code[i + j] + piece * PIECE);
-            const __m512i code = _mm512_broadcast_i32x4(_mm_load_si128(codes));
-            for (int n = 0; n < BYTES; ++n) sum[j][n] = _mm512_dpbusd_epi32(sum[j][n], code, byte[n]);
-          }
+          each<BYTES>([&](auto n) __attribute__((always_inline)) { byte[n] = _mm512_load_si512(q.bytes[n][piece]); });
+          each<4>([&](auto j) __attribute__((always_inline)) {
+            const auto* code = reinterpret_cast<const __m128i*>(codes + j * sizeof(span.code[0]));
+            const __m512i x = _mm512_broadcast_i32x4(_mm_load_si128(code));
+            each<BYTES>([&](auto n) __attribute__((always_inline)) { sum[j][n] = plus_products(sum[j][n], x, byte[n]); });
+          });
         }
-        for (int64_t j = 0; j < 4; ++j) {
-          const auto two_bytes = [&](int n) {
+        each<4>([&](auto j) __attribute__((always_inline)) {
+          const auto two_bytes = [&](int n) __attribute__((always_inline)) {
             return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[j][n], 8), sum[j][n + 1]));
           };
           __m512 found = two_bytes(0);
           if constexpr (EXACT) found = _mm512_fmadd_ps(two_bytes(2), _mm512_set1_ps(1 / 65536.f), found);
-          x[j] = _mm512_fmadd_ps(found, _mm512_set1_ps(span.k_step[i + j][g]), x[j]);
-        }
+          x[j] = _mm512_fmadd_ps(found, _mm512_set1_ps(span.step[i + j][g]), x[j]);
+        });
       }
       const __m512 found = _mm512_permutexvar_ps(turned, fours(twos(x[0], x[1]), twos(x[2], x[3])));
       _mm512_store_ps(span.weight + i * ROWS, _mm512_mul_ps(found, unit));
@@ -228,15 +275,13 @@ class Coded {
   // Weights times scales, for each group of the values.
   template <bool EXACT>
   void weights(int64_t b, int64_t h, int64_t t, int64_t count, Span& span) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const uint8_t* scale = v_.scales.row(b, h, t + i);
-      for (size_t g = 0; g < v_.coded.size(); ++g) span.v_step[g][i] = v_.coded[g].step(scale[g]);
-    }
-    const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    v_steps_.read(v_.scales, b, h, t, count, span.step);
+    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
     for (size_t g = 0; g < v_.coded.size(); ++g) {
+      const __m512i place = _mm512_add_epi32(first, _mm512_set1_epi32(static_cast<int32_t>(g)));
       __m512 weight[QUADS], most = _mm512_setzero_ps();
       for (int64_t i = 0; i < QUADS; ++i) {
-        const __m512 step = _mm512_permutexvar_ps(each, _mm512_broadcast_f32x4(_mm_load_ps(span.v_step[g] + 4 * i)));
+        const __m512 step = _mm512_permutexvar_ps(place, _mm512_load_ps(span.step[4 * i]));
         weight[i] = _mm512_mul_ps(_mm512_load_ps(span.weight + i * LANES), step);
         most = larger(most, weight[i]);
         if constexpr (EXACT) {
@@ -295,23 +340,29 @@ class Coded {
           }
         }
       } else {
+        const __m512i none = _mm512_setzero_si512();
         __m512i whole[4][ROWS];
-        for (auto& four_rows : whole)
-          for (auto& sum : four_rows) sum = _mm512_setzero_si512();
+        each<4>([&](auto j) { each<ROWS>([&](auto r) { whole[j][r] = _mm512_setzero_si512(); }); });
+        const int32_t *pair = span.pair[0][0], *weight[4];  // of two tokens, for each group; for 16 coordinates
+        each<4>([&](auto j) { weight[j] = pair + slot[j * LANES] * ROWS; });
         for (int64_t i = 0; i < count; i += 2) {
           const __m512i one = codes(row + i * v_.codes.token);
           const __m512i two = codes(row + std::min(i + 1, count - 1) * v_.codes.token);
-          const __m512i one_low = low_half(one), one_high = high_half(one);
-          const __m512i two_low = low_half(two), two_high = high_half(two);
-          const __m512i x[4] = {_mm512_unpacklo_epi16(one_low, two_low), _mm512_unpackhi_epi16(one_low, two_low),
-                                _mm512_unpacklo_epi16(one_high, two_high), _mm512_unpackhi_epi16(one_high, two_high)};
-          const auto& pair = span.pair[i / 2];
-          for (int j = 0; j < 4; ++j)
-            for (int r = 0; r < ROWS; ++r) {
-              const __m512i weight = ALIKE ? _mm512_set1_epi32(pair[slot[j * LANES]][r])
-                                           : _mm512_permutexvar_epi32(index(j, r), _mm512_load_si512(pair[0]));
-              whole[j][r] = _mm512_dpwssd_epi32(whole[j][r], x[j], weight);
-            }
+          const __m512i low = _mm512_unpacklo_epi8(one, two), high = _mm512_unpackhi_epi8(one, two);
+          const __m512i x[4] = {_mm512_unpacklo_epi8(low, none), _mm512_unpackhi_epi8(low, none),
+                                _mm512_unpacklo_epi8(high, none), _mm512_unpackhi_epi8(high, none)};
+          each<4>([&](auto j) __attribute__((always_inline)) {
+            each<ROWS>([&](auto r) __attribute__((always_inline)) {
+              if constexpr (ALIKE) {
+                whole[j][r] = plus_pairs(whole[j][r], x[j], weight[j] + r);
+              } else {
+                const __m512i weights = _mm512_permutexvar_epi32(index(j, r), _mm512_load_si512(pair));
+                whole[j][r] = _mm512_dpwssd_epi32(whole[j][r], x[j], weights);
+              }
+            });
+            weight[j] += GROUPS * ROWS;
+          });
+          pair += GROUPS * ROWS;
         }
         for (int j = 0; j < 4; ++j)
           for (int r = 0; r < ROWS; ++r) {

@@ -78,14 +78,6 @@ inline __m256i code(__m256i upper, __m256i lower) {
 #endif
 }
 
-// Calls a function with 0, 1, ... N - 1 as constants: sums in an array stay in registers then.
-template <int N, typename Function>
-[[gnu::always_inline]] inline void each(const Function& function) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (function(std::integral_constant<int, I>()), ...);
-  }(std::make_integer_sequence<int, N>());
-}
-
 // Four registers of eight lanes, one after the other lane by lane.
 inline void transpose(__m256 a, __m256 b, __m256 c, __m256 d, __m256 (&to)[4]) {
   const __m256d low = _mm256_castps_pd(_mm256_unpacklo_ps(a, b)), high = _mm256_castps_pd(_mm256_unpackhi_ps(a, b));

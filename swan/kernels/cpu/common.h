@@ -8,6 +8,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -19,6 +20,14 @@
 #define SWAN_OPERATOR(name) #name "_" SWAN_TEXT(SWAN_VARIANT)
 
 namespace swan {
+
+// Calls a function with 0, 1, ... N - 1 as constants: sums in an array stay in registers then.
+template <int N, typename Function>
+[[gnu::always_inline]] inline void each(const Function& function) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (function(std::integral_constant<int, I>()), ...);
+  }(std::make_integer_sequence<int, N>());
+}
 
 constexpr int64_t MAX_DIM = 256;
 
