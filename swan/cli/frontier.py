@@ -77,7 +77,8 @@ def frontier(
         retentions = retention or [0.5, 0.26, 0.15]
     check_outputs(out=out, plot=plot)
     network, tokenizer = load(model, dtype)
-    tokens = torch.cat([token_windows(evaluation_text(name), tokenizer, windows, length) for name in texts])
+    of_texts = [token_windows(evaluation_text(name), tokenizer, windows, length) for name in texts]
+    tokens = torch.stack(of_texts, 1).flatten(0, 1)  # in turn: what is written on the way is of all texts
     cases = []
     if needles:
         cases = needle_cases(tokenizer, evaluation_text("qasper"), cases=needles, lengths=(length // 2, length))
