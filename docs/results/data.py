@@ -145,8 +145,9 @@ def full_memory(form: str, length: int, retention: float = 1) -> Row:
 
 
 def prompt(form: str, length: int) -> Row:
-    """Choose the row of taking in a prompt of a length."""
-    return row_of("prefill-cpu", form=form, length=length)
+    """Choose the row of taking in a prompt of a length, in the form `chunk` where it is swan's."""
+    impl = "sdpa" if form == "dense" else "chunk"
+    return row_of("prefill-cpu", form=form, length=length, impl=impl)
 
 
 # On GPUs ------------------------------------------------------------------------------------------
