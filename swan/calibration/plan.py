@@ -16,7 +16,7 @@ from swan.calibration.json_layouts import fields_of, layer_from_json, to_json
 from swan.modules import KVCache
 from swan.modules.cache import Prefill
 from swan.modules.checks import check_keep
-from swan.storage import Graded, LayerPlan
+from swan.storage import Graded, LayerPlan, Layout
 
 if TYPE_CHECKING:
     from swan.calibration.artifact import Calibration
@@ -244,6 +244,43 @@ class Plan:
         vectors = sum(2 * (layer.keys.d + layer.values.d) for layer in layers)
         return self.keep * (self.retention + len(layers) / vectors)
 
+    def predicted_kl(self, calibration: "Calibration") -> Tensor:
+        r"""Predict what keys and values of each layer add to the KL divergence from the dense model.
+
+        The sum of all, $\sum_l (\mathrm{KL}_{k,l} + \mathrm{KL}_{v,l})$, is a low estimate: it takes layers one by one,
+        and small errors. On real models 1.3 to 1.6 times as much was measured down to a retention of 0.2, and 3 to 4
+        times as much below.
+
+        Args:
+            calibration: calibration of the model, with effects.
+
+        Returns:
+            Nats per token ``[layers, 2]``: of keys and of values. NaN for layers without a history.
+
+        Raises:
+            ValueError: the calibration has no effects or is of another model, or a layout is none of those that were
+                measured (of `for_retention`, or 16 bits).
+
+        Example:
+            >>> import torch, swan
+            >>> model = torch.nn.Sequential(swan.SwanAttention(64, heads=4))
+            >>> calibration = swan.calibrate(model, [torch.randn(1, 100, 64)], effects=True)
+            >>> plan = swan.Plan.for_retention(0.5, calibration)
+            >>> plan.predicted_kl(calibration).shape
+            torch.Size([1, 2])
+        """
+        if calibration.effects is None:
+            raise ValueError("this calibration has no effects; run swan.calibrate(..., effects=True)")
+        self.check_dims(calibration.dims)
+        found = torch.full((len(self.layers), 2), torch.nan)
+        for index, layer in enumerate(self.layers):
+            if layer is None:
+                continue
+            sides = ((layer.keys, KEYS, calibration.effects.keys), (layer.values, VALUES, calibration.effects.values))
+            for side, (layout, candidates, effects) in enumerate(sides):
+                found[index, side] = _effect_of(layout, candidates, effects[index])
+        return found
+
     def check_dims(self, dims: Sequence[tuple[int, int]]) -> None:
         """Raise a ValueError if this is no plan for layers of such head dimensions of keys and values."""
         if len(self.layers) != len(dims):
@@ -284,6 +321,17 @@ class Plan:
             raise ValueError(
                 f"this is not the JSON of a plan ({reason_of(error)}); write one with Plan.to_json"
             ) from error
+
+
+def _effect_of(layout: Layout, candidates: Sequence[Groups], effects: Tensor) -> float:
+    """Look up what one of the candidates adds."""
+    d = layout.d
+    if layout == Graded(((d, 16),)):
+        return 0.0
+    measured: list[Layout] = [graded(d, groups) for groups in candidates]
+    if layout not in measured:
+        raise ValueError(f"the effect of {layout} was not measured; plans of Plan.for_retention have one")
+    return effects[measured.index(layout)].item()
 
 
 def _dims_and_effects(calibration: "Calibration | None", dims: Dims | None) -> tuple[Dims, Effects | None]:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from swan.calibration import Calibration, Plan
 from swan.cli.common import (
     BasisName,
     BasisOption,
@@ -14,11 +15,16 @@ from swan.cli.common import (
     ModelArgument,
     check_outputs,
     console,
+    envelope,
     load,
-    print_json,
+    messages,
+    print_result,
 )
-from swan.cli.tables import Columns, number, percent, print_table
+from swan.cli.tables import Columns, Row, number, percent, print_table
 from swan.evaluation.calibrations import calibration_of
+from swan.evaluation.frontier import RETENTIONS
+
+MUCH = 0.02  # nats of predicted KL divergence: perplexity rises by some 5 % or more
 
 
 def calibrate(
@@ -35,10 +41,11 @@ def calibrate(
     network, tokenizer = load(model, dtype)
     calibration = calibration_of(model, network, tokenizer, basis=basis.value, tokens=tokens, text=text)
     calibration.save(out)
-    rows = calibration.report()
+    rows, plans = calibration.report(), _predictions(calibration)
+    _warn(plans)
     if json:
         settings = {"model": model, "basis": basis, "tokens": calibration.tokens, "text": text, "out": str(out)}
-        return print_json(settings, rows)
+        return print_result(envelope(settings, rows) | {"plans": plans})
     columns: Columns = {
         "layer": lambda row: number(row["layer"], 0),
         "keys: d/4": lambda row: percent(row["keys_quarter"]),
@@ -47,4 +54,46 @@ def calibrate(
         "values: d/2": lambda row: percent(row["values_half"]),
     }
     print_table("Share of importance in the leading coordinates", columns, rows)
+    if plans:
+        columns = {
+            "retention": lambda row: number(row["retention"], 2),
+            "KL at least, 1/1000": lambda row: number(row["predicted_kl"], 2, scale=1000),
+            "most of it": _most,
+        }
+        print_table("What plans are predicted to cost", columns, plans)
     console.print(f"{calibration} written to {out}", markup=False)
+
+
+def _predictions(calibration: Calibration) -> list[Row]:
+    """Predict the KL divergence at each retention for which there is a plan, and what adds most to it."""
+    rows = []
+    if calibration.effects is None:
+        return rows
+    for retention in RETENTIONS:
+        try:
+            plan = Plan.for_retention(retention, calibration)
+        except ValueError:  # too few bytes for these head dimensions
+            continue
+        added = plan.predicted_kl(calibration).nan_to_num(0.0)
+        most, total = int(added.argmax()), added.sum().item()
+        layer, side = divmod(most, 2)
+        share = added.flatten()[most].item() / total if total else None
+        row = {"predicted_kl": total, "layer": layer, "side": ("keys", "values")[side], "share": share}
+        rows.append({"retention": retention} | row)
+    return rows
+
+
+def _most(row: Row) -> str:
+    return f"{row['side']} of layer {row['layer']}, {percent(row['share'], 0)}"
+
+
+def _warn(plans: list[Row]) -> None:
+    """Say from which retention down plans will not hold."""
+    for row in plans:
+        if row["predicted_kl"] > MUCH:
+            text = (
+                f"plans will not hold at a retention of {row['retention']} and below: a KL divergence of "
+                f"{row['predicted_kl']:.3f} nats or more is predicted, most of it by {_most(row)}; `swan evaluate` "
+                "measures it"
+            )
+            return messages.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -302,6 +302,32 @@ def test_no_other_choice_of_fewer_bytes_adds_less(seed):
         assert kl <= min(between, default=math.inf) + 1e-6
 
 
+def test_a_plan_is_predicted_by_the_effects_of_its_layouts():
+    dims, rows = [(64, 64), (128, 128), (64, 64)], (0, 2)
+    effects = random_effects(3, seed=0)
+    effects.keys[1], effects.values[1] = torch.nan, torch.nan  # a sliding window
+    calibration = with_effects(dims, effects)
+    for key, value in ((0, 3), (5, 13)):
+        layers = [LayerPlan(graded(d, KEYS[key]), graded(dv, VALUES[value])) for d, dv in dims]
+        found = Plan((layers[0], None, layers[2])).predicted_kl(calibration)
+        assert found.shape == (3, 2) and found[1].isnan().all()
+        for row in rows:
+            assert found[row].tolist() == [effects.keys[row, key].item(), effects.values[row, value].item()]
+    assert Plan.for_retention(1.0, calibration).predicted_kl(calibration).nansum() == 0
+    more, less = (Plan.for_retention(r, calibration).predicted_kl(calibration).nansum() for r in (0.5, 0.2))
+    assert more < less
+
+
+def test_what_was_not_measured_is_not_predicted():
+    calibration = with_effects([(64, 64)], random_effects(1, seed=0))
+    with pytest.raises(ValueError, match=r"the effect of Graded\(groups=\(\(64, 2\),\)\) was not measured"):
+        Plan((LayerPlan(Graded(((64, 2),)), Graded(((64, 6),))),)).predicted_kl(calibration)
+    with pytest.raises(ValueError, match="the plan has 2 layers, the model 1"):
+        Plan.for_retention(0.5, dims=[(64, 64)] * 2).predicted_kl(calibration)
+    with pytest.raises(ValueError, match=r"has no effects; run swan\.calibrate"):
+        Plan.for_retention(0.5, calibration).predicted_kl(calibration.with_basis("pca"))
+
+
 def test_too_small_a_retention_names_the_least():
     calibration = with_effects([(64, 64)], random_effects(1, 0))
     with pytest.raises(

@@ -24,9 +24,9 @@ def run(*arguments, status=0):
     return result
 
 
-def run_json(*arguments):
+def run_json(*arguments, more=()):
     result = json.loads(run(*arguments, "--json").stdout)
-    assert set(result) == ENVELOPE
+    assert set(result) == ENVELOPE.union(more)
     return result
 
 
@@ -50,8 +50,11 @@ def text(tmp_path):
 
 def test_the_real_model_is_calibrated_and_generates(tmp_path):
     out = str(tmp_path / "calibration.safetensors")
-    result = run_json("calibrate", REAL, "--tokens", "128", "--out", out, "--dtype", "float32")
+    result = run_json("calibrate", REAL, "--tokens", "128", "--out", out, "--dtype", "float32", more=["plans"])
     assert len(result["rows"]) == 30
+    assert [row["retention"] for row in result["plans"]] == [0.5, 0.33, 0.26, 0.2, 0.15, 0.1]
+    predicted = [row["predicted_kl"] for row in result["plans"]]
+    assert predicted == sorted(predicted) and predicted[0] > 0
     assert Calibration.load(out).tokens == 128
     arguments = ("generate", REAL, "Name three colours.", "--tokens", "8", "--dtype", "float32")
     dense = run_json(*arguments, "--dense")["rows"][0]
@@ -78,6 +81,15 @@ def test_calibrates_what_has_no_calibration(tiny, monkeypatch):
     monkeypatch.setattr("swan.cli.generate.calibration_of", short)
     (row,) = run_json("generate", tiny[0], "Hello", "--tokens", "3", "--retention", "0.5")["rows"]
     assert row["retention"] <= 0.5
+
+
+def test_calibrate_says_which_plans_will_not_hold(tiny, text, tmp_path, monkeypatch):
+    arguments = ("calibrate", tiny[0], *text, "--tokens", "200", "--out", str(tmp_path / "c.safetensors"))
+    shown = run(*arguments)
+    assert "What plans are predicted to cost" in shown.stdout and "of layer" in shown.stdout
+    for much, said in ((0.0, True), (100.0, False)):
+        monkeypatch.setattr("swan.cli.calibrate.MUCH", much)
+        assert ("plans will not hold at a retention of 0.5 and below" in run(*arguments).stderr) == said
 
 
 def test_evaluate(tiny, text):
