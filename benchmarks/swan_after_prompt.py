@@ -5,10 +5,13 @@
 The prompt, the first half of a window, goes in at once; the second half follows in chunks, in windowed form (the same
 as token by token). Unlike a press, swan goes on to pack the tokens after the prompt as they leave its buffer.
 `share_at_prompt` and `share_at_end` are the bytes held after the prompt and at the end over those of a dense cache, by
-count: buffer and sinks dense, the rest at the retention of the plan.
+count: buffer and sinks dense, the rest at the share of the plan. Where that is small, a plan of more bytes for fewer
+tokens is scored, too.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import math
 import statistics
@@ -19,15 +22,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swan import Plan
+from swan import Calibration, Plan
 from swan.cli.common import envelope
 from swan.evaluation.calibrations import calibration_of
+from swan.evaluation.frontier import KEPT
 from swan.evaluation.models import load_model
 from swan.integrations import attached
 from swan.integrations.transformers import SwanCache, cache_keyword
 
 BUFFER, SINKS, CHUNK = 64, 4, 64
-RETENTIONS = (0.5, 0.26, 0.207, 0.15, 0.0896)  # 0.207 and 0.0896 hold 0.26 and 0.15 of the prompt's bytes
+SHARES = (
+    0.5,
+    0.26,
+    0.207,
+    0.15,
+    0.0896,
+    0.036,
+)  # the last and 0.0896, 0.207 hold 0.1, 0.15, 0.26 of the prompt's bytes
+
+
+def plans_at(share: float, calibration: Calibration) -> list[Plan]:
+    """The default plan at a share of the bytes, if there is one, and one for fewer tokens, if the share is small."""
+    recent: Any = {"buffer": BUFFER, "sinks": SINKS}
+    plans = []
+    with contextlib.suppress(ValueError):
+        plans.append(Plan.for_retention(share, calibration, **recent))
+    if share < KEPT:
+        plan = Plan.for_retention(KEPT, calibration, keep=1.0, **recent)
+        plans.append(dataclasses.replace(plan, keep=share / plan.share))
+    return plans
 
 
 def scored(model: Any, window: Tensor, plan: Plan) -> Tensor:
@@ -46,14 +69,15 @@ def row_of(plan: Plan, half: int, differences: Sequence[float], kl: Sequence[flo
     dense = BUFFER + SINKS
     return {
         "form": "swan",
-        "retention": plan.retention,
+        "retention": plan.share,
+        "keep": plan.keep,
         "kl": statistics.fmean(kl),
         "kl_error": statistics.stdev(kl) / math.sqrt(count),
         "perplexity_increase": ratio - 1,
         "standard_error": ratio * statistics.stdev(differences) / math.sqrt(count),
         "agreement": statistics.fmean(agreement),
-        "share_at_prompt": (dense + (half - dense) * plan.retention) / half,
-        "share_at_end": (dense + (2 * half - 1 - dense) * plan.retention) / (2 * half - 1),
+        "share_at_prompt": (dense + (half - dense) * plan.share) / half,
+        "share_at_end": (dense + (2 * half - 1 - dense) * plan.share) / (2 * half - 1),
     }
 
 
@@ -62,14 +86,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("windows", type=Path, help="token ids [windows, tokens], saved by torch.save")
-    parser.add_argument("--retention", type=float, nargs="*", default=RETENTIONS)
+    parser.add_argument("--share", type=float, nargs="*", default=SHARES)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     windows = torch.load(arguments.windows, weights_only=True)
     half = windows.shape[1] // 2
     model, tokenizer = load_model(arguments.model)
     calibration = calibration_of(arguments.model, model, tokenizer)
-    plans = [Plan.for_retention(r, calibration, buffer=BUFFER, sinks=SINKS) for r in arguments.retention]
+    plans = [plan for share in arguments.share for plan in plans_at(share, calibration)]
     scores: list[list[tuple[float, float, float]]] = [[] for _ in plans]
     for window in windows.split(1):
         targets = window[0, half + 1 :, None]
