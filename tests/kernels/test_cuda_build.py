@@ -116,10 +116,15 @@ def test_a_file_that_is_not_whole_is_not_trusted(source, compilations, fault):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("where", ["a file", "read-only"])
-def test_without_a_folder_cubins_are_compiled_each_time(source, compilations, where, monkeypatch):
+@pytest.mark.parametrize("where", ["a file", "no home", "read-only"])
+def test_without_a_folder_cubins_are_compiled_each_time(source, compilations, where, monkeypatch, tmp_path):
     if where == "a file":
         build.folder().write_text("")
+    elif where == "no home":  # Python leaves its ~ as it is
+        monkeypatch.chdir(tmp_path)
+        for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     else:  # what a file system says then: this process may be allowed everything
 
         def refuse(*_, **__):
@@ -128,6 +133,7 @@ def test_without_a_folder_cubins_are_compiled_each_time(source, compilations, wh
         monkeypatch.setattr(build.tempfile, "TemporaryDirectory", refuse)
     assert compiled(source, DEFINES, "sm_90") == compiled(source, DEFINES, "sm_90")
     assert compilations == ["sm_90", "sm_90"]
+    assert not (tmp_path / "~").exists()
 
 
 @needs_nvrtc

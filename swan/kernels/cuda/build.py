@@ -171,6 +171,8 @@ def _read(file: Path) -> bytes | None:
 
 def _write(file: Path, cubin: bytes) -> None:
     """Leave a cubin in a file, which appears at once and whole; where that is not allowed, do nothing."""
+    if "~" in file.parts:  # of a user without a home: it would be a folder of that name
+        return
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
