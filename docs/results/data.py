@@ -104,9 +104,13 @@ def evaluated_forms(low: float, high: float) -> list[Row]:
 
 
 def smallest_prompts() -> tuple[Row, Row]:
-    """Choose swan's smallest compressed prompt, and the press that is best in about as many bytes."""
+    """Choose swan's smallest prompt in whose bytes a press was measured, and the press that is best in them."""
+    least = min(row["kept"] for row in rows_of("kvpress-smollm2-135m"))
     swans = rows_of("after-prompt-smollm2-135m")
-    swan = min(swans, key=lambda row: row["retention"])
+    swan = min(
+        (row for row in swans if row["share_at_prompt"] >= least),
+        key=lambda row: row["retention"],
+    )
     presses = [
         row
         for row in rows_of("kvpress-smollm2-135m")

@@ -125,7 +125,7 @@ def after_prompt_table() -> str:
     ]
     swans = [
         _after_prompt_cells(
-            f"**swan, {row['retention']:.3f}**",
+            f"**swan, {row['retention']:.3f}**{_kept(row)}",
             row["share_at_prompt"],
             row["share_at_end"],
             row,
@@ -134,6 +134,10 @@ def after_prompt_table() -> str:
     ]
     rows = sorted(presses + swans, key=lambda row: -float(row[1]))
     return table(columns, rows, "lrrrrr")
+
+
+def _kept(row: data.Row) -> str:
+    return "" if row["keep"] is None else f", {row['keep']:.2f} of the tokens"
 
 
 def _after_prompt_cells(

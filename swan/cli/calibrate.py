@@ -23,6 +23,7 @@ from swan.cli.common import (
 from swan.cli.tables import Columns, Row, number, percent, print_table
 from swan.evaluation.calibrations import calibration_of
 from swan.evaluation.frontier import RETENTIONS
+from swan.evaluation.texts import CALIBRATION_TEXT
 
 MUCH = 0.02  # nats of predicted KL divergence: perplexity rises by some 5 % or more
 
@@ -32,7 +33,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("swan-calibration.safetensors"),
     basis: BasisOption = BasisName.joint,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens of text to run.")] = 8192,
-    text: Annotated[str, typer.Option(help="python-topics, jargon, or a text file.")] = "python-topics",
+    text: Annotated[str, typer.Option(help="mixed, python-topics, jargon, or a text file.")] = CALIBRATION_TEXT,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:

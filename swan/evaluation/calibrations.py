@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from swan.calibration import Basis, Calibration, calibrate
 from swan.evaluation.downloads import cache_folder
 from swan.evaluation.models import MODELS
-from swan.evaluation.texts import calibration_text, token_windows
+from swan.evaluation.texts import CALIBRATION_TEXT, calibration_text, token_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,18 +26,18 @@ def calibration_of(
     path: Path | None = None,
     basis: Basis = "joint",
     tokens: int = 8192,
-    text: str = "python-topics",
+    text: str = CALIBRATION_TEXT,
 ) -> Calibration:
     """Return a calibration from a file, from the cache folder (embedded models), or made now."""
     if path is not None:
         return Calibration.load(path)
     file = cache_folder() / "calibrations" / f"{name}-{text}-{tokens}-{model.dtype}.safetensors"
-    if name in MODELS and text == "python-topics" and file.is_file():
+    if name in MODELS and text == CALIBRATION_TEXT and file.is_file():
         # One of an older version warns, and is made anew.
         with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings(action="error"):
             return Calibration.load(file).with_basis(basis)
     windows = token_windows(calibration_text(text), tokenizer, max(tokens // WINDOW, 1), min(tokens, WINDOW))
     calibration = calibrate(model, list(windows.split(1)), basis)
-    if name in MODELS and text == "python-topics":
+    if name in MODELS and text == CALIBRATION_TEXT:
         calibration.save(file)
     return calibration

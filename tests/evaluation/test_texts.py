@@ -43,7 +43,7 @@ def test_text_files(read, tmp_path):
 
 @pytest.mark.parametrize(
     ("read", "names"),
-    [(calibration_text, "'python-topics', 'jargon'"), (evaluation_text, "'qasper', 'squad'")],
+    [(calibration_text, "'mixed', 'python-topics', 'jargon'"), (evaluation_text, "'qasper', 'squad'")],
 )
 def test_unknown_text(read, names):
     with pytest.raises(ValueError, match=f"expected one of {names} or the path of a text file, got 'no-such-text'"):
