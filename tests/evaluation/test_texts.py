@@ -26,6 +26,17 @@ def test_calibration_text():
     assert text.count("\n\n") > 1000
 
 
+def test_the_mixed_text_takes_pages_of_both_in_turn():
+    mixed, both = calibration_text("mixed"), [calibration_text("python-topics"), texts.EXCERPT.read_text("utf-8")]
+    assert mixed == calibration_text()
+    paragraphs = [[p.strip("\n") for p in text.split("\n\n") if p.strip("\n")] for text in (mixed, *both)]
+    assert sorted(paragraphs[0]) == sorted(paragraphs[1] + paragraphs[2])
+    places = [[mixed.index(p) for p in text if len(p) > 80] for text in paragraphs[1:]]
+    first = 8 * texts.PAGE
+    shares = [sum(place < first for place in side) for side in places]
+    assert min(shares) > 20 and mixed.startswith(paragraphs[1][0])
+
+
 def test_jargon_says_how(monkeypatch, tmp_path):
     monkeypatch.setattr(texts, "JARGON", tmp_path / "jargon.txt.gz")
     with pytest.raises(ValueError, match="apt-get install jargon-text"):
