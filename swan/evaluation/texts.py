@@ -40,7 +40,7 @@ def calibration_text(name: str | os.PathLike[str] = CALIBRATION_TEXT) -> str:
         name: `"python-topics"`, the language reference that ships with Python (465 kB of technical
             English, which differs a little between versions of Python); `"jargon"`, the Jargon File
             of the Debian package `jargon-text` (1.6 MB of plain English); `"mixed"`, pages of the
-            first and of 70 kB of the second, which ship with swan, in turn, then what is left; or the
+            first and of 70 kB of the Jargon File 4.4.7, which ship with swan, in turn, then what is left; or the
             path of a UTF-8 text file, gzipped if it ends in `.gz`.
 
     Returns:
