@@ -761,4 +761,18 @@ MUTANTS = [
         "(torch.stack(side).sum(0)[0] / tokens",
         ("calibration/test_effects.py",),
     ),
+    Mutant(
+        "keys-and-values-change-places-in-a-prediction",
+        "swan/calibration/plan.py",
+        "found[index, side] = _effect_of(",
+        "found[index, 1 - side] = _effect_of(",
+        ("calibration/test_effects.py",),
+    ),
+    Mutant(
+        "the-mixed-text-is-one-after-the-other",
+        "swan/evaluation/texts.py",
+        'for pair in itertools.zip_longest(*both, fillvalue="") for page in pair)',
+        "for side in both for page in side)",
+        ("evaluation/test_texts.py",),
+    ),
 ]
