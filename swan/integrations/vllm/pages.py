@@ -1,0 +1,177 @@
+"""Pages of a server's cache: so many tokens of one layer, as `swan.pack` stores them.
+
+A server keeps its cache in pages of equal size and says for each sequence which pages hold it (its block table). A page
+here holds the packed keys and values of all KV heads of a layer; of each head one *plane* after the other: codes of the
+keys, their numbers of 16 bits, the same of the values, scales of the keys, of the values. So the rows of a plane follow
+each other as in `Packed`, byte for byte, and a pool of pages is a `Packed` whose batch axis counts pages.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from swan.functional.packing import pack
+from swan.storage import Graded, LayerPlan, Packed
+
+__all__ = ["PAGE", "DensePages", "PackedPages", "PageLayout"]
+
+PAGE = 64  # tokens of a page: a multiple of this, which kernels read at a time
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Where a page has what.
+
+    Args:
+        plan_layer: layouts of keys and values, both `Graded`.
+        tokens: tokens of a page, a multiple of 64.
+        dtype: dtype of the model, which groups of 16 bits are stored in.
+
+    Raises:
+        ValueError: the number of tokens is none, or a layout is not `Graded`.
+
+    Example:
+        >>> layout = PageLayout(LayerPlan(*[Graded(((64, 4),))] * 2), tokens=64, dtype=torch.bfloat16)
+        >>> layout.slot_bytes  # of a token and KV head
+        66
+    """
+
+    plan_layer: LayerPlan
+    tokens: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.tokens % PAGE:
+            raise ValueError(f"a page holds a multiple of {PAGE} tokens, got {self.tokens}")
+        for layout in (self.plan_layer.keys, self.plan_layer.values):
+            if not isinstance(layout, Graded):
+                raise ValueError(f"pages hold vectors in Graded layouts, got {layout}")
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token and KV head, keys and values."""
+        return sum(self.plan_layer.nbytes(1, self.dtype.itemsize))
+
+    def pool(self, memory: Tensor) -> tuple[Packed, Packed]:
+        """Return keys and values of all pages as views.
+
+        Args:
+            memory: ``[pages, kv_heads, tokens, slot_bytes]``, uint8, the last two axes without gaps.
+
+        Returns:
+            Two `Packed`, ``[pages, kv_heads, tokens, d]``.
+        """
+        heads = memory.view(*memory.shape[:2], self.tokens * self.slot_bytes)
+        sides = [self.plan_layer.keys, self.plan_layer.values]
+        planes: list[list[Tensor]] = [[], []]
+        scales: list[Tensor | None] = [None, None]
+        start = 0
+
+        def take(width: int, dtype: torch.dtype) -> Tensor:
+            nonlocal start
+            stop = start + self.tokens * width
+            plane = heads[..., start:stop].unflatten(-1, (self.tokens, width))
+            start = stop
+            return plane.view(dtype)
+
+        for side, layout in enumerate(sides):
+            assert isinstance(layout, Graded)
+            if layout.row_bytes:
+                planes[side].append(take(layout.row_bytes, torch.uint8))
+            if whole := sum(stop - start for start, stop, bits in layout.stored if bits == 16):
+                planes[side].append(take(whole * self.dtype.itemsize, self.dtype))
+        for side, layout in enumerate(sides):
+            assert isinstance(layout, Graded)
+            if groups := sum(bits != 16 for _, _, bits in layout.stored):
+                scales[side] = take(groups, torch.uint8)
+        keys, values = (
+            Packed(tuple(planes[side]), scales[side], None, layout, self.dtype) for side, layout in enumerate(sides)
+        )
+        return keys, values
+
+
+@dataclass(frozen=True)
+class PackedPages:
+    """Packed keys and values of all sequences of a layer.
+
+    Args:
+        keys: of all pages, from `PageLayout.pool`.
+        values: likewise.
+    """
+
+    keys: Packed
+    values: Packed
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a page."""
+        return self.keys.shape[2]
+
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Pack new tokens into their slots.
+
+        Args:
+            slots: ``[tokens]``: page times tokens of a page, plus the place in it.
+            k: rotated keys ``[1, kv_heads, tokens, d]``.
+            v: rotated values.
+        """
+        page, place = slots // self.tokens, slots % self.tokens
+        for stored, x in ((self.keys, k), (self.values, v)):
+            packed = pack(x, stored.format)
+            for to, rows in zip(stored.tensors, packed.tensors, strict=True):
+                to[page, :, place] = rearrange(rows, "1 h t w -> t h w")
+
+    def read(self, table: Tensor, start: int, stop: int) -> tuple[Packed, Packed]:
+        """Copy the packed tokens from column `start`, the first of a page, to `stop`, of one sequence.
+
+        Args:
+            table: pages of the sequence ``[pages]``.
+            start: a multiple of the tokens of a page.
+            stop: the column after the last.
+        """
+        pages = table[start // self.tokens : -(-stop // self.tokens)]
+
+        def rows(plane: Tensor) -> Tensor:
+            return rearrange(plane[pages], "p h t w -> 1 h (p t) w")
+
+        keys, values = (x.map(rows).tokens(0, stop - start) for x in (self.keys, self.values))
+        return keys, values
+
+
+@dataclass(frozen=True)
+class DensePages:
+    """Dense keys and values of the newest tokens of all sequences of a layer.
+
+    Args:
+        keys: ``[pages, kv_heads, tokens, d]``.
+        values: ``[pages, kv_heads, tokens, dv]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def split(cls, memory: Tensor, d: int) -> "DensePages":
+        """Take the first `d` numbers of each token for its key, the others for its value."""
+        return cls(memory[..., :d], memory[..., d:])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a page."""
+        return self.keys.shape[2]
+
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store new tokens in their slots, as `PackedPages.write` does."""
+        page, place = slots // self.tokens, slots % self.tokens
+        for to, rows in ((self.keys, k), (self.values, v)):
+            to[page, :, place] = rearrange(rows, "1 h t d -> t h d")
+
+    def read(self, table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Copy the tokens from column `start` to `stop` of one sequence: keys and values ``[1, kv_heads, tokens, d]``."""
+        first = start // self.tokens
+        pages = table[first : -(-stop // self.tokens)]
+        inside = slice(start - first * self.tokens, stop - first * self.tokens)
+        keys, values = (rearrange(x[pages], "p h t d -> 1 h (p t) d")[:, :, inside] for x in (self.keys, self.values))
+        return keys, values

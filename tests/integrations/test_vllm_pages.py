@@ -1,0 +1,131 @@
+"""Pages of a server without the server: what is written into them, and attention over them."""
+
+import pytest
+import torch
+
+from swan import Graded, KVCache, LayerPlan, TopK, pack
+from swan.integrations.vllm.attention import QUERIES, windowed_attention
+from swan.integrations.vllm.layer import heads_of, window_tokens
+from swan.integrations.vllm.pages import DensePages, PackedPages, PageLayout
+
+HEADS, KV_HEADS, D = 4, 2, 32
+MIXED = LayerPlan(Graded(((16, 5), (8, 16), (8, 0))), Graded(((16, 3), (16, 2))))
+LAYOUTS = {
+    "coded": LayerPlan(Graded(((16, 8), (16, 4))), Graded(((16, 3), (16, 2)))),
+    "mixed": MIXED,
+    "whole": LayerPlan(*[Graded(((D, 16),))] * 2),
+}
+
+
+class Server:
+    """Pages of a layer, and the sequences in them: of each its pages, in no order."""
+
+    def __init__(self, plan: LayerPlan, *, tokens=64, window=16, pages=12, dtype=torch.float32):
+        self.layout = PageLayout(plan, tokens, dtype)
+        # As vLLM lays them: pages of all layers side by side, so those of one are far apart; NaN where nothing was written.
+        bytes_of_page = KV_HEADS * tokens * self.layout.slot_bytes
+        memory = torch.full((pages, 3, bytes_of_page), 255, dtype=torch.uint8)
+        self.packed = PackedPages(*self.layout.pool(memory[:, 1].view(pages, KV_HEADS, tokens, -1)))
+        dense = torch.full((8 * pages, KV_HEADS, window, 2 * D), torch.nan, dtype=dtype)
+        self.dense = DensePages.split(dense, D)
+        self.tables: dict[str, tuple] = {}
+        order = torch.Generator().manual_seed(3)
+        self.free = [torch.randperm(n, generator=order).tolist() for n in (pages, 8 * pages)]
+
+    def add(self, name: str, k, v) -> None:
+        """Take in the new tokens of a sequence."""
+        length, *tables = self.tables.get(name, (0, [], []))
+        stop = length + k.shape[2]
+        for table, free, pages in zip(tables, self.free, (self.packed, self.dense), strict=True):
+            while len(table) * pages.tokens < stop:
+                table.append(free.pop())
+            column = torch.arange(length, stop)
+            slots = torch.tensor(table)[column // pages.tokens] * pages.tokens + column % pages.tokens
+            pages.write(slots, k, v)
+        self.tables[name] = (stop, *tables)
+
+    def attend(self, name: str, q, buffer: int):
+        length, *tables = self.tables[name]
+        packed, dense = map(torch.tensor, tables)
+        return windowed_attention(q, length, self.packed, packed, self.dense, dense, buffer=buffer, scale=D**-0.5)
+
+
+def states(tokens: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, heads, tokens, D, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+@pytest.mark.parametrize("plan", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("chunks", [(150,), (1,) * 150, (7, 64, 1, 78)], ids=["whole", "single", "chunks"])
+def test_pages_give_what_a_windowed_cache_gives(plan, chunks):
+    """With 16-bit layouts, whose codes no rounding moves, for any split; packed codes for the same split."""
+    q, k, v = states(150)
+    server, cache = Server(plan), KVCache(plan, buffer=20, sinks=0, prefill="windowed")
+    start = 0
+    for size in chunks:
+        new = slice(start, start + size)
+        server.add("a", k[:, :, new], v[:, :, new])
+        out = server.attend("a", q[:, :, new], buffer=20)
+        expected = cache(q[:, :, new], k[:, :, new], v[:, :, new])
+        torch.testing.assert_close(out, expected, atol=2e-5, rtol=2e-5)
+        start += size
+
+
+def test_many_queries_are_attended_a_few_at_a_time():
+    tokens = QUERIES + 70
+    q, k, v = states(tokens)
+    server, cache = Server(MIXED), KVCache(MIXED, buffer=20, sinks=0, prefill="windowed")
+    server.add("a", k, v)
+    torch.testing.assert_close(server.attend("a", q, buffer=20), cache(q, k, v), atol=2e-5, rtol=2e-5)
+
+
+def test_sequences_do_not_see_each_other():
+    """Two that take turns, against each alone."""
+    alone, together = [], []
+    for name, seed in (("a", 1), ("b", 2)):
+        server, (q, k, v) = Server(MIXED), states(130, seed)
+        server.add(name, k, v)
+        alone.append(server.attend(name, q[:, :, -1:], buffer=20))
+    server = Server(MIXED)
+    for start in range(0, 130, 26):
+        for name, seed in (("a", 1), ("b", 2)):
+            _, k, v = (x[:, :, start : start + 26] for x in states(130, seed))
+            server.add(name, k, v)
+    for name, seed in (("a", 1), ("b", 2)):
+        together.append(server.attend(name, states(130, seed)[0][:, :, -1:], buffer=20))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("plan", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_page_holds_the_bytes_of_pack(plan, dtype):
+    """Whatever order tokens come in: no byte of a page is left, none is written twice."""
+    server = Server(plan, dtype=dtype)
+    _, k, v = (x.to(dtype) for x in states(64))
+    server.packed.write(torch.arange(64).flip(0) + 64, k.flip(2), v.flip(2))
+    for stored, x in ((server.packed.keys, k), (server.packed.values, v)):
+        for rows, expected in zip(stored.tensors, pack(x, stored.format).tensors, strict=True):
+            assert torch.equal(rows[1], expected[0])
+    total = sum(x.nbytes for x in (server.packed.keys, server.packed.values)) // 12
+    assert total == KV_HEADS * 64 * server.layout.slot_bytes
+
+
+def test_the_window_fits_into_the_bytes_of_a_packed_page():
+    assert window_tokens(128, mean_slot=66, dense_slot=256) == 32
+    assert window_tokens(128, mean_slot=256, dense_slot=256) == 128
+    assert window_tokens(64, mean_slot=1, dense_slot=256) == 1  # vLLM makes packed pages as large then
+
+
+@pytest.mark.parametrize(("heads", "ranks"), [(4, 1), (4, 2), (4, 4), (2, 4), (1, 8)])
+def test_ranks_share_the_heads(heads, ranks):
+    shares = [range(heads)[heads_of(heads, rank, ranks)] for rank in range(ranks)]
+    assert sorted({head for share in shares for head in share}) == list(range(heads))
+    assert {len(share) for share in shares} == {max(heads // ranks, 1)}
+
+
+def test_pages_refuse_what_they_cannot_hold():
+    with pytest.raises(ValueError, match="multiple of 64 tokens, got 96"):
+        PageLayout(MIXED, 96, torch.float32)
+    with pytest.raises(ValueError, match="Graded layouts, got TopK"):
+        PageLayout(LayerPlan(TopK(D, 8), MIXED.values), 64, torch.float32)
