@@ -35,13 +35,15 @@ def capacity(
     length: Annotated[str, typer.Option(callback=check_length, help="Tokens of a request, such as 128k.")] = "16k",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Processes that share the heads.")] = 1,
     retention: Annotated[
-        list[float] | None, typer.Option(callback=check_retentions, help="Retentions (repeat it); some if none is given.")
+        list[float] | None,
+        typer.Option(callback=check_retentions, help="Retentions (repeat it); some if none is given."),
     ] = None,
     buffer: Annotated[int, typer.Option(min=1, help="Newest tokens that each query sees dense.")] = 128,
     batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the server computes in a step.")] = 2048,
     block_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a block, a multiple of 64.")] = 128,
     calibration_file: Annotated[
-        Path | None, typer.Option("--calibration", help="A file of `swan calibrate`, whose plans layers share unequally.")
+        Path | None,
+        typer.Option("--calibration", help="A file of `swan calibrate`, whose plans layers share unequally."),
     ] = None,
     json: JsonOption = False,
 ) -> None:

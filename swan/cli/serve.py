@@ -18,10 +18,12 @@ from swan.integrations.vllm.settings import Settings, load
 
 def serve(
     model: ModelArgument,
-    retention: Annotated[float, typer.Option(callback=check_retention, help="Bytes of a token over dense ones.")] = 0.26,
-    calibration_file: Annotated[
-        Path, typer.Option("--calibration", help="The file of `swan calibrate MODEL`.")
-    ] = Path("swan-calibration.safetensors"),
+    retention: Annotated[
+        float, typer.Option(callback=check_retention, help="Bytes of a token over dense ones.")
+    ] = 0.26,
+    calibration_file: Annotated[Path, typer.Option("--calibration", help="The file of `swan calibrate MODEL`.")] = Path(
+        "swan-calibration.safetensors"
+    ),
     buffer: Annotated[int, typer.Option(min=1, help="Newest tokens that each query sees dense.")] = 128,
     arguments: Annotated[str, typer.Option(help="Further arguments for vllm serve, as one text.")] = "",
     run: Annotated[bool, typer.Option("--run", help="Start the server instead of printing the command.")] = False,

@@ -178,7 +178,9 @@ def servable_name(name: str) -> str:
     if name in MODELS:
         return str(model_folder(name))
     if Path(name).suffix == ".gguf":
-        raise ValueError(f"{name} is a GGUF file: load it with transformers and save_pretrained it into a folder to serve")
+        raise ValueError(
+            f"{name} is a GGUF file: load it with transformers and save_pretrained it into a folder to serve"
+        )
     return name
 
 

@@ -40,7 +40,9 @@ def heads_of_config(config: Any) -> Heads:
     text = config.get_text_config(decoder=True)
     known = ARCHITECTURES.get(text.model_type)
     if getattr(text, "kv_lora_rank", None):
-        raise ValueError(f"swan does not serve {text.model_type}: latent attention (MLA), its cache is compressed already")
+        raise ValueError(
+            f"swan does not serve {text.model_type}: latent attention (MLA), its cache is compressed already"
+        )
     if known is not None and not known.supported:
         raise ValueError(f"swan does not serve {text.model_type}: {known.note}")
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])

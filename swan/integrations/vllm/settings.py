@@ -42,7 +42,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.calibration, str) or not self.calibration:
-            raise TypeError(f"calibration must be the path of a file that swan calibrate wrote, got {self.calibration!r}")
+            raise TypeError(
+                f"calibration must be the path of a file that swan calibrate wrote, got {self.calibration!r}"
+            )
         if isinstance(self.retention, bool) or not isinstance(self.retention, int | float):
             raise TypeError(f"retention must be a number such as 0.26, got {self.retention!r}")
         if not 0 < self.retention <= 1:

@@ -1,0 +1,88 @@
+"""An engine of vLLM in a process of its own: it reads what to do from stdin as JSON, and prints what came as JSON."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+MARK = "RESULT "  # vLLM prints, too
+OPTIONS = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "max_num_seqs": 16,
+    "kv_cache_memory_bytes": 2**26,
+    "block_size": 64,
+    "disable_log_stats": False,
+}
+
+
+def environment(*, swan: bool) -> dict[str, str]:
+    """Variables of a process that runs vLLM on a CPU without any network, with swan's backend or its own."""
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    one_core = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    clean = {name: value for name, value in os.environ.items() if name != "SWAN_VLLM_CPU"}
+    return clean | quiet | one_core | one_process | {"PYTHONPATH": str(ROOT)} | ({"SWAN_VLLM_CPU": "1"} if swan else {})
+
+
+def run(model: Path, jobs: list[dict], swan: dict | None = None, **options: Any) -> dict:
+    """Start an engine, do jobs one after the other, and return what came.
+
+    Args:
+        model: folder of a model.
+        jobs: each ``{"prompts": [token ids, ...], "tokens": how many to generate}``; prompts of a job run together.
+        swan: settings of swan; None for vLLM's own attention.
+        options: of `vllm.LLM`.
+
+    Raises:
+        RuntimeError: the engine failed; the message is what it wrote.
+    """
+    settings = {"additional_config": {"swan": swan}} if swan is not None else {}
+    asked = {"model": str(model), "jobs": jobs, "options": OPTIONS | settings | options}
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(asked),
+        env=environment(swan=swan is not None),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    results = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not results:
+        raise RuntimeError(done.stdout + done.stderr)
+    return json.loads(results[-1].removeprefix(MARK))
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    asked = json.load(sys.stdin)
+    engine = LLM(asked["model"], **asked["options"])
+    jobs = []
+    for job in asked["jobs"]:
+        sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
+        outputs = engine.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling, use_tqdm=False)
+        jobs.append(
+            {
+                "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+                "cached": [output.num_cached_tokens for output in outputs],
+            }
+        )
+    cache = engine.llm_engine.vllm_config.cache_config
+    counters = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
+    result = {
+        "jobs": jobs,
+        "blocks": cache.num_gpu_blocks,
+        "concurrency": cache.kv_cache_max_concurrency,
+        "preemptions": counters["vllm:num_preemptions"],
+    }
+    print(MARK + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
