@@ -14,7 +14,8 @@ class Served:
 
     def __init__(self, folder: Path, architecture: str = "llama", **changes: object) -> None:
         self.folder, self.calibration = folder / "model", folder / "calibration.safetensors"
-        self.network = tiny(architecture, head_dim=32, max_position_embeddings=32768, **changes)
+        sizes = {"head_dim": 32, "max_position_embeddings": 32768}
+        self.network = tiny(architecture, **sizes | changes)
         self.network.save_pretrained(self.folder)
         with_effects(calibration_of(self.network)).save(self.calibration)
 
