@@ -22,7 +22,7 @@ class Server:
 
     def __init__(self, plan: LayerPlan, *, tokens=64, window=16, pages=12, dtype=torch.float32):
         self.layout = PageLayout(plan, tokens, dtype)
-        # As vLLM lays them: pages of all layers side by side, so those of one are far apart; NaN where nothing was written.
+        # As vLLM lays them: those of one layer far apart. What was never written is NaN.
         bytes_of_page = KV_HEADS * tokens * self.layout.slot_bytes
         memory = torch.full((pages, 3, bytes_of_page), 255, dtype=torch.uint8)
         self.packed = PackedPages(*self.layout.pool(memory[:, 1].view(pages, KV_HEADS, tokens, -1)))

@@ -80,6 +80,8 @@ def main() -> None:
         "blocks": cache.num_gpu_blocks,
         "concurrency": cache.kv_cache_max_concurrency,
         "preemptions": counters["vllm:num_preemptions"],
+        "guessed": counters.get("vllm:spec_decode_num_draft_tokens"),
+        "taken": counters.get("vllm:spec_decode_num_accepted_tokens"),
     }
     print(MARK + json.dumps(result), flush=True)
 

@@ -130,7 +130,7 @@ def refusal(layer: Mapping[str, bool], config: Any) -> str | None:
     """
     parallel = config.parallel_config
     server = {
-        "speculative decoding": config.speculative_config is not None,
+        "speculative decoding by another method than ngram": _method(config.speculative_config) not in (None, "ngram"),
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "handing its cache to other servers (kv_transfer_config)": config.kv_transfer_config is not None,
@@ -143,3 +143,7 @@ def refusal(layer: Mapping[str, bool], config: Any) -> str | None:
     if not asked:
         return None
     return f"swan does not serve {', '.join(asked)}; leave --attention-backend CUSTOM out to serve this without swan"
+
+
+def _method(speculative_config: Any) -> str | None:
+    return None if speculative_config is None else speculative_config.method

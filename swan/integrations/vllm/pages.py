@@ -169,7 +169,7 @@ class DensePages:
             to[page, :, place] = rearrange(rows, "1 h t d -> t h d")
 
     def read(self, table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Copy the tokens from column `start` to `stop` of one sequence: keys and values ``[1, kv_heads, tokens, d]``."""
+        """Copy keys and values ``[1, kv_heads, tokens, d]`` of one sequence, from column `start` to `stop`."""
         first = start // self.tokens
         pages = table[first : -(-stop // self.tokens)]
         inside = slice(start - first * self.tokens, stop - first * self.tokens)
