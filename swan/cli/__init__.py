@@ -1,4 +1,4 @@
-"""The command line: `swan info`, `calibrate`, `generate`, `evaluate`, `frontier`, `serve`, `capacity`, `bench` and `demo`."""
+"""The command line: `swan info`, `calibrate`, `generate`, `evaluate`, `frontier`, `serve`, `capacity`, `bench` ..."""
 
 import signal
 import sys

@@ -75,10 +75,12 @@ def capacity(
         "tokens": lambda row: number(row["tokens"], 0),
         "requests": lambda row: number(row["requests"], 1),
         "times dense": lambda row: number(row["gain"], 2),
+        "vLLM's log": lambda row: number(row["reserved_requests"], 1),
     }
     processes = "" if tensor_parallel == 1 else f", in each of {tensor_parallel} processes"
     print_table(f"{model}: requests of {tokens} tokens in {memory}{processes}", columns, rows)
-    console.print(f"blocks of {block_tokens} tokens; a request has its window beside, as vLLM counts it")
+    console.print(f"blocks of {block_tokens} tokens; requests: answered at once, each with its window")
+    console.print("vLLM's log: the same with pages for a whole step in each window, which vLLM prints at its start")
 
 
 def _row(form: str, retention: float, found: Any, dense: Any) -> dict[str, Any]:

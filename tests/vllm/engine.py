@@ -63,6 +63,14 @@ def main() -> None:
 
     asked = json.load(sys.stdin)
     engine = LLM(asked["model"], **asked["options"])
+    scheduler, step, running = engine.llm_engine.engine_core.engine_core.scheduler, engine.llm_engine.step, [0]
+
+    def watched_step():
+        outputs = step()
+        running.append(len(scheduler.running))
+        return outputs
+
+    engine.llm_engine.step = watched_step
     jobs = []
     for job in asked["jobs"]:
         sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
@@ -80,6 +88,7 @@ def main() -> None:
         "blocks": cache.num_gpu_blocks,
         "concurrency": cache.kv_cache_max_concurrency,
         "preemptions": counters["vllm:num_preemptions"],
+        "most_running": max(running),
         "guessed": counters.get("vllm:spec_decode_num_draft_tokens"),
         "taken": counters.get("vllm:spec_decode_num_accepted_tokens"),
     }

@@ -1,33 +1,13 @@
 """A plugin of vLLM: packed pages instead of dense ones, on its scheduler, prefix cache and parallelism.
 
-vLLM finds it by itself where both are installed; it is used where a server is started with
+vLLM finds it by itself where both are installed (`plugin.py`); it is used where a server is started with
 `--attention-backend CUSTOM` and `--additional-config '{"swan": {"calibration": PATH, "retention": 0.26}}'`
-(`swan serve MODEL` prints the command). Nothing here imports vllm before vLLM calls `register`.
+(`swan serve MODEL` prints the command).
+
+| file | what is there |
+|---|---|
+| `plugin.py`, `backend.py` | what vLLM calls: the only files that import it |
+| `settings.py`, `model.py`, `layer.py` | what is served, and what is refused |
+| `pages.py`, `attention.py` | pages of packed and of dense tokens, and attention over them |
+| `capacity.py`, `command.py` | what fits into a memory, and how a server is started |
 """
-
-import os
-
-__all__ = ["CPU", "register"]
-
-CPU = "SWAN_VLLM_CPU"  # environment variable: serve on a CPU, whose platform knows no CUSTOM backend; for tests
-BACKEND = "swan.integrations.vllm.backend.SwanBackend"
-
-
-def register() -> None:
-    """Make swan's attention the backend that vLLM calls CUSTOM; vLLM calls this in each of its processes.
-
-    Raises:
-        ImportError: vllm is not of a version that this plugin was written for.
-    """
-    import vllm
-    from vllm.v1.attention.backend import AttentionBackend
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    from swan.integrations.vllm.settings import check_version
-
-    check_version(vllm.__version__)
-    if not hasattr(AttentionBackend, "customize_spec"):
-        raise ImportError(f"vllm {vllm.__version__} has no AttentionBackend.customize_spec, by which pages shrink")
-    register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
-    if os.environ.get(CPU):
-        register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)

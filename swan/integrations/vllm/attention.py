@@ -1,4 +1,4 @@
-"""Attention of one sequence over pages, in the windowed form: each query sees its newest tokens dense, older ones packed.
+"""Attention of one sequence over pages, in the windowed form: a query sees the newest tokens dense, older ones packed.
 
 So the result depends neither on how a prompt is cut into chunks nor on what was in the cache already.
 """

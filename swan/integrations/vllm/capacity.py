@@ -1,4 +1,4 @@
-"""Tokens and requests that fit into the memory of a server, counted as vLLM counts: in blocks of pages of all layers."""
+"""Tokens and requests that fit into the memory of a server, in blocks of pages of all layers, as vLLM counts."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from swan.calibration import Plan
 from swan.integrations.vllm.layer import window_tokens
 
 __all__ = ["Capacity", "dense_capacity", "packed_capacity"]
+
+NOBODYS = 1  # the block to which vLLM points entries of block tables that hold nothing
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,10 @@ class Capacity:
         block_tokens: tokens of a block, which holds the pages of all layers.
         blocks: blocks that fit.
         tokens: tokens that fit, but for windows.
-        request_blocks: blocks that vLLM sets apart for a request of the length asked for.
-        requests: such requests that fit.
+        requests: requests of the length asked for that are answered at once, each with its window, beside one step of
+            prompts that are read.
+        reserved_requests: the same as vLLM logs it (its maximum concurrency): as if the windows of all requests had
+            pages for the tokens of a whole step.
     """
 
     token_bytes: float
@@ -29,8 +33,8 @@ class Capacity:
     block_tokens: int
     blocks: int
     tokens: int
-    request_blocks: int
     requests: float
+    reserved_requests: float
 
 
 def packed_capacity(
@@ -45,8 +49,6 @@ def packed_capacity(
 ) -> Capacity:
     """Count what fits with packed pages and a dense window.
 
-    While a request is read, its window has pages for all tokens of a step beside it: vLLM counts those, too.
-
     Args:
         plan: layouts of all layers.
         memory: bytes for the cache of one process.
@@ -54,7 +56,8 @@ def packed_capacity(
         kv_heads: KV heads of one process.
         itemsize: bytes of a number of the model's dtype.
         block_tokens: tokens of a packed page (vLLM's `block_size`).
-        batched_tokens: tokens that vLLM computes in one step (its `max_num_batched_tokens`).
+        batched_tokens: tokens on their way at a time: vLLM's `max_num_batched_tokens`, twice that where it schedules
+            the next step while one runs.
 
     Raises:
         ValueError: a layer of the plan has no history.
@@ -67,11 +70,19 @@ def packed_capacity(
     page = window_tokens(block_tokens, sum(slots) / len(slots), dense)
     block = kv_heads * max(block_tokens * sum(slots), page * dense * len(layers))
     blocks = memory // block
-    in_flight = min(plan.buffer - 1 + batched_tokens, length)
-    window_pages = _whole(in_flight, page) + 1  # the window may begin within a page
-    resting_pages = _whole(min(plan.buffer, length), page) + 1
-    return _capacity(
-        kv_heads * sum(slots), resting_pages * block, block_tokens, blocks, _whole(length, block_tokens) + window_pages
+
+    def window_pages(new: int) -> int:
+        return _whole(min(plan.buffer - 1 + new, length), page) + 1  # a window may begin within a page
+
+    packed, resting, usable = _whole(length, block_tokens), window_pages(1), max(blocks - NOBODYS, 0)
+    return Capacity(
+        token_bytes=kv_heads * sum(slots),
+        window_bytes=resting * block,
+        block_tokens=block_tokens,
+        blocks=blocks,
+        tokens=usable * block_tokens,
+        requests=max(usable - _whole(batched_tokens, page), 0) / (packed + resting),
+        reserved_requests=blocks / (packed + window_pages(batched_tokens)),
     )
 
 
@@ -86,21 +97,9 @@ def dense_capacity(
 ) -> Capacity:
     """Count what fits in vLLM's own pages, dense ones: see `packed_capacity`."""
     token = kv_heads * itemsize * sum(d + dv for d, dv in dims)
-    return _capacity(token, 0, block_tokens, memory // (block_tokens * token), _whole(length, block_tokens))
-
-
-def _capacity(token_bytes: float, window_bytes: int, block_tokens: int, blocks: int, request_blocks: int) -> Capacity:
-    # One block is nobody's: vLLM points entries of block tables that are not there to it.
-    usable = max(blocks - 1, 0)
-    return Capacity(
-        token_bytes,
-        window_bytes,
-        block_tokens,
-        blocks,
-        usable * block_tokens,
-        request_blocks,
-        usable / request_blocks,
-    )
+    blocks, pages = memory // (block_tokens * token), _whole(length, block_tokens)
+    usable = max(blocks - NOBODYS, 0)
+    return Capacity(token, 0, block_tokens, blocks, usable * block_tokens, usable / pages, blocks / pages)
 
 
 def _whole(tokens: int, page: int) -> int:
