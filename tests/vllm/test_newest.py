@@ -25,8 +25,8 @@ HOOKS = {
         AttentionBackend.forward_includes_kv_cache_update AttentionBackend.supported_dtypes
         AttentionBackend.supported_kv_cache_dtypes AttentionMetadataBuilder.__init__ AttentionMetadataBuilder.build
         AttentionImpl.__init__ AttentionImpl.forward AttentionImplBase.process_weights_after_loading
-        AttentionType.DECODER CommonAttentionMetadata.query_start_loc_cpu CommonAttentionMetadata.seq_lens CommonAttentionMetadata.num_reqs
-        CommonAttentionMetadata.block_table_tensor MultipleOf.base
+        AttentionType.DECODER MultipleOf.base CommonAttentionMetadata.query_start_loc_cpu
+        CommonAttentionMetadata.seq_lens CommonAttentionMetadata.num_reqs CommonAttentionMetadata.block_table_tensor
     """,
     "v1/attention/backends/registry.py": "register_backend AttentionBackendEnum.CUSTOM AttentionBackendEnum.CPU_ATTN",
     "v1/kv_cache_interface.py": """
