@@ -45,6 +45,10 @@ def serve(
             f"there is no calibration {calibration_file}; make it: swan calibrate {shlex.quote(model)} --out "
             f"{shlex.quote(str(calibration_file))}"
         )
+    if calibration_file.suffix == ".safetensors" and calibration_file.absolute().parent == Path(model).absolute():
+        raise ValueError(
+            f"{calibration_file} lies in the folder of the model, where vLLM would read it as weights; move it"
+        )
     Calibration.load(calibration_file).check_config(config)
     settings = Settings(str(calibration_file.absolute()), retention, buffer)
     _, plan = load(settings)
