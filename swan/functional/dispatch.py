@@ -28,7 +28,7 @@ from swan.storage.packed import unpack_mixed
 
 __all__ = [
     "NO_LSE", "Impl", "check_cache_impl", "check_packed_impl", "dense_impl", "is_kernel", "one_call_serves",
-    "pack_impl", "packed_impl", "sdpa_gives_lse", "store_kernel", "take_in_kernel", "unpack_kernel",
+    "pack_impl", "packed_impl", "pages_kernel", "sdpa_gives_lse", "store_kernel", "take_in_kernel", "unpack_kernel",
 ]  # fmt: skip
 
 Impl = Literal["auto", "reference", "sdpa", "flex", "compiled", "cpp", "cuda"]
@@ -92,6 +92,21 @@ def packed_impl(impl: Impl, q: Tensor, k: Packed, v: Packed) -> Impl:
             cuda.say_slow(f"impl='cuda' attends to {cuda.ATTENDS}; not to {k.format} and {v.format} with {q.dtype}")
         return impl
     return kernels.IMPL if kernels.built(q.device) else impl
+
+
+def pages_kernel(q: Tensor, k: Packed, v: Packed) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Return the kernel that attends to these pages with queries of sequences that share them, or None.
+
+    Args:
+        q: queries ``[batch, heads, queries, d]``.
+        k: packed keys of all pages ``[pages, kv_heads, tokens of a page, d]``.
+        v: packed values, likewise.
+    """
+    kernels, rows = kernels_on(q.device), q.shape[1] // k.shape[1] * q.shape[2]
+    if kernels is None or rows > kernels.MOST_ROWS or not kernels.attends_pages(k.shape[2]):
+        return None
+    serves = kernels.attends(q.dtype, k.format, v.format) and kernels.built(q.device)
+    return calls.attend_pages if serves else None
 
 
 def check_packed_impl(impl: Impl, q: Tensor, keys: Layout, values: Layout) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from swan.kernels import Recent, Seen, cpu, cuda, matrix_of, numbers_of, planes_of
 from swan.storage import Graded, Layout, Packed
 
-__all__ = ["attend", "kernels_on", "restore", "store", "take_in"]
+__all__ = ["attend", "attend_pages", "kernels_on", "restore", "store", "take_in"]
 
 KERNELS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}  # by type of device
 
@@ -75,6 +75,45 @@ def attend(
         [] if recent is None else [recent.keys, recent.values],
         None if recent is None else recent.mask,
         *span,
+    )
+
+
+def attend_pages(
+    q: Tensor, k: Packed, v: Packed, table: Tensor, ends: Tensor, scale: float, recent: Recent
+) -> tuple[Tensor, Tensor]:
+    """Attend as `attend` does, where packed tokens lie in pages that sequences share: kernels on a CPU.
+
+    Args:
+        q: ``[batch, heads, queries, d]``, float32, bfloat16 or float16.
+        k: packed keys of all pages ``[pages, kv_heads, tokens of a page, d]``.
+        v: packed values, likewise.
+        table: pages of each sequence ``[batch, pages of a sequence]``, int64; entries behind its end are not read.
+        ends: each query sees the packed tokens before this one ``[batch, queries]``, int64.
+        scale: factor of the scores.
+        recent: recent tokens beside them.
+
+    Returns:
+        As `attend`.
+
+    Example:
+        ```python
+        out, _ = attend_pages(q, k, v, torch.tensor([[7, 2]]), torch.tensor([[100]]), 64**-0.5, Recent(*recent, None))
+        ```
+
+    Source: pages of a cache are Kwon et al., arXiv:2309.06180; the rest as in `attend`.
+    """
+    return _operator("attend_pages", q)(
+        q,
+        planes_of(k),
+        numbers_of(k.format),
+        planes_of(v),
+        numbers_of(v.format),
+        table,
+        ends,
+        scale,
+        [matrix_of(q, k.format), matrix_of(q, v.format)],
+        [recent.keys, recent.values],
+        recent.mask,
     )
 
 

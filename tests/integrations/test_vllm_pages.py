@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from swan import Graded, KVCache, LayerPlan, TopK, pack
-from swan.integrations.vllm.attention import QUERIES, windowed_attention
+from swan.functional.dispatch import pages_kernel
+from swan.integrations.vllm.attention import QUERIES, batch_attention, windowed_attention
 from swan.integrations.vllm.layer import heads_of, window_tokens
 from swan.integrations.vllm.pages import DensePages, PackedPages, PageLayout
+from swan.kernels import cpu
 
 HEADS, KV_HEADS, D = 4, 2, 32
 MIXED = LayerPlan(Graded(((16, 5), (8, 16), (8, 0))), Graded(((16, 3), (16, 2))))
@@ -48,6 +50,16 @@ class Server:
         length, *tables = self.tables[name]
         packed, dense = map(torch.tensor, tables)
         return windowed_attention(q, length, self.packed, packed, self.dense, dense, buffer=buffer, scale=D**-0.5)
+
+    def attend_together(self, q, new: dict[str, int], buffer: int):
+        """Attend with the newest tokens of some sequences, so many of each."""
+        lengths, packed, dense = zip(*(self.tables[name] for name in new), strict=True)
+        starts = [0, *torch.tensor(list(new.values())).cumsum(0).tolist()]
+        tables = [
+            torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in x], batch_first=True) for x in (packed, dense)
+        ]
+        options = {"buffer": buffer, "scale": D**-0.5}
+        return batch_attention(q, starts, lengths, self.packed, tables[0].int(), self.dense, tables[1].int(), **options)
 
 
 def states(tokens: int, seed: int = 0):
@@ -95,6 +107,23 @@ def test_sequences_do_not_see_each_other():
         together.append(server.attend(name, states(130, seed)[0][:, :, -1:], buffer=20))
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("plan", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("tokens", [64, 192], ids=["kernel", "tensor code"])  # the kernel takes powers of two
+def test_a_batch_gives_what_each_sequence_gives(plan, tokens):
+    """Sequences that decode beside one that is read, one that has begun, and one that the window holds whole."""
+    server, new = Server(plan, tokens=tokens, pages=16), {"a": 1, "b": 30, "c": 1, "d": 1, "e": 1}
+    for seed, (name, length) in enumerate(zip(new, (150, 100, 1, 21, 20), strict=True)):
+        server.add(name, *states(length, seed)[1:])
+    q = states(sum(new.values()), 9)[0]
+    kernel = pages_kernel(q[:, :, :1], server.packed.keys, server.packed.values)
+    assert (kernel is None) == (tokens == 192 or not cpu.built())
+    found, start = server.attend_together(q, new, buffer=20), 0
+    for name, count in new.items():
+        expected = server.attend(name, q[:, :, start : start + count], buffer=20)
+        torch.testing.assert_close(found[:, :, start : start + count], expected, atol=2e-5, rtol=2e-5)
+        start += count
 
 
 @pytest.mark.parametrize("plan", LAYOUTS.values(), ids=LAYOUTS)

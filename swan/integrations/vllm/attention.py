@@ -1,19 +1,76 @@
-"""Attention of one sequence over pages, in the windowed form: a query sees the newest tokens dense, older ones packed.
+"""Attention over pages, in the windowed form: a query sees the newest tokens of its sequence dense, older ones packed.
 
 So the result depends neither on how a prompt is cut into chunks nor on what was in the cache already.
 """
 
+from collections.abc import Sequence
+
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from swan.functional.attention import dense_attention, merge_attention, packed_attention
+from swan.functional.dispatch import pages_kernel
 from swan.integrations.vllm.pages import DensePages, PackedPages
 from swan.kernels import Seen
 
-__all__ = ["windowed_attention"]
+__all__ = ["batch_attention", "windowed_attention"]
 
 QUERIES = 512  # queries at a time
 TOKENS = 4096  # packed tokens that are copied out of their pages at a time
+
+
+def batch_attention(
+    q: Tensor,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    packed: PackedPages,
+    packed_table: Tensor,
+    dense: DensePages,
+    dense_table: Tensor,
+    *,
+    buffer: int,
+    scale: float,
+) -> Tensor:
+    """Attend with the new tokens of all sequences of a batch, as `windowed_attention` does for each.
+
+    Those that have one new token are attended together, by a kernel that reads pages, where there is one.
+
+    Args:
+        q: rotated queries of all sequences, one after the other ``[1, heads, queries, d]``.
+        starts: where the queries of each sequence begin, and where those of the last end.
+        lengths: tokens of each sequence, the new ones included.
+        packed: pages of all tokens.
+        packed_table: pages of each sequence ``[sequences, pages]``.
+        dense: pages of the newest tokens.
+        dense_table: likewise.
+        buffer: tokens that a query sees dense, itself counted.
+        scale: factor of the scores.
+
+    Returns:
+        Output in rotated coordinates ``[1, heads, queries, dv]``; zeros for queries of no sequence.
+    """
+    out = q.new_zeros(*q.shape[:3], packed.values.shape[-1])
+    rest = [index for index in range(len(lengths)) if starts[index + 1] > starts[index]]
+    single = [index for index in rest if starts[index + 1] == starts[index] + 1]
+    kernel = pages_kernel(q[:, :, :1], packed.keys, packed.values)
+    if kernel is not None and single:
+        rest = [index for index in rest if index not in single]
+        rows = torch.tensor(single, device=q.device)
+        places = torch.tensor([starts[index] for index in single], device=q.device)
+        ends = torch.tensor([[max(lengths[index] - buffer, 0)] for index in single], device=q.device)
+        columns = torch.tensor([lengths[index] for index in single], device=q.device)[:, None] - buffer
+        recent = dense.newest(dense_table[rows], columns + torch.arange(buffer, device=q.device))
+        each = rearrange(q[:, :, places], "1 h s d -> s h 1 d")
+        found, _ = kernel(each, packed.keys, packed.values, packed_table[rows].long(), ends, scale, recent)
+        out[:, :, places] = rearrange(found, "s h 1 d -> 1 h s d").to(q.dtype)
+    for index in rest:
+        new = slice(starts[index], starts[index + 1])
+        tables = {"packed_table": packed_table[index], "dense_table": dense_table[index]}
+        out[:, :, new] = windowed_attention(
+            q[:, :, new], lengths[index], packed, dense=dense, buffer=buffer, scale=scale, **tables
+        )
+    return out
 
 
 def windowed_attention(
@@ -27,7 +84,7 @@ def windowed_attention(
     buffer: int,
     scale: float,
 ) -> Tensor:
-    r"""Attend with the last queries of a sequence: query $i$ sees key $j \le i$ dense where $i - j < b$, else packed.
+    r"""Attend with the last queries of one sequence: query $i$ sees key $j \le i$ dense where $i - j < b$, else packed.
 
     Args:
         q: rotated queries ``[1, heads, queries, d]``, of the last tokens.

@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, SlidingWindowSpec
 
 from swan.functional.rotation import inverse_rotate, rotate
-from swan.integrations.vllm.attention import windowed_attention
+from swan.integrations.vllm.attention import batch_attention
 from swan.integrations.vllm.layer import ServedLayer, refusal
 from swan.integrations.vllm.pages import PAGE, DensePages, PackedPages
 from swan.integrations.vllm.settings import Settings, load
@@ -241,22 +241,18 @@ class SwanImpl(AttentionImpl[SwanMetadata]):
         assert self.served is not None
         packed, window, dense, _ = self._pages(kv_cache)
         q = rotate(_heads_first(query), self.served.key_basis)
-        for index, length in enumerate(attn_metadata.lengths):
-            new = slice(attn_metadata.starts[index], attn_metadata.starts[index + 1])
-            if new.start == new.stop:
-                continue
-            out = windowed_attention(
-                q[:, :, new],
-                length,
-                packed,
-                attn_metadata.table[index],
-                dense,
-                window.table[index],
-                buffer=self.served.buffer,
-                scale=self.scale,
-            )
-            out = inverse_rotate(out, self.served.value_basis)
-            output[new] = rearrange(out, "1 h t d -> t h d")
+        out = batch_attention(
+            q,
+            attn_metadata.starts,
+            attn_metadata.lengths,
+            packed,
+            attn_metadata.table,
+            dense,
+            window.table,
+            buffer=self.served.buffer,
+            scale=self.scale,
+        )
+        output.copy_(rearrange(inverse_rotate(out, self.served.value_basis), "1 h t d -> t h d"))
         return output
 
     def _pages(self, kv_cache: Tensor) -> tuple[PackedPages, SwanMetadata, DensePages, Tensor]:

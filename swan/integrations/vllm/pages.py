@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from swan.functional.packing import pack
+from swan.kernels import Recent
 from swan.storage import Graded, LayerPlan, Packed
 
 __all__ = ["PAGE", "DensePages", "PackedPages", "PageLayout"]
@@ -175,3 +176,15 @@ class DensePages:
         inside = slice(start - first * self.tokens, stop - first * self.tokens)
         keys, values = (rearrange(x[pages], "p h t d -> 1 h (p t) d")[:, :, inside] for x in (self.keys, self.values))
         return keys, values
+
+    def newest(self, table: Tensor, columns: Tensor) -> Recent:
+        """Copy tokens of several sequences, and mask those that are not there.
+
+        Args:
+            table: pages of each sequence ``[sequences, pages]``.
+            columns: of each sequence ``[sequences, tokens]``; below 0 there is none.
+        """
+        inside = columns.clamp(min=0)
+        page, place = table.gather(1, inside // self.tokens), inside % self.tokens
+        keys, values = (rearrange(x[page, :, place], "s t h d -> s h t d") for x in (self.keys, self.values))
+        return Recent(keys, values, rearrange(columns >= 0, "s t -> s 1 1 t"))

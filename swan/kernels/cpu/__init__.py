@@ -23,8 +23,8 @@ from swan.storage import Graded, Layout
 from swan.storage.codes import row_bytes
 
 __all__ = [
-    "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "build", "built", "instruction_sets",
-    "library", "missing", "operator", "packs", "require", "restores", "variant", "variants",
+    "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "attends_pages", "build", "built",
+    "instruction_sets", "library", "missing", "operator", "packs", "require", "restores", "variant", "variants",
 ]  # fmt: skip
 
 IMPL = "cpp"
@@ -86,6 +86,11 @@ def attends(dtype: torch.dtype, *layouts: Layout) -> bool:
 def attends_dense(_dtype: torch.dtype) -> bool:
     """Tell if the kernel attends to dense tokens beside a history too, of a dtype to which it attends."""
     return True
+
+
+def attends_pages(tokens: int) -> bool:
+    """Tell if the kernel attends to pages of so many tokens: 64, 128, 256, ..."""
+    return tokens % 64 == 0 and tokens & (tokens - 1) == 0
 
 
 def packs(dtype: torch.dtype, layout: Layout) -> bool:
@@ -196,6 +201,11 @@ def _register_fakes(name: str) -> None:
     """Tell torch.compile what the operators of a variant return."""
 
     @torch.library.register_fake(f"swan::attend_cpu_{name}")
+    def _(q, k, k_layout, v, v_layout, *_):  # pyright: ignore
+        dv = v_layout[1] if v_layout[0] else sum(v_layout[1::2])
+        return q.new_empty(*q.shape[:3], dv, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    @torch.library.register_fake(f"swan::attend_pages_cpu_{name}")
     def _(q, k, k_layout, v, v_layout, *_):  # pyright: ignore
         dv = v_layout[1] if v_layout[0] else sum(v_layout[1::2])
         return q.new_empty(*q.shape[:3], dv, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)

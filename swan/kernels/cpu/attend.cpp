@@ -25,6 +25,7 @@ using namespace swan;
 constexpr int64_t MOST_ROWS = 16;  // query rows up to which codes are read anew for each four
 constexpr int64_t LEAST = 256;     // tokens worth a thread of their own
 constexpr int64_t GRAIN = 64;      // query rows worth a thread
+constexpr int64_t PAGE = 64;       // tokens of a page: a multiple of these, which are read at a time
 
 // The history, or the tokens beside it that are not packed: queries times the scale, and what each part found, in rows.
 struct Side {
@@ -33,17 +34,20 @@ struct Side {
   const int64_t tokens, splits, stretch;
   const int64_t k_width = rounded_up(k.used, CHUNK), v_width = rounded_up(v.used, CHUNK);
   std::vector<float> q, outs, peaks, totals;
+  std::vector<int64_t> limits;  // tokens of each sequence, which may be fewer; empty: of all alike
 
   // `rows` query rows of each of `workers` KV heads of all sequences.
   Side(const Source& k, const Source& v, const Mask& mask, int64_t tokens, int64_t workers, int64_t rows)
       : k(k), v(v), mask(mask), tokens(tokens), splits(splits_of(tokens, workers)),
-        stretch(rounded_up((tokens + splits - 1) / splits, TILE)), q(workers * rows * k_width),
+        stretch(rounded_up((tokens + splits - 1) / splits, PAGE)), q(workers * rows * k_width),
         outs(workers * splits * rows * v_width), peaks(workers * splits * rows), totals(peaks.size()), rows_(rows) {}
 
   static int64_t splits_of(int64_t tokens, int64_t workers) {
     const int64_t wanted = (4 * at::get_num_threads() + workers - 1) / std::max<int64_t>(workers, 1);
     return std::max<int64_t>(1, std::min(wanted, tokens / LEAST));
   }
+
+  int64_t limit(int64_t b) const { return limits.empty() ? tokens : limits[b]; }
 
   void query(int64_t row, const float* x, float scale) {
     for (int64_t c = 0; c < k.used; ++c) q[row * k_width + c] = x[c] * scale;
@@ -84,12 +88,13 @@ Mask view_of(const std::optional<at::Tensor>& mask) {
   return {mask->const_data_ptr<bool>(), stride(0), stride(1), stride(2)};
 }
 
+// `stored`: sequences of the planes, or pages.
 void check(const at::Tensor& q, const Source& k, const Source& v, at::TensorList k_planes, at::TensorList v_planes,
-           int64_t tokens, const std::optional<at::Tensor>& mask, at::TensorList recent,
+           int64_t stored, int64_t tokens, const std::optional<at::Tensor>& mask, at::TensorList recent,
            const std::optional<at::Tensor>& recent_mask) {
   const auto &keys = any_of(k_planes), &values = any_of(v_planes);
   const int64_t batch = q.size(0), kv_heads = keys.size(1);
-  TORCH_CHECK(q.dim() == 4 && q.size(3) == k.d && keys.size(0) == batch && q.size(1) % kv_heads == 0 &&
+  TORCH_CHECK(q.dim() == 4 && q.size(3) == k.d && keys.size(0) == stored && q.size(1) % kv_heads == 0 &&
                   keys.size(2) >= tokens && values.sizes().slice(0, 3).equals(keys.sizes().slice(0, 3)),
               "keys and values do not fit the queries or each other");
   const auto fits = [&](const std::optional<at::Tensor>& m, int64_t count) {
@@ -108,9 +113,12 @@ void check(const at::Tensor& q, const Source& k, const Source& v, at::TensorList
 
 // Whether all groups of few bits of some tokens are numbers.
 bool all_numbers(const Source& x, int64_t b, int64_t h, int64_t begin, int64_t end) {
-  const int64_t groups = x.coded.size(), step = x.scales.token == groups ? end - begin : 1;  // tokens side by side
-  for (int64_t t = begin; t < end; t += step)
+  const int64_t groups = x.coded.size();
+  int64_t step = 1;
+  for (int64_t t = begin; t < end; t += step) {
+    if (x.scales.token == groups) step = x.scales.together(t, end);  // scales of tokens side by side
     if (std::memchr(x.scales.row(b, h, t), NOT_A_NUMBER, step * groups)) return false;
+  }
   return true;
 }
 
@@ -141,17 +149,13 @@ std::optional<at::Tensor> mask_of(const std::optional<at::Tensor>& first, const 
   return mask.expand({rows, 1, queries, tokens});
 }
 
-// `mixes`: of keys and values, each a matrix or an empty tensor; `recent`: keys and values as they are, or nothing.
-std::tuple<at::Tensor, at::Tensor> attend(
-    const at::Tensor& q, at::TensorList k_planes, at::IntArrayRef k_layout, at::TensorList v_planes,
-    at::IntArrayRef v_layout, int64_t tokens, const std::optional<at::Tensor>& given, double scale, at::TensorList mixes,
-    at::TensorList recent, const std::optional<at::Tensor>& recent_mask, const std::optional<at::Tensor>& first,
-    const std::optional<at::Tensor>& end, int64_t start) {
-  const Source k = source_of(k_planes, k_layout), v = source_of(v_planes, v_layout);
-  check(q, k, v, k_planes, v_planes, tokens, given, recent, recent_mask);
-  TORCH_CHECK(!given || (!first && !end), "give a mask, or numbers");
-  const auto mask = given ? given : mask_of(first, end, start, q.size(0), q.size(2), tokens);
-  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), kv_heads = any_of(k_planes).size(1);
+// Attention of all queries; `limits`: tokens of each sequence, or nothing where all have as many; `mixes`: of keys and
+// values, each a matrix or an empty tensor; `recent`: keys and values as they are, or nothing.
+std::tuple<at::Tensor, at::Tensor> attend_to(
+    const at::Tensor& q, const Source& k, const Source& v, int64_t kv_heads, int64_t tokens,
+    const std::vector<int64_t>& limits, const std::optional<at::Tensor>& mask, double scale, at::TensorList mixes, at::TensorList recent,
+    const std::optional<at::Tensor>& recent_mask) {
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2);
   const int64_t groups = heads / kv_heads, rows = groups * queries, workers = batch * kv_heads;
 
   const auto side_by_side = [](const std::optional<at::Tensor>& m) {
@@ -159,6 +163,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
   };
   const auto seen = side_by_side(mask), recent_seen = side_by_side(recent_mask);
   Side history(k, v, view_of(seen), tokens, workers, rows);
+  history.limits = limits;
   std::vector<at::Tensor> dense;
   for (const at::Tensor& t : recent) dense.push_back(with_dense_rows(t));
   std::optional<Source> recent_k, recent_v;
@@ -189,8 +194,8 @@ std::tuple<at::Tensor, at::Tensor> attend(
   std::optional<Coded> coded;
   if (rows <= MOST_ROWS && Coded::reads(k, v)) coded.emplace(k, v, q.scalar_type() == at::kFloat);
   const auto run = [&](Side& side, const Coded* codes, int64_t i) {
-    const int64_t worker = i / side.splits, begin = std::min(i % side.splits * side.stretch, side.tokens);
-    const int64_t end = std::min(begin + side.stretch, side.tokens), b = worker / kv_heads, h = worker % kv_heads;
+    const int64_t worker = i / side.splits, b = worker / kv_heads, h = worker % kv_heads, limit = side.limit(b);
+    const int64_t begin = std::min(i % side.splits * side.stretch, limit), end = std::min(begin + side.stretch, limit);
     const float* query = side.q.data() + worker * rows * side.k_width;
     float *out = side.outs.data() + i * rows * side.v_width, *peak = side.peaks.data() + i * rows;
     const Stretch stretch{side.k, side.v, side.mask, query, b, h, rows, groups, queries, out, peak, side.totals.data() + i * rows};
@@ -241,6 +246,58 @@ std::tuple<at::Tensor, at::Tensor> attend(
   return {out, lse};
 }
 
+std::tuple<at::Tensor, at::Tensor> attend(
+    const at::Tensor& q, at::TensorList k_planes, at::IntArrayRef k_layout, at::TensorList v_planes,
+    at::IntArrayRef v_layout, int64_t tokens, const std::optional<at::Tensor>& given, double scale, at::TensorList mixes,
+    at::TensorList recent, const std::optional<at::Tensor>& recent_mask, const std::optional<at::Tensor>& first,
+    const std::optional<at::Tensor>& end, int64_t start) {
+  const Source k = source_of(k_planes, k_layout), v = source_of(v_planes, v_layout);
+  check(q, k, v, k_planes, v_planes, q.size(0), tokens, given, recent, recent_mask);
+  TORCH_CHECK(!given || (!first && !end), "give a mask, or numbers");
+  const auto mask = given ? given : mask_of(first, end, start, q.size(0), q.size(2), tokens);
+  return attend_to(q, k, v, any_of(k_planes).size(1), tokens, {}, mask, scale, mixes, recent, recent_mask);
+}
+
+// Of sequences in pages: planes [pages, heads, tokens of a page, width]; table [batch, pages of a sequence]; query i of
+// sequence b sees the packed tokens before ends[b][i].
+std::tuple<at::Tensor, at::Tensor> attend_pages(
+    const at::Tensor& q, at::TensorList k_planes, at::IntArrayRef k_layout, at::TensorList v_planes,
+    at::IntArrayRef v_layout, const at::Tensor& table, const at::Tensor& ends, double scale, at::TensorList mixes,
+    at::TensorList recent, const std::optional<at::Tensor>& recent_mask) {
+  Source k = source_of(k_planes, k_layout), v = source_of(v_planes, v_layout);
+  const at::Tensor& keys = any_of(k_planes);
+  const int64_t batch = q.size(0), queries = q.size(2), page = keys.size(2);
+  TORCH_CHECK(page % PAGE == 0 && (page & (page - 1)) == 0, "pages hold a power of two of tokens, ", PAGE, " or more");
+  TORCH_CHECK(table.dim() == 2 && table.size(0) == batch && ends.dim() == 2 && ends.size(0) == batch &&
+                  ends.size(1) == queries && table.scalar_type() == at::kLong && ends.scalar_type() == at::kLong,
+              "expected table [batch, pages] and ends [batch, queries] of int64");
+  const at::Tensor numbers = table.contiguous(), seen = ends.contiguous();
+  const int64_t *number = numbers.const_data_ptr<int64_t>(), *before = seen.const_data_ptr<int64_t>();
+  TORCH_CHECK(batch && queries, "there is no query");
+  std::vector<int64_t> limits(batch, 0);  // what lies behind the end of a sequence in its last page may be anything
+  for (int64_t i = 0; i < batch * queries; ++i) limits[i / queries] = std::max(limits[i / queries], before[i]);
+  const int64_t tokens = *std::max_element(limits.begin(), limits.end());
+  TORCH_CHECK(tokens <= table.size(1) * page, "queries see more tokens than there are pages for");
+  check(q, k, v, k_planes, v_planes, keys.size(0), page, {}, recent, recent_mask);
+  at::Tensor mask = at::zeros({batch, 1, queries, tokens}, at::kBool);
+  for (int64_t i = 0; i < batch * queries; ++i) {
+    const int64_t count = std::max<int64_t>(before[i], 0);
+    std::fill_n(mask.mutable_data_ptr<bool>() + i * tokens, count, true);
+    for (int64_t p = 0; p * page < count; ++p) {
+      const int64_t each = number[i / queries * table.size(1) + p];
+      TORCH_CHECK(each >= 0 && each < keys.size(0), "page ", each, " of ", keys.size(0));
+    }
+  }
+  int bits = 0;
+  while (page >> bits > 1) ++bits;
+  const Pages pages{number, table.size(1), table.size(1) - 1, bits};
+  if (tokens) {  // else there may be no page
+    k.put_in_pages(pages);
+    v.put_in_pages(pages);
+  }
+  return attend_to(q, k, v, keys.size(1), tokens, limits, mask, scale, mixes, recent, recent_mask);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(swan, m) {
@@ -249,8 +306,13 @@ TORCH_LIBRARY_FRAGMENT(swan, m) {
       "(Tensor q, Tensor[] k, int[] k_layout, Tensor[] v, int[] v_layout, SymInt tokens, Tensor? mask, "
       "float scale, Tensor[] mixes, Tensor[] recent, Tensor? recent_mask, Tensor? first, Tensor? end, SymInt start) "
       "-> (Tensor, Tensor)");
+  m.def(
+      SWAN_OPERATOR(attend_pages_cpu)
+      "(Tensor q, Tensor[] k, int[] k_layout, Tensor[] v, int[] v_layout, Tensor table, Tensor ends, float scale, "
+      "Tensor[] mixes, Tensor[] recent, Tensor? recent_mask) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(swan, CPU, m) {
   m.impl(SWAN_OPERATOR(attend_cpu), &attend);
+  m.impl(SWAN_OPERATOR(attend_pages_cpu), &attend_pages);
 }

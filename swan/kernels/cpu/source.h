@@ -13,12 +13,31 @@ constexpr int64_t CHUNK = 64;       // floats of a vector are a whole number of 
 
 constexpr int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// A tensor [batch, heads, tokens, width] whose last axis is dense; or none.
+// Where the tokens of sequences are, if they lie in pages: token t of sequence b is in number[b * stride + (t >> bits)].
+struct Pages {
+  const int64_t* number = nullptr;  // null: they lie as they are
+  int64_t stride = 0, last = 0;     // `last`: the last page of a sequence that may be looked up
+  int bits = 0;                     // a page holds 2 ** bits tokens
+};
+
+// A tensor [batch, heads, tokens, width] whose last axis is dense; or none. With pages its first axis counts these.
 struct Plane {
   const uint8_t* data = nullptr;
   int64_t batch = 0, head = 0, token = 0;  // strides in bytes
+  Pages pages;
 
-  const uint8_t* row(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * token; }
+  const uint8_t* row(int64_t b, int64_t h, int64_t t) const {
+    if (pages.number) {
+      b = pages.number[b * pages.stride + std::min(t >> pages.bits, pages.last)];
+      t &= (int64_t{1} << pages.bits) - 1;
+    }
+    return data + b * batch + h * head + t * token;
+  }
+
+  // How many of the tokens from t to before `end` lie in one piece.
+  int64_t together(int64_t t, int64_t end) const {
+    return pages.number ? std::min(end, ((t >> pages.bits) + 1) << pages.bits) - t : end - t;
+  }
 };
 
 // What is stored of packed vectors.
@@ -60,6 +79,10 @@ struct Source : Planes {
       d += size;
       if (b) used = d;
     }
+  }
+
+  void put_in_pages(const Pages& pages) {
+    for (Plane* plane : {&codes, &whole, &scales, &positions}) plane->pages = pages;
   }
 
   // One vector, into `rounded_up(used, CHUNK)` floats.

@@ -12,8 +12,8 @@ from swan.kernels.cuda.build import folder, missing, not_built
 from swan.storage import Graded, LayerPlan, Layout
 
 __all__ = [
-    "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "built", "compile_ahead", "folder", "missing",
-    "operator", "packs", "require", "restores", "say_slow",
+    "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "attends_pages", "built",
+    "compile_ahead", "folder", "missing", "operator", "packs", "require", "restores", "say_slow",
 ]  # fmt: skip
 
 IMPL = "cuda"
@@ -41,6 +41,11 @@ def _reads(dtype: torch.dtype, layout: Layout) -> bool:
 def attends_dense(dtype: torch.dtype) -> bool:
     """Tell if the kernel attends to dense tokens beside a history too, of a dtype to which it attends."""
     return dtype != torch.float32
+
+
+def attends_pages(_tokens: int) -> bool:
+    """Tell if the kernel attends to pages of so many tokens: not yet."""
+    return False
 
 
 def packs(dtype: torch.dtype, layout: Layout) -> bool:
