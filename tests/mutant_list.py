@@ -62,6 +62,9 @@ OF_CUDA_HOST = ("kernels/test_cuda_host.py",)
 OF_ONE_TILE = ("test_never_dense.py::test_steps_stay_within_a_tile[compiled-dynamic-decode-few bits]",)
 OF_KEEPING = ("modules/test_keeping.py",)
 OF_NUMERICS = ("functional/test_numerics.py",)
+OF_PAGES, OF_SERVERS = ("integrations/test_vllm_pages.py",), ("integrations/test_vllm_settings.py",)
+PAGES, SERVED = "swan/integrations/vllm/pages.py", "swan/integrations/vllm/layer.py"
+PAGED, PLANNED = "swan/integrations/vllm/attention.py", "swan/integrations/vllm/capacity.py"
 
 MUTANTS = [
     # attention ------------------------------------------------------------------------------------
@@ -775,4 +778,55 @@ MUTANTS = [
         "for side in both for page in side)",
         ("evaluation/test_texts.py",),
     ),
+    # pages of a server ----------------------------------------------------------------------------
+    Mutant("window-one-token-longer", PAGED, "(behind < buffer)", "(behind <= buffer)", OF_PAGES),
+    Mutant(
+        "packed-and-dense-at-once",
+        PAGED,
+        "Seen(None, columns - buffer + 1, begin)",
+        "Seen(None, columns, begin)",
+        OF_PAGES,
+    ),
+    Mutant(
+        "the-last-query-sees-less", PAGED, "queries.shape[2] - buffer  #", "queries.shape[2] - buffer - 1  #", OF_PAGES
+    ),
+    Mutant(
+        "decoding-sees-a-token-less",
+        PAGED,
+        "max(lengths[index] - buffer, 0)",
+        "max(lengths[index] - buffer - 1, 0)",
+        OF_PAGES,
+    ),
+    Mutant("tables-of-others", PAGED, "packed_table[rows].long()", "packed_table[: len(single)].long()", OF_PAGES),
+    Mutant("tokens-before-the-first-are-seen", PAGES, "columns >= 0, ", "columns >= -9, ", OF_PAGES),
+    Mutant(
+        "page-and-place-swapped",
+        PAGES,
+        'to[page, :, place] = rearrange(rows, "1 h t w',
+        'to[page, :, place.flip(0)] = rearrange(rows, "1 h t w',
+        OF_PAGES,
+    ),
+    Mutant(
+        "scales-between-the-planes",
+        PAGES,
+        "planes[side].append(take(layout.row_bytes, torch.uint8))",
+        "planes[side].append(take(layout.row_bytes, torch.uint8)); start -= self.tokens",
+        OF_PAGES,
+    ),
+    Mutant(
+        "heads-of-the-first-rank-for-all",
+        SERVED,
+        "slice(rank * share, (rank + 1) * share)",
+        "slice(0, share)",
+        OF_PAGES,
+    ),
+    Mutant(
+        "window-pages-larger-than-packed",
+        SERVED,
+        "n * dense_slot <= tokens * mean_slot",
+        "n * dense_slot <= 2 * tokens * mean_slot",
+        OF_PAGES,
+    ),
+    Mutant("a-window-is-forgotten", PLANNED, "/ (packed + resting)", "/ packed", OF_SERVERS),
+    Mutant("later-versions-serve", "swan/integrations/vllm/settings.py", "(0, 34))", "(0, 35))", OF_SERVERS),
 ]
