@@ -779,12 +779,12 @@ MUTANTS = [
         ("evaluation/test_texts.py",),
     ),
     # pages of a server ----------------------------------------------------------------------------
-    Mutant("window-one-token-longer", PAGED, "(behind < buffer)", "(behind <= buffer)", OF_PAGES),
+    Mutant("window-one-token-longer", PAGED, "((behind < buffer) |", "((behind <= buffer) |", OF_PAGES),
     Mutant(
         "packed-and-dense-at-once",
         PAGED,
-        "Seen(None, columns - buffer + 1, begin)",
-        "Seen(None, columns, begin)",
+        "Seen(after_sinks, columns - buffer + 1, begin)",
+        "Seen(after_sinks, columns, begin)",
         OF_PAGES,
     ),
     Mutant(
@@ -798,7 +798,7 @@ MUTANTS = [
         OF_PAGES,
     ),
     Mutant("tables-of-others", PAGED, "packed_table[rows].long()", "packed_table[: len(single)].long()", OF_PAGES),
-    Mutant("tokens-before-the-first-are-seen", PAGES, "columns >= 0, ", "columns >= -9, ", OF_PAGES),
+    Mutant("tokens-before-the-first-are-seen", PAGES, "rearrange(columns >= 0", "rearrange(columns >= -9", OF_PAGES),
     Mutant(
         "page-and-place-swapped",
         PAGES,
@@ -823,8 +823,8 @@ MUTANTS = [
     Mutant(
         "window-pages-larger-than-packed",
         SERVED,
-        "n * dense_slot <= tokens * mean_slot",
-        "n * dense_slot <= 2 * tokens * mean_slot",
+        "n * dense <= tokens * sum(slots)",
+        "n * dense <= 2 * tokens * sum(slots)",
         OF_PAGES,
     ),
     Mutant("a-window-is-forgotten", PLANNED, "/ (packed + resting)", "/ packed", OF_SERVERS),

@@ -15,7 +15,6 @@ from swan.integrations.vllm.capacity import dense_capacity, packed_capacity
 from swan.integrations.vllm.model import heads_of_config
 
 RETENTIONS = (0.5, 0.33, 0.26, 0.2)
-ITEMSIZE = 2  # bytes of a number of bfloat16 or float16
 
 
 def check_length(length: str) -> str:
@@ -39,6 +38,7 @@ def capacity(
         typer.Option(callback=check_retentions, help="Retentions (repeat it); some if none is given."),
     ] = None,
     buffer: Annotated[int, typer.Option(min=1, help="Newest tokens that each query sees dense.")] = 128,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that all queries see dense.")] = 4,
     batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the server computes in a step.")] = 2048,
     block_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a block, a multiple of 64.")] = 128,
     calibration_file: Annotated[
@@ -56,15 +56,22 @@ def capacity(
     calibration = None if calibration_file is None else Calibration.load(calibration_file)
     if calibration is not None:
         calibration.check_config(config)
-    common: dict[str, Any] = {"kv_heads": kv_heads, "itemsize": ITEMSIZE, "block_tokens": block_tokens}
+    common: dict[str, Any] = {"kv_heads": kv_heads, "block_tokens": block_tokens}
     dense = dense_capacity(heads.dims, size, tokens, **common)
     rows = [_row("dense", 1.0, dense, dense)]
     for each in retention or RETENTIONS:
-        plan = Plan.for_retention(each, calibration, dims=heads.dims, buffer=buffer, sinks=0)
+        plan = Plan.for_retention(each, calibration, dims=heads.dims, buffer=buffer, sinks=sinks)
         found = packed_capacity(plan, size, tokens, batched_tokens=batched_tokens, **common)
         rows.append(_row("graded", plan.retention, found, dense))
     if json:
-        asked = {"model": model, "memory": size, "length": tokens, "tensor_parallel": tensor_parallel, "buffer": buffer}
+        asked = {
+            "model": model,
+            "memory": size,
+            "length": tokens,
+            "tensor_parallel": tensor_parallel,
+            "buffer": buffer,
+            "sinks": sinks,
+        }
         asked |= {"batched_tokens": batched_tokens, "kv_heads": kv_heads, "layers": len(heads.dims)}
         return print_json(asked, rows)
     columns: Columns = {

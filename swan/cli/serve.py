@@ -25,6 +25,7 @@ def serve(
         "swan-calibration.safetensors"
     ),
     buffer: Annotated[int, typer.Option(min=1, help="Newest tokens that each query sees dense.")] = 128,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that all queries see dense.")] = 4,
     arguments: Annotated[str, typer.Option(help="Further arguments for vllm serve, as one text.")] = "",
     run: Annotated[bool, typer.Option("--run", help="Start the server instead of printing the command.")] = False,
     json: JsonOption = False,
@@ -50,12 +51,13 @@ def serve(
             f"{calibration_file} lies in the folder of the model, where vLLM would read it as weights; move it"
         )
     Calibration.load(calibration_file).check_config(config)
-    settings = Settings(str(calibration_file.absolute()), retention, buffer)
+    settings = Settings(str(calibration_file.absolute()), retention, buffer, sinks)
     _, plan = load(settings)
     command = serve_command(servable_name(model), settings, further)
     if run:
         os.execvp(command[0], command)
     if json:
-        asked = {"model": model, "retention": retention, "buffer": buffer, "calibration": settings.calibration}
+        asked = {"model": model, "retention": retention, "buffer": buffer, "sinks": sinks}
+        asked["calibration"] = settings.calibration
         return print_json(asked, [{"command": command, "retention": plan.retention}])
     console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)

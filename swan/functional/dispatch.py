@@ -103,9 +103,9 @@ def pages_kernel(q: Tensor, k: Packed, v: Packed) -> Callable[..., tuple[Tensor,
         v: packed values, likewise.
     """
     kernels, rows = kernels_on(q.device), q.shape[1] // k.shape[1] * q.shape[2]
-    if kernels is None or not kernels.attends_pages(k.shape[2]) or kernels.MOST_ROWS < rows:
+    if kernels is None or not kernels.attends_pages(k.shape[2]):
         return None
-    serves = kernels.attends(q.dtype, k.format, v.format) and kernels.built(q.device)
+    serves = rows <= kernels.MOST_ROWS and kernels.attends(q.dtype, k.format, v.format) and kernels.built(q.device)
     return calls.attend_pages if serves else None
 
 

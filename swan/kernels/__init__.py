@@ -16,6 +16,17 @@ class Recent(NamedTuple):
     values: Tensor
     mask: Tensor | None
 
+    def beside(self, other: "Recent") -> "Recent":
+        """Return these tokens and others; both have masks.
+
+        Raises:
+            ValueError: one of them has none.
+        """
+        if self.mask is None or other.mask is None:
+            raise ValueError("give both a mask")
+        keys, values = (torch.cat(pair, dim=2) for pair in ((self.keys, other.keys), (self.values, other.values)))
+        return Recent(keys, values, torch.cat([self.mask, other.mask], dim=3))
+
 
 class Seen(NamedTuple):
     """The packed tokens that queries see, as numbers: kernels read no more than these.

@@ -79,7 +79,7 @@ def attend(
 
 
 def attend_pages(
-    q: Tensor, k: Packed, v: Packed, table: Tensor, ends: Tensor, scale: float, recent: Recent
+    q: Tensor, k: Packed, v: Packed, table: Tensor, first: int, ends: Tensor, scale: float, recent: Recent
 ) -> tuple[Tensor, Tensor]:
     """Attend as `attend` does, where packed tokens lie in pages that sequences share: kernels on a CPU.
 
@@ -88,7 +88,8 @@ def attend_pages(
         k: packed keys of all pages ``[pages, kv_heads, tokens of a page, d]``.
         v: packed values, likewise.
         table: pages of each sequence ``[batch, pages of a sequence]``, int64; entries behind its end are not read.
-        ends: each query sees the packed tokens before this one ``[batch, queries]``, int64.
+        first: the first packed token that queries see.
+        ends: each query sees those before this one ``[batch, queries]``, int64.
         scale: factor of the scores.
         recent: recent tokens beside them.
 
@@ -97,7 +98,9 @@ def attend_pages(
 
     Example:
         ```python
-        out, _ = attend_pages(q, k, v, torch.tensor([[7, 2]]), torch.tensor([[100]]), 64**-0.5, Recent(*recent, None))
+        out, _ = attend_pages(
+            q, k, v, torch.tensor([[7, 2]]), 0, torch.tensor([[100]]), 64**-0.5, Recent(*recent, None)
+        )
         ```
 
     Source: pages of a cache are Kwon et al., arXiv:2309.06180; the rest as in `attend`.
@@ -109,6 +112,7 @@ def attend_pages(
         planes_of(v),
         numbers_of(v.format),
         table,
+        first,
         ends,
         scale,
         [matrix_of(q, k.format), matrix_of(q, v.format)],

@@ -45,7 +45,7 @@ def test_serve_prints_the_command(model):
     words = shlex.split(run(*arguments).stdout)
     assert words[:3] == ["vllm", "serve", str(folder)] and words[-4:] == ["--port", "80", "-x", "a b"]
     settings = json.loads(words[words.index("--additional-config") + 1])
-    assert settings == {"swan": {"calibration": str(calibration), "retention": 0.4, "buffer": 128}}
+    assert settings == {"swan": {"calibration": str(calibration), "retention": 0.4, "buffer": 128, "sinks": 4}}
     assert words[words.index("--attention-backend") + 1] == "CUSTOM"
     (row,) = run_json(*arguments)["rows"]
     assert row["command"] == words and row["retention"] <= 0.4
@@ -86,7 +86,7 @@ def test_serve_refuses(model, tmp_path):
 
 def test_capacity(model):
     folder, calibration = model
-    arguments = ("capacity", folder, "--memory", "64MiB", "--length", "4k", "--retention", "0.4")
+    arguments = ("capacity", folder, "--memory", "64MiB", "--length", "4k", "--retention", "0.4", "--sinks", "0")
     result = run_json(*arguments)
     dense, graded = result["rows"]
     assert result["settings"]["length"] == 4096 and result["settings"]["memory"] == 2**26

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from swan import Graded, KVCache, LayerPlan, TopK, pack
+from swan import Graded, KVCache, LayerPlan, Plan, TopK, pack
 from swan.functional.dispatch import pages_kernel
 from swan.integrations.vllm.attention import QUERIES, batch_attention, windowed_attention
 from swan.integrations.vllm.layer import heads_of, window_tokens
-from swan.integrations.vllm.pages import DensePages, PackedPages, PageLayout
+from swan.integrations.vllm.pages import DensePages, PageLayout
 from swan.kernels import cpu
 
 HEADS, KV_HEADS, D = 4, 2, 32
@@ -22,12 +22,12 @@ LAYOUTS = {
 class Server:
     """Pages of a layer, and the sequences in them: of each its pages, in no order."""
 
-    def __init__(self, plan: LayerPlan, *, tokens=64, window=16, pages=12, dtype=torch.float32):
-        self.layout = PageLayout(plan, tokens, dtype)
+    def __init__(self, plan: LayerPlan, *, tokens=64, window=16, pages=12, dtype=torch.float32, sinks=3):
+        self.layout = PageLayout(plan, tokens, dtype, sinks)
         # As vLLM lays them: those of one layer far apart. What was never written is NaN.
         bytes_of_page = KV_HEADS * tokens * self.layout.slot_bytes
         memory = torch.full((pages, 3, bytes_of_page), 255, dtype=torch.uint8)
-        self.packed = PackedPages(*self.layout.pool(memory[:, 1].view(pages, KV_HEADS, tokens, -1)))
+        self.packed = self.layout.pool(memory[:, 1].view(pages, KV_HEADS, tokens, -1))
         dense = torch.full((8 * pages, KV_HEADS, window, 2 * D), torch.nan, dtype=dtype)
         self.dense = DensePages.split(dense, D)
         self.tables: dict[str, tuple] = {}
@@ -68,11 +68,13 @@ def states(tokens: int, seed: int = 0):
 
 
 @pytest.mark.parametrize("plan", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("chunks", [(150,), (1,) * 150, (7, 64, 1, 78)], ids=["whole", "single", "chunks"])
-def test_pages_give_what_a_windowed_cache_gives(plan, chunks):
-    """With 16-bit layouts, whose codes no rounding moves, for any split; packed codes for the same split."""
+@pytest.mark.parametrize(
+    "chunks", [(150,), (1,) * 150, (7, 64, 1, 78), (2, 20, 128)], ids=["whole", "single", "a", "b"]
+)
+@pytest.mark.parametrize("sinks", [0, 3, 30], ids=["no sinks", "some", "more than the window"])
+def test_pages_give_what_a_windowed_cache_gives(plan, chunks, sinks):
     q, k, v = states(150)
-    server, cache = Server(plan), KVCache(plan, buffer=20, sinks=0, prefill="windowed")
+    server, cache = Server(plan, sinks=sinks), KVCache(plan, buffer=20, sinks=sinks, prefill="windowed")
     start = 0
     for size in chunks:
         new = slice(start, start + size)
@@ -86,7 +88,7 @@ def test_pages_give_what_a_windowed_cache_gives(plan, chunks):
 def test_many_queries_are_attended_a_few_at_a_time():
     tokens = QUERIES + 70
     q, k, v = states(tokens)
-    server, cache = Server(MIXED), KVCache(MIXED, buffer=20, sinks=0, prefill="windowed")
+    server, cache = Server(MIXED), KVCache(MIXED, buffer=20, sinks=3, prefill="windowed")
     server.add("a", k, v)
     torch.testing.assert_close(server.attend("a", q, buffer=20), cache(q, k, v), atol=2e-5, rtol=2e-5)
 
@@ -130,20 +132,26 @@ def test_a_batch_gives_what_each_sequence_gives(plan, tokens):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_page_holds_the_bytes_of_pack(plan, dtype):
     """Whatever order tokens come in: no byte of a page is left, none is written twice."""
-    server = Server(plan, dtype=dtype)
+    server = Server(plan, dtype=dtype, sinks=5)
     _, k, v = (x.to(dtype) for x in states(64))
     server.packed.write(torch.arange(64).flip(0) + 64, k.flip(2), v.flip(2))
     for stored, x in ((server.packed.keys, k), (server.packed.values, v)):
         for rows, expected in zip(stored.tensors, pack(x, stored.format).tensors, strict=True):
             assert torch.equal(rows[1], expected[0])
+    first = server.packed.first
+    assert torch.equal(first.keys[1], k[0, :, :5]) and torch.equal(first.values[1], v[0, :, :5])
     total = sum(x.nbytes for x in (server.packed.keys, server.packed.values)) // 12
-    assert total == KV_HEADS * 64 * server.layout.slot_bytes
+    sinks = 5 * KV_HEADS * 2 * D * dtype.itemsize
+    assert 0 <= KV_HEADS * 64 * server.layout.slot_bytes - total - sinks < KV_HEADS * 64  # rounded up to a byte a token
 
 
 def test_the_window_fits_into_the_bytes_of_a_packed_page():
-    assert window_tokens(128, mean_slot=66, dense_slot=256) == 32
-    assert window_tokens(128, mean_slot=256, dense_slot=256) == 128
-    assert window_tokens(64, mean_slot=1, dense_slot=256) == 1  # vLLM makes packed pages as large then
+    def tokens(bits, page=128, sinks=0, dtype=torch.bfloat16):
+        return window_tokens(Plan((LayerPlan(*[Graded(((64, bits),))] * 2),) * 3, sinks=sinks), page, dtype)
+
+    assert [tokens(bits) for bits in (2, 4, 8, 16)] == [16, 32, 64, 128]  # of 34, 66, 130 and 256 bytes
+    assert tokens(4, dtype=torch.float32) == 16 and tokens(4, page=64) == 16
+    assert tokens(8, sinks=64) == 128  # a page half of which is sinks
 
 
 @pytest.mark.parametrize(("heads", "ranks"), [(4, 1), (4, 2), (4, 4), (2, 4), (1, 8)])
@@ -156,5 +164,7 @@ def test_ranks_share_the_heads(heads, ranks):
 def test_pages_refuse_what_they_cannot_hold():
     with pytest.raises(ValueError, match="multiple of 64 tokens, got 96"):
         PageLayout(MIXED, 96, torch.float32)
+    with pytest.raises(ValueError, match="up to 64 sinks, got 65"):
+        PageLayout(MIXED, 64, torch.float32, 65)
     with pytest.raises(ValueError, match="Graded layouts, got TopK"):
         PageLayout(LayerPlan(TopK(D, 8), MIXED.values), 64, torch.float32)

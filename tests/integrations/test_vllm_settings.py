@@ -1,5 +1,6 @@
 """What a server is told, what it may not ask for, and what fits into its memory; without vLLM."""
 
+import dataclasses
 import subprocess
 import sys
 import types
@@ -27,7 +28,7 @@ def calibration(tmp_path_factory):
 
 
 def test_settings():
-    assert Settings.of({"swan": GOOD}) == Settings("c.safetensors", 0.26, buffer=128, sinks=0)
+    assert Settings.of({"swan": GOOD}) == Settings("c.safetensors", 0.26, buffer=128, sinks=4)
     assert Settings.of({"swan": GOOD | {"buffer": 64}, "other": 1}).buffer == 64
 
 
@@ -45,7 +46,8 @@ def test_settings():
         ({"swan": GOOD | {"retention": float("nan")}}, ValueError, "above 0 and at most 1"),
         ({"swan": GOOD | {"buffer": 0}}, ValueError, "buffer must be at least 1"),
         ({"swan": GOOD | {"buffer": 12.5}}, TypeError, "numbers of tokens"),
-        ({"swan": GOOD | {"sinks": 4}}, ValueError, "keeps no sinks"),
+        ({"swan": GOOD | {"sinks": 65}}, ValueError, "up to 64 sinks"),
+        ({"swan": GOOD | {"sinks": -1}}, ValueError, "up to 64 sinks"),
         ({"swan": GOOD | {"calibration": 3}}, TypeError, "path of a file"),
     ],
 )
@@ -88,7 +90,7 @@ def test_a_plan_is_read_once(calibration):
     settings = Settings(file, 0.4, buffer=32)
     found, plan = load(settings)
     assert load(settings)[1] is plan
-    assert plan == Plan.for_retention(0.4, made, buffer=32, sinks=0)
+    assert plan == Plan.for_retention(0.4, made, buffer=32, sinks=4)
     assert isinstance(found, Calibration)
 
 
@@ -180,3 +182,5 @@ def test_capacity_by_hand():
     dense = dense_capacity([(64, 64)] * 2, 1000 * block, 1280, kv_heads=1)
     assert (dense.token_bytes, dense.blocks, dense.window_bytes) == (512, 1000 * block // (128 * 512), 0)
     assert packed_capacity(plan, 10, 1280, kv_heads=1).requests == 0
+    sinks = dataclasses.replace(plan, sinks=4)
+    assert packed_capacity(sinks, 1000 * block, 1280, kv_heads=1).token_bytes == 2 * (66 + 4 * 256 // 128)

@@ -28,7 +28,7 @@ def in_pages(packed, table, page: int, pages: int):
     return packed.map(lay)
 
 
-def check(seed, dtype, keys, values, page, lengths, queries, heads, beside):
+def check(seed, dtype, keys, values, page, lengths, queries, heads, beside, first=0):
     generator = torch.Generator().manual_seed(seed)
     batch, tokens, kv_heads = len(lengths), max(lengths), 2
     q = normal(seed, batch, heads, queries, D).to(dtype)
@@ -45,11 +45,12 @@ def check(seed, dtype, keys, values, page, lengths, queries, heads, beside):
     k_pages, v_pages = (in_pages(x, table, page, pages) for x in (k, v))
     # Of each sequence, its last query sees all of it, the one before a token less, and so on.
     ends = torch.tensor([[max(length - behind, 0) for behind in range(queries)][::-1] for length in lengths])
-    out, lse = calls.attend_pages(q, k_pages, v_pages, table, ends, D**-0.5, Recent(*near, mask))
+    out, lse = calls.attend_pages(q, k_pages, v_pages, table, first, ends, D**-0.5, Recent(*near, mask))
     for b, length in enumerate(lengths):
         one = slice(b, b + 1)
         stored = [x.map(lambda plane, one=one: plane[one]).tokens(0, max(length, 1)) for x in (k, v)]
-        seen = torch.arange(max(length, 1)) < ends[b][:, None]
+        columns = torch.arange(max(length, 1))
+        seen = (columns >= first) & (columns < ends[b][:, None])
         recent = Recent(near[0][one], near[1][one], mask[one])
         expected, expected_lse = calls.attend(q[one], *stored, seen[None, None], D**-0.5, recent)
         most, score = bounds(q[one], *stored)
@@ -73,9 +74,10 @@ def test_layouts(values, page):
     st.lists(st.integers(0, 900), min_size=1, max_size=4),
     st.integers(1, 4),
     st.sampled_from([2, 4, 8]),
+    st.sampled_from([0, 4, 70]),
 )
-def test_any_sequences(seed, dtype, keys, values, page, lengths, queries, heads):
-    check(seed, dtype, keys, values, page, lengths, queries, heads, beside=5)
+def test_any_sequences(seed, dtype, keys, values, page, lengths, queries, heads, first):
+    check(seed, dtype, keys, values, page, lengths, queries, heads, beside=5, first=first)
 
 
 def test_pages_that_are_not_there():
@@ -85,7 +87,7 @@ def test_pages_that_are_not_there():
     q = torch.randn(1, 4, 1, D)
 
     def attend(table, end, pages=packed):
-        return calls.attend_pages(q, pages, pages, torch.tensor([table]), torch.tensor([[end]]), 1.0, recent)
+        return calls.attend_pages(q, pages, pages, torch.tensor([table]), 0, torch.tensor([[end]]), 1.0, recent)
 
     attend([1, 7], 64)  # the second is not read
     for table in ([2, 0], [-1, 0], [1, 7]):

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import swan
 from swan.cli.app import app
 from swan.integrations.vllm.capacity import packed_capacity
+from swan.integrations.vllm.layer import slots_of
 from tests.vllm.engine import run
 from tests.vllm.served import Served, prompts
 
@@ -50,7 +52,7 @@ def test_as_many_requests_run_at_once_as_are_planned(wide):
     """With blocks for just these none waits and none is thrown out: the window is charged as what it holds."""
     retention, length, requests = 0.3, 512, 12
     options = OPTIONS | {"max_model_len": length, "enable_prefix_caching": False}
-    plan = swan.Plan.for_retention(retention, swan.Calibration.load(wide.calibration), sinks=0)
+    plan = swan.Plan.for_retention(retention, swan.Calibration.load(wide.calibration))
     numbers = {"kv_heads": 2, "batched_tokens": STEP}
     blocks = next(
         n for n in range(1, 999) if packed_capacity(plan, n * block_bytes(plan), length, **numbers).requests >= 12
@@ -66,7 +68,7 @@ def test_as_many_requests_run_at_once_as_are_planned(wide):
 
 
 def block_bytes(plan: swan.Plan) -> int:
-    return 128 * 2 * sum(sum(layer.nbytes(1)) for layer in plan.layers)
+    return 128 * 2 * sum(slots_of(plan, 128, torch.bfloat16))
 
 
 def test_layers_whose_plans_differ_waste_nothing(tmp_path):

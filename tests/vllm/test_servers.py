@@ -51,7 +51,7 @@ def test_settings(served):
     refused(served, "its settings are missing: --additional-config", additional_config={})
     refused(served, "unknown settings of swan: retain;", {**served.settings(0.4), "retain": 1})
     refused(served, "no plan fits in retention 0.01", served.settings(0.01))
-    refused(served, "a server keeps no sinks", served.settings(0.4, sinks=4))
+    refused(served, "a server keeps up to 64 sinks, got 65", served.settings(0.4, sinks=65))
     refused(served, "No such file", {**served.settings(0.4), "calibration": "nowhere.safetensors"})
 
 

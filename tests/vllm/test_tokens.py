@@ -49,7 +49,7 @@ def test_packed_tokens_are_those_of_transformers(served, packed):
     swan.attach(model, served.calibration)
     try:
         for text, got in zip(prompts(*LENGTHS), packed, strict=False):
-            cache = swan.SwanCache(model, retention=PACKED, buffer=BUFFER, sinks=0, prefill="windowed")
+            cache = swan.SwanCache(model, retention=PACKED, buffer=BUFFER, prefill="windowed")
             assert generated(model, text, cache, len(got["tokens"][0])) == got["tokens"][0]
     finally:
         swan.detach(model)

@@ -61,8 +61,12 @@ def batch_attention(
         ends = torch.tensor([[max(lengths[index] - buffer, 0)] for index in single], device=q.device)
         columns = torch.tensor([lengths[index] for index in single], device=q.device)[:, None] - buffer
         recent = dense.newest(dense_table[rows], columns + torch.arange(buffer, device=q.device))
+        if packed.first is not None:  # those that are in the window are seen there
+            sinks = torch.arange(packed.sinks, device=q.device).expand(len(single), -1)
+            recent = recent.beside(packed.first.newest(packed_table[rows], torch.where(sinks < columns, sinks, -1)))
         each = rearrange(q[:, :, places], "1 h s d -> s h 1 d")
-        found, _ = kernel(each, packed.keys, packed.values, packed_table[rows].long(), ends, scale, recent)
+        table = packed_table[rows].long()
+        found, _ = kernel(each, packed.keys, packed.values, table, packed.sinks, ends, scale, recent)
         out[:, :, places] = rearrange(found, "s h 1 d -> 1 h s d").to(q.dtype)
     for index in rest:
         new = slice(starts[index], starts[index + 1])
@@ -84,7 +88,9 @@ def windowed_attention(
     buffer: int,
     scale: float,
 ) -> Tensor:
-    r"""Attend with the last queries of one sequence: query $i$ sees key $j \le i$ dense where $i - j < b$, else packed.
+    r"""Attend with the last queries of one sequence.
+
+    Query $i$ sees key $j \le i$ dense where $i - j < b$ or $j < s$, else packed; $s$ are the sinks of the pages.
 
     Args:
         q: rotated queries ``[1, heads, queries, d]``, of the last tokens.
@@ -100,30 +106,36 @@ def windowed_attention(
         Output in rotated coordinates ``[1, heads, queries, dv]``.
     """
     outputs = []
+    after_sinks = torch.tensor([packed.sinks], device=q.device)
     for start in range(0, q.shape[2], QUERIES):
         queries = q[:, :, start : start + QUERIES]
         first = length - q.shape[2] + start
         columns = torch.arange(first, first + queries.shape[2], device=q.device)
-        parts = [_to_window(queries, first, columns, dense, dense_table, buffer, scale)]
+        k, v, keys = _dense_tokens(
+            packed, packed_table, dense, dense_table, max(first - buffer + 1, 0), int(columns[-1]) + 1
+        )
+        behind = columns[:, None] - keys[None]
+        mask = ((behind >= 0) & ((behind < buffer) | (keys < packed.sinks)))[None, None]
+        parts = [dense_attention(queries, k, v, mask=mask, scale=scale, return_lse=True)]
         stop = first + queries.shape[2] - buffer  # the last query sees the columns before this one packed
         for begin in range(0, stop, TOKENS):
             k, v = packed.read(packed_table, begin, min(begin + TOKENS, stop))
-            seen = None if queries.shape[2] == 1 else Seen(None, columns - buffer + 1, begin)
+            seen = Seen(after_sinks, columns - buffer + 1, begin)
             parts.append(packed_attention(queries, k, v, mask=seen, scale=scale, return_lse=True))
             parts = [merge_attention(parts)]
         outputs.append(parts[0][0])
     return torch.cat(outputs, dim=2)
 
 
-def _to_window(
-    q: Tensor, first: int, columns: Tensor, dense: DensePages, table: Tensor, buffer: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend to the dense tokens, of which each query sees its newest."""
-    begin, stop = max(first - buffer + 1, 0), first + q.shape[2]
-    k, v = dense.read(table, begin, stop)
-    mask = None
-    if q.shape[2] > 1:
-        keys = torch.arange(begin, stop, device=q.device)
-        behind = columns[:, None] - keys[None]
-        mask = ((behind >= 0) & (behind < buffer))[None, None]
-    return dense_attention(q, k, v, mask=mask, scale=scale, return_lse=True)
+def _dense_tokens(
+    packed: PackedPages, packed_table: Tensor, dense: DensePages, dense_table: Tensor, begin: int, stop: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return keys, values and columns of the dense tokens from `begin` to `stop`, and of the sinks before them."""
+    k, v = dense.read(dense_table, begin, stop)
+    columns = torch.arange(begin, stop, device=k.device)
+    before = min(packed.sinks, begin)
+    if packed.first is None or before == 0:
+        return k, v, columns
+    sinks = packed.first.read(packed_table, 0, before)
+    k, v = (torch.cat(pair, dim=2) for pair in zip(sinks, (k, v), strict=True))
+    return k, v, torch.cat([torch.arange(before, device=k.device), columns])

@@ -1,7 +1,7 @@
 """What vLLM calls: a backend, the metadata of a batch, the attention of a layer, and the layer of its dense window."""
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,8 +25,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, SlidingWind
 
 from swan.functional.rotation import inverse_rotate, rotate
 from swan.integrations.vllm.attention import batch_attention
-from swan.integrations.vllm.layer import ServedLayer, refusal
-from swan.integrations.vllm.pages import PAGE, DensePages, PackedPages
+from swan.integrations.vllm.layer import ServedLayer, refusal, window_tokens
+from swan.integrations.vllm.pages import PAGE, DensePages, PackedPages, PageLayout
 from swan.integrations.vllm.settings import Settings, load
 
 __all__ = ["SwanBackend", "SwanImpl", "SwanMetadata", "SwanMetadataBuilder", "WindowLayer"]
@@ -40,7 +40,7 @@ class SwanBackend(AttentionBackend):
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
-    slot_bytes: int | None = None  # of a token and KV head; layers whose plans differ have classes of their own
+    layout: ClassVar[Callable[[int], PageLayout] | None] = None  # by the tokens of a page; each layer has a class
 
     @staticmethod
     def get_name() -> str:
@@ -70,9 +70,10 @@ class SwanBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Shrink the pages of a layer to its packed bytes."""
-        if cls.slot_bytes is None:
+        if cls.layout is None:
             return spec
-        return dataclasses.replace(spec, dtype=torch.uint8, state_content_bytes=cls.slot_bytes)
+        layout = cls.layout(spec.block_size)
+        return dataclasses.replace(spec, dtype=torch.uint8, state_content_bytes=layout.slot_bytes)
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
@@ -80,10 +81,9 @@ class SwanBackend(AttentionBackend):
         return False
 
 
-@functools.cache
-def backend_of(slot_bytes: int) -> type[SwanBackend]:
-    """Return the backend of layers whose tokens take so many bytes in each KV head."""
-    return type(f"SwanBackend{slot_bytes}", (SwanBackend,), {"slot_bytes": slot_bytes})
+def backend_of(served: ServedLayer) -> type[SwanBackend]:
+    """Return the backend of a layer, which knows its bytes."""
+    return type("SwanLayerBackend", (SwanBackend,), {"layout": staticmethod(served.layout)})
 
 
 class WindowBackend(SwanBackend):
@@ -143,11 +143,11 @@ class WindowLayer(AttentionLayerBase):
         """Describe the pages: as many tokens as fit into the bytes of packed ones."""
         served = self.served
         return SlidingWindowSpec(
-            block_size=served.window_tokens(vllm_config.cache_config.block_size),
+            block_size=window_tokens(served.plan, vllm_config.cache_config.block_size, served.dtype),
             num_kv_heads=served.kv_heads,
             head_size=served.d,
             dtype=served.dtype,
-            sliding_window=served.buffer,
+            sliding_window=served.plan.buffer,
         )
 
 
@@ -206,7 +206,7 @@ class SwanImpl(AttentionImpl[SwanMetadata]):
             device=self.config.device_config.device,
         )
         self.window = name + WINDOW
-        layer.attn_backend = backend_of(self.served.slot_bytes)
+        layer.attn_backend = backend_of(self.served)
         layers[self.window] = WindowLayer(self.served)
 
     def do_kv_cache_update(
@@ -249,7 +249,7 @@ class SwanImpl(AttentionImpl[SwanMetadata]):
             attn_metadata.table,
             dense,
             window.table,
-            buffer=self.served.buffer,
+            buffer=self.served.plan.buffer,
             scale=self.scale,
         )
         output.copy_(rearrange(inverse_rotate(out, self.served.value_basis), "1 h t d -> t h d"))
@@ -259,8 +259,8 @@ class SwanImpl(AttentionImpl[SwanMetadata]):
         """Return the packed pages, and metadata, pages and slots of the window."""
         assert self.served is not None
         metadata, _, dense, slots = get_attention_context(self.window)
-        pool = self.served.layout(kv_cache.shape[2]).pool(kv_cache)
-        return PackedPages(*pool), metadata, DensePages.split(dense, self.served.d), slots
+        packed = self.served.layout(kv_cache.shape[2]).pool(kv_cache)
+        return packed, metadata, DensePages.split(dense, self.served.d), slots
 
 
 def _heads_first(x: Tensor) -> Tensor:

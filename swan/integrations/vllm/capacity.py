@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from swan.calibration import Plan
-from swan.integrations.vllm.layer import window_tokens
+from swan.integrations.vllm.layer import slots_of, window_tokens
 
 __all__ = ["Capacity", "dense_capacity", "packed_capacity"]
 
@@ -17,7 +19,7 @@ class Capacity:
     """What fits into the memory that each process of a server has for its cache.
 
     Attributes:
-        token_bytes: bytes of a token in all layers, in one process.
+        token_bytes: bytes of a token in all layers, in one process, with its share of the sinks that pages hold.
         window_bytes: bytes of the dense window of a request.
         block_tokens: tokens of a block, which holds the pages of all layers.
         blocks: blocks that fit.
@@ -28,7 +30,7 @@ class Capacity:
             pages for the tokens of a whole step.
     """
 
-    token_bytes: float
+    token_bytes: int
     window_bytes: int
     block_tokens: int
     blocks: int
@@ -43,7 +45,7 @@ def packed_capacity(
     length: int,
     *,
     kv_heads: int,
-    itemsize: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
     block_tokens: int = 128,
     batched_tokens: int = 2048,
 ) -> Capacity:
@@ -54,7 +56,7 @@ def packed_capacity(
         memory: bytes for the cache of one process.
         length: tokens of a request.
         kv_heads: KV heads of one process.
-        itemsize: bytes of a number of the model's dtype.
+        dtype: dtype of the model.
         block_tokens: tokens of a packed page (vLLM's `block_size`).
         batched_tokens: tokens on their way at a time: vLLM's `max_num_batched_tokens`, twice that where it schedules
             the next step while one runs.
@@ -62,13 +64,9 @@ def packed_capacity(
     Raises:
         ValueError: a layer of the plan has no history.
     """
-    layers = [layer for layer in plan.layers if layer is not None]
-    if len(layers) != len(plan.layers):
-        raise ValueError("swan serves models without layers with a sliding window only")
-    slots = [sum(layer.nbytes(1, itemsize)) for layer in layers]
-    dense = sum(layers[0].dense_nbytes(1, itemsize))
-    page = window_tokens(block_tokens, sum(slots) / len(slots), dense)
-    block = kv_heads * max(block_tokens * sum(slots), page * dense * len(layers))
+    slots, page = slots_of(plan, block_tokens, dtype), window_tokens(plan, block_tokens, dtype)
+    dense = sum(sum(layer.dense_nbytes(1, dtype.itemsize)) for layer in plan.layers if layer is not None)
+    block = kv_heads * max(block_tokens * sum(slots), page * dense)
     blocks = memory // block
 
     def window_pages(new: int) -> int:
@@ -92,11 +90,11 @@ def dense_capacity(
     length: int,
     *,
     kv_heads: int,
-    itemsize: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
     block_tokens: int = 128,
 ) -> Capacity:
     """Count what fits in vLLM's own pages, dense ones: see `packed_capacity`."""
-    token = kv_heads * itemsize * sum(d + dv for d, dv in dims)
+    token = kv_heads * dtype.itemsize * sum(d + dv for d, dv in dims)
     blocks, pages = memory // (block_tokens * token), _whole(length, block_tokens)
     usable = max(blocks - NOBODYS, 0)
     return Capacity(token, 0, block_tokens, blocks, usable * block_tokens, usable / pages, blocks / pages)

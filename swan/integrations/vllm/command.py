@@ -1,5 +1,6 @@
 """The command that starts a server with swan in it."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -20,6 +21,6 @@ def serve_command(model: str, settings: Settings, arguments: Sequence[str] = ())
         >>> serve_command("model", Settings("model.safetensors", 0.26))[:5]
         ['vllm', 'serve', 'model', '--attention-backend', 'CUSTOM']
     """
-    entry = {"calibration": settings.calibration, "retention": settings.retention, "buffer": settings.buffer}
-    swan = ["--attention-backend", "CUSTOM", "--additional-config", json.dumps({"swan": entry})]
+    entry = json.dumps({"swan": dataclasses.asdict(settings)})
+    swan = ["--attention-backend", "CUSTOM", "--additional-config", entry]
     return ["vllm", "serve", model, *swan, *arguments]

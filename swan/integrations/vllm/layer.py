@@ -11,7 +11,7 @@ from swan.calibration import Calibration, Plan
 from swan.integrations.vllm.pages import PageLayout
 from swan.storage import LayerPlan
 
-__all__ = ["ServedLayer", "heads_of", "refusal", "window_tokens"]
+__all__ = ["ServedLayer", "heads_of", "refusal", "slots_of", "window_tokens"]
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,17 @@ class ServedLayer:
     """One layer in one process.
 
     Attributes:
-        plan_layer: layouts of its keys and values.
+        plan: layouts of all layers, buffer and sinks.
+        plan_layer: layouts of this one.
         key_basis: of the KV heads of this process ``[kv_heads, d, d]``.
         value_basis: likewise.
-        buffer: tokens that each query sees dense.
-        mean_slot: bytes of a token and KV head in the mean of all layers, whose pages lie side by side.
         dtype: dtype of the model.
     """
 
+    plan: Plan
     plan_layer: LayerPlan
     key_basis: Tensor
     value_basis: Tensor
-    buffer: int
-    mean_slot: float
     dtype: torch.dtype
 
     @classmethod
@@ -64,8 +62,7 @@ class ServedLayer:
             )
         heads = heads_of(bases.key_basis.shape[0], rank, ranks)
         key_basis, value_basis = (b[heads].to(device, dtype) for b in (bases.key_basis, bases.value_basis))
-        slots = [sum(layer.nbytes(1, dtype.itemsize)) for layer in plan.layers if layer is not None]
-        return cls(plan_layer, key_basis, value_basis, plan.buffer, sum(slots) / len(slots), dtype)
+        return cls(plan, plan_layer, key_basis, value_basis, dtype)
 
     @property
     def kv_heads(self) -> int:
@@ -77,33 +74,41 @@ class ServedLayer:
         """Head dimension."""
         return self.key_basis.shape[-1]
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of a token and KV head."""
-        return sum(self.plan_layer.nbytes(1, self.dtype.itemsize))
-
     def layout(self, tokens: int) -> PageLayout:
-        """Return the layout of pages of so many tokens."""
-        return PageLayout(self.plan_layer, tokens, self.dtype)
-
-    def window_tokens(self, tokens: int) -> int:
-        """Count the tokens of a dense page, beside packed ones of so many tokens.
+        """Return the layout of pages of so many tokens.
 
         Raises:
-            ValueError: packed pages cannot have so many.
+            ValueError: pages cannot have so many.
         """
-        tokens = self.layout(tokens).tokens
-        return window_tokens(tokens, self.mean_slot, sum(self.plan_layer.dense_nbytes(1, self.dtype.itemsize)))
+        return PageLayout(self.plan_layer, tokens, self.dtype, self.plan.sinks)
 
 
-def window_tokens(tokens: int, mean_slot: float, dense_slot: int) -> int:
+def slots_of(plan: Plan, tokens: int, dtype: torch.dtype) -> list[int]:
+    """Return the bytes of a token and KV head in the pages of each layer.
+
+    Raises:
+        ValueError: a layer has no history, or is not `Graded`, or pages cannot have so many tokens.
+    """
+    if None in plan.layers:
+        raise ValueError(
+            f"layer {plan.layers.index(None)} has a sliding window: swan serves models without such layers"
+        )
+    return [PageLayout(layer, tokens, dtype, plan.sinks).slot_bytes for layer in plan.layers if layer is not None]
+
+
+def window_tokens(plan: Plan, tokens: int, dtype: torch.dtype) -> int:
     """Return the tokens of a dense page: the most that divide those of a packed page, in at most as many bytes.
 
+    Pages of all layers lie side by side: theirs together are what a dense page must fit into.
+
     Example:
-        >>> window_tokens(128, mean_slot=66, dense_slot=256)
+        >>> from swan import Graded
+        >>> window_tokens(Plan((LayerPlan(*[Graded(((64, 4),))] * 2),), sinks=0), 128, torch.bfloat16)
         32
     """
-    fitting = [n for n in range(1, tokens + 1) if tokens % n == 0 and n * dense_slot <= tokens * mean_slot]
+    slots, layers = slots_of(plan, tokens, dtype), [layer for layer in plan.layers if layer is not None]
+    dense = sum(sum(layer.dense_nbytes(1, dtype.itemsize)) for layer in layers)
+    fitting = [n for n in range(1, tokens + 1) if tokens % n == 0 and n * dense <= tokens * sum(slots)]
     return max(fitting, default=1)
 
 

@@ -2,8 +2,12 @@
 
 A server keeps its cache in pages of equal size and says for each sequence which pages hold it (its block table). A page
 here holds the packed keys and values of all KV heads of a layer; of each head one *plane* after the other: codes of the
-keys, their numbers of 16 bits, the same of the values, scales of the keys, of the values. So the rows of a plane follow
-each other as in `Packed`, byte for byte, and a pool of pages is a `Packed` whose batch axis counts pages.
+keys, their numbers of 16 bits, the same of the values, scales of the keys, of the values; and its first tokens once
+more, dense. So the rows of a plane follow each other as in `Packed`, byte for byte, and a pool of pages is a `Packed`
+whose batch axis counts pages.
+
+Of the dense first tokens only those in the first page of a sequence are read: they are its sinks. They are in all pages
+because pages are alike, and a page does not know which of a sequence it is.
 """
 
 from dataclasses import dataclass
@@ -28,10 +32,11 @@ class PageLayout:
     Args:
         plan_layer: layouts of keys and values, both `Graded`.
         tokens: tokens of a page, a multiple of 64.
-        dtype: dtype of the model, which groups of 16 bits are stored in.
+        dtype: dtype of the model, which groups of 16 bits and sinks are stored in.
+        sinks: first tokens of a page that it holds dense, too.
 
     Raises:
-        ValueError: the number of tokens is none, or a layout is not `Graded`.
+        ValueError: the number of tokens is none, or of sinks, or a layout is not `Graded`.
 
     Example:
         >>> layout = PageLayout(LayerPlan(*[Graded(((64, 4),))] * 2), tokens=64, dtype=torch.bfloat16)
@@ -42,27 +47,28 @@ class PageLayout:
     plan_layer: LayerPlan
     tokens: int
     dtype: torch.dtype
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.tokens % PAGE:
             raise ValueError(f"a page holds a multiple of {PAGE} tokens, got {self.tokens}")
+        if not 0 <= self.sinks <= PAGE:
+            raise ValueError(f"a page holds up to {PAGE} sinks, got {self.sinks}")
         for layout in (self.plan_layer.keys, self.plan_layer.values):
             if not isinstance(layout, Graded):
                 raise ValueError(f"pages hold vectors in Graded layouts, got {layout}")
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one token and KV head, keys and values."""
-        return sum(self.plan_layer.nbytes(1, self.dtype.itemsize))
+        """Bytes of one token and KV head, keys and values, with its share of the sinks, rounded up."""
+        share = -(-sum(self.plan_layer.dense_nbytes(self.sinks, self.dtype.itemsize)) // self.tokens)
+        return sum(self.plan_layer.nbytes(1, self.dtype.itemsize)) + share
 
-    def pool(self, memory: Tensor) -> tuple[Packed, Packed]:
-        """Return keys and values of all pages as views.
+    def pool(self, memory: Tensor) -> "PackedPages":
+        """Return all pages as views.
 
         Args:
             memory: ``[pages, kv_heads, tokens, slot_bytes]``, uint8, the last two axes without gaps.
-
-        Returns:
-            Two `Packed`, ``[pages, kv_heads, tokens, d]``.
         """
         heads = memory.view(*memory.shape[:2], self.tokens * self.slot_bytes)
         sides = [self.plan_layer.keys, self.plan_layer.values]
@@ -90,25 +96,34 @@ class PageLayout:
         keys, values = (
             Packed(tuple(planes[side]), scales[side], None, layout, self.dtype) for side, layout in enumerate(sides)
         )
-        return keys, values
+        stop = start + sum(self.plan_layer.dense_nbytes(self.sinks, self.dtype.itemsize))
+        both = heads[..., start:stop].view(self.dtype).unflatten(-1, (self.sinks, -1)) if self.sinks else None
+        return PackedPages(keys, values, None if both is None else DensePages.split(both, keys.format.d))
 
 
 @dataclass(frozen=True)
 class PackedPages:
-    """Packed keys and values of all sequences of a layer.
+    """Packed keys and values of all sequences of a layer, from `PageLayout.pool`.
 
     Args:
-        keys: of all pages, from `PageLayout.pool`.
+        keys: ``[pages, kv_heads, tokens, d]``.
         values: likewise.
+        first: the first tokens of each page, dense; None where there are no sinks.
     """
 
     keys: Packed
     values: Packed
+    first: "DensePages | None" = None
 
     @property
     def tokens(self) -> int:
         """Tokens of a page."""
         return self.keys.shape[2]
+
+    @property
+    def sinks(self) -> int:
+        """First tokens of a sequence that all its queries see dense."""
+        return 0 if self.first is None else self.first.tokens
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Pack new tokens into their slots.
@@ -123,6 +138,10 @@ class PackedPages:
             packed = pack(x, stored.format)
             for to, rows in zip(stored.tensors, packed.tensors, strict=True):
                 to[page, :, place] = rearrange(rows, "1 h t w -> t h w")
+        if self.first is not None:
+            chosen = place < self.sinks
+            inside = page[chosen] * self.sinks + place[chosen]
+            self.first.write(inside, k[:, :, chosen], v[:, :, chosen])
 
     def read(self, table: Tensor, start: int, stop: int) -> tuple[Packed, Packed]:
         """Copy the packed tokens from column `start`, the first of a page, to `stop`, of one sequence.
@@ -143,7 +162,7 @@ class PackedPages:
 
 @dataclass(frozen=True)
 class DensePages:
-    """Dense keys and values of the newest tokens of all sequences of a layer.
+    """Dense keys and values: of the newest tokens of all sequences of a layer, or of their first.
 
     Args:
         keys: ``[pages, kv_heads, tokens, d]``.

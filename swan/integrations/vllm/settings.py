@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swan.calibration import Calibration, Plan
-from swan.storage import Graded
+from swan.integrations.vllm.pages import PAGE
 
 __all__ = ["VERSIONS", "Settings", "check_version", "load"]
 
@@ -24,21 +24,21 @@ class Settings:
         calibration: file of the calibration of the model.
         retention: bytes per history token over those of bfloat16, as in `swan.SwanCache`.
         buffer: newest tokens that each query sees dense.
-        sinks: first tokens that stay dense: 0, a server has no place for others.
+        sinks: first tokens of each sequence that all queries see dense. Every page has room for so many.
 
     Raises:
-        ValueError: `retention` is not above 0 and at most 1, `buffer` is below 1, or `sinks` not 0.
+        ValueError: `retention` is not above 0 and at most 1, `buffer` is below 1, or there are too many `sinks`.
         TypeError: something is of another type.
 
     Example:
         >>> Settings.of({"swan": {"calibration": "a.safetensors", "retention": 0.26}})
-        Settings(calibration='a.safetensors', retention=0.26, buffer=128, sinks=0)
+        Settings(calibration='a.safetensors', retention=0.26, buffer=128, sinks=4)
     """
 
     calibration: str
     retention: float
     buffer: int = 128
-    sinks: int = 0
+    sinks: int = 4
 
     def __post_init__(self) -> None:
         if not isinstance(self.calibration, str) or not self.calibration:
@@ -53,11 +53,8 @@ class Settings:
             raise TypeError(f"buffer and sinks are numbers of tokens, got {self.buffer!r} and {self.sinks!r}")
         if self.buffer < 1:
             raise ValueError(f"buffer must be at least 1, got {self.buffer}")
-        if self.sinks:
-            raise ValueError(
-                f"a server keeps no sinks: its pages hold packed tokens, and the window moves on; leave sinks out "
-                f"(got {self.sinks})"
-            )
+        if not 0 <= self.sinks <= PAGE:
+            raise ValueError(f"a server keeps up to {PAGE} sinks, got {self.sinks}")
 
     @classmethod
     def of(cls, additional_config: Any) -> "Settings":
@@ -90,8 +87,6 @@ def load(settings: Settings) -> tuple[Calibration, Plan]:
     for index, layer in enumerate(plan.layers):
         if layer is None:
             raise ValueError(f"layer {index} has a sliding window: swan serves models without such layers only")
-        if not (isinstance(layer.keys, Graded) and isinstance(layer.values, Graded)):
-            raise ValueError(f"layer {index} has a layout that is not Graded: swan serves graded plans only")
     return calibration, plan
 
 

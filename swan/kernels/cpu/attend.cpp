@@ -259,11 +259,11 @@ std::tuple<at::Tensor, at::Tensor> attend(
 }
 
 // Of sequences in pages: planes [pages, heads, tokens of a page, width]; table [batch, pages of a sequence]; query i of
-// sequence b sees the packed tokens before ends[b][i].
+// sequence b sees the packed tokens from `first` to before ends[b][i].
 std::tuple<at::Tensor, at::Tensor> attend_pages(
     const at::Tensor& q, at::TensorList k_planes, at::IntArrayRef k_layout, at::TensorList v_planes,
-    at::IntArrayRef v_layout, const at::Tensor& table, const at::Tensor& ends, double scale, at::TensorList mixes,
-    at::TensorList recent, const std::optional<at::Tensor>& recent_mask) {
+    at::IntArrayRef v_layout, const at::Tensor& table, int64_t first, const at::Tensor& ends, double scale,
+    at::TensorList mixes, at::TensorList recent, const std::optional<at::Tensor>& recent_mask) {
   Source k = source_of(k_planes, k_layout), v = source_of(v_planes, v_layout);
   const at::Tensor& keys = any_of(k_planes);
   const int64_t batch = q.size(0), queries = q.size(2), page = keys.size(2);
@@ -273,7 +273,7 @@ std::tuple<at::Tensor, at::Tensor> attend_pages(
               "expected table [batch, pages] and ends [batch, queries] of int64");
   const at::Tensor numbers = table.contiguous(), seen = ends.contiguous();
   const int64_t *number = numbers.const_data_ptr<int64_t>(), *before = seen.const_data_ptr<int64_t>();
-  TORCH_CHECK(batch && queries, "there is no query");
+  TORCH_CHECK(batch && queries && first >= 0, "there is no query, or a token before the first");
   std::vector<int64_t> limits(batch, 0);  // what lies behind the end of a sequence in its last page may be anything
   for (int64_t i = 0; i < batch * queries; ++i) limits[i / queries] = std::max(limits[i / queries], before[i]);
   const int64_t tokens = *std::max_element(limits.begin(), limits.end());
@@ -282,7 +282,8 @@ std::tuple<at::Tensor, at::Tensor> attend_pages(
   at::Tensor mask = at::zeros({batch, 1, queries, tokens}, at::kBool);
   for (int64_t i = 0; i < batch * queries; ++i) {
     const int64_t count = std::max<int64_t>(before[i], 0);
-    std::fill_n(mask.mutable_data_ptr<bool>() + i * tokens, count, true);
+    bool* row = mask.mutable_data_ptr<bool>() + i * tokens;
+    if (first < count) std::fill(row + first, row + count, true);
     for (int64_t p = 0; p * page < count; ++p) {
       const int64_t each = number[i / queries * table.size(1) + p];
       TORCH_CHECK(each >= 0 && each < keys.size(0), "page ", each, " of ", keys.size(0));
@@ -308,7 +309,7 @@ TORCH_LIBRARY_FRAGMENT(swan, m) {
       "-> (Tensor, Tensor)");
   m.def(
       SWAN_OPERATOR(attend_pages_cpu)
-      "(Tensor q, Tensor[] k, int[] k_layout, Tensor[] v, int[] v_layout, Tensor table, Tensor ends, float scale, "
+      "(Tensor q, Tensor[] k, int[] k_layout, Tensor[] v, int[] v_layout, Tensor table, int first, Tensor ends, float scale, "
       "Tensor[] mixes, Tensor[] recent, Tensor? recent_mask) -> (Tensor, Tensor)");
 }
 
