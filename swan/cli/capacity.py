@@ -38,7 +38,7 @@ def capacity(
         typer.Option(callback=check_retentions, help="Retentions (repeat it); some if none is given."),
     ] = None,
     buffer: Annotated[int, typer.Option(min=1, help="Newest tokens that each query sees dense.")] = 128,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens that all queries see dense.")] = 4,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that all queries see dense.")] = 1,
     batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the server computes in a step.")] = 2048,
     block_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a block, a multiple of 64.")] = 128,
     calibration_file: Annotated[

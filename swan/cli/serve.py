@@ -25,7 +25,7 @@ def serve(
         "swan-calibration.safetensors"
     ),
     buffer: Annotated[int, typer.Option(min=1, help="Newest tokens that each query sees dense.")] = 128,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens that all queries see dense.")] = 4,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that all queries see dense.")] = 1,
     arguments: Annotated[str, typer.Option(help="Further arguments for vllm serve, as one text.")] = "",
     run: Annotated[bool, typer.Option("--run", help="Start the server instead of printing the command.")] = False,
     json: JsonOption = False,

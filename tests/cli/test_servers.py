@@ -45,7 +45,7 @@ def test_serve_prints_the_command(model):
     words = shlex.split(run(*arguments).stdout)
     assert words[:3] == ["vllm", "serve", str(folder)] and words[-4:] == ["--port", "80", "-x", "a b"]
     settings = json.loads(words[words.index("--additional-config") + 1])
-    assert settings == {"swan": {"calibration": str(calibration), "retention": 0.4, "buffer": 128, "sinks": 4}}
+    assert settings == {"swan": {"calibration": str(calibration), "retention": 0.4, "buffer": 128, "sinks": 1}}
     assert words[words.index("--attention-backend") + 1] == "CUSTOM"
     (row,) = run_json(*arguments)["rows"]
     assert row["command"] == words and row["retention"] <= 0.4

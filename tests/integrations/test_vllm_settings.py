@@ -28,7 +28,7 @@ def calibration(tmp_path_factory):
 
 
 def test_settings():
-    assert Settings.of({"swan": GOOD}) == Settings("c.safetensors", 0.26, buffer=128, sinks=4)
+    assert Settings.of({"swan": GOOD}) == Settings("c.safetensors", 0.26, buffer=128, sinks=1)
     assert Settings.of({"swan": GOOD | {"buffer": 64}, "other": 1}).buffer == 64
 
 
@@ -90,7 +90,7 @@ def test_a_plan_is_read_once(calibration):
     settings = Settings(file, 0.4, buffer=32)
     found, plan = load(settings)
     assert load(settings)[1] is plan
-    assert plan == Plan.for_retention(0.4, made, buffer=32, sinks=4)
+    assert plan == Plan.for_retention(0.4, made, buffer=32, sinks=1)
     assert isinstance(found, Calibration)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from tests.tiny import calibration_of, tiny, with_effects
 
-BUFFER = 16  # so that most tokens of short prompts are packed
+BUFFER, SINKS = 16, 3  # so that most tokens of short prompts are packed
 
 
 class Served:
@@ -20,7 +20,7 @@ class Served:
         with_effects(calibration_of(self.network)).save(self.calibration)
 
     def settings(self, retention: float, **more: object) -> dict:
-        return {"calibration": str(self.calibration), "retention": retention, "buffer": BUFFER, **more}
+        return {"calibration": str(self.calibration), "retention": retention, "buffer": BUFFER, "sinks": SINKS, **more}
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

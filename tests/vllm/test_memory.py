@@ -36,7 +36,7 @@ def planned(model: Served, *options: str) -> list[dict]:
 @pytest.mark.parametrize("retention", [0.3, 0.2])
 def test_blocks(wide, retention):
     stock = run(wide.folder, [], **OPTIONS)
-    packed = run(wide.folder, [], wide.settings(retention, buffer=128), **OPTIONS)
+    packed = run(wide.folder, [], wide.settings(retention, buffer=128, sinks=1), **OPTIONS)
     dense, graded = planned(wide, "--retention", str(retention))
     for row, found in ((dense, stock), (graded, packed)):
         assert row["blocks"] == pytest.approx(found["blocks"], rel=0.02)
@@ -52,17 +52,23 @@ def test_as_many_requests_run_at_once_as_are_planned(wide):
     """With blocks for just these none waits and none is thrown out: the window is charged as what it holds."""
     retention, length, requests = 0.3, 512, 12
     options = OPTIONS | {"max_model_len": length, "enable_prefix_caching": False}
-    plan = swan.Plan.for_retention(retention, swan.Calibration.load(wide.calibration))
+    plan = swan.Plan.for_retention(retention, swan.Calibration.load(wide.calibration), sinks=1)
     numbers = {"kv_heads": 2, "batched_tokens": STEP}
     blocks = next(
         n for n in range(1, 999) if packed_capacity(plan, n * block_bytes(plan), length, **numbers).requests >= 12
     )
     job = {"prompts": prompts(*[length - 40] * requests), "tokens": 39}
-    enough = run(wide.folder, [job], wide.settings(retention, buffer=128), num_gpu_blocks_override=blocks, **options)
+    enough = run(
+        wide.folder, [job], wide.settings(retention, buffer=128, sinks=1), num_gpu_blocks_override=blocks, **options
+    )
     assert enough["preemptions"] == 0 and enough["most_running"] == requests
     # A fifth less is too little: so the plan is no mere guess on the safe side.
     scarce = run(
-        wide.folder, [job], wide.settings(retention, buffer=128), num_gpu_blocks_override=int(0.8 * blocks), **options
+        wide.folder,
+        [job],
+        wide.settings(retention, buffer=128, sinks=1),
+        num_gpu_blocks_override=int(0.8 * blocks),
+        **options,
     )
     assert scarce["preemptions"] > 0 or scarce["most_running"] < requests
 
@@ -80,7 +86,7 @@ def test_layers_whose_plans_differ_waste_nothing(tmp_path):
     calibration.save(model.calibration)
     plan = swan.Plan.for_retention(0.3, calibration)
     assert len({sum(layer.nbytes(1)) for layer in plan.layers}) == 3
-    found = run(model.folder, [], model.settings(0.3, buffer=128), **OPTIONS)
+    found = run(model.folder, [], model.settings(0.3, buffer=128, sinks=1), **OPTIONS)
     _, graded = planned(model, "--retention", "0.3")
     assert graded["retention"] == pytest.approx(plan.retention)
     assert graded["blocks"] == pytest.approx(found["blocks"], rel=0.02)

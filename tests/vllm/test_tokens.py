@@ -8,7 +8,7 @@ import torch
 import swan
 from tests.tiny import cache_keyword
 from tests.vllm.engine import run
-from tests.vllm.served import BUFFER, prompts
+from tests.vllm.served import BUFFER, SINKS, prompts
 
 LENGTHS = (1, 5, 63, 64, 65, 150, 200)
 PACKED = 0.4  # a retention that loses something
@@ -49,7 +49,7 @@ def test_packed_tokens_are_those_of_transformers(served, packed):
     swan.attach(model, served.calibration)
     try:
         for text, got in zip(prompts(*LENGTHS), packed, strict=False):
-            cache = swan.SwanCache(model, retention=PACKED, buffer=BUFFER, prefill="windowed")
+            cache = swan.SwanCache(model, retention=PACKED, buffer=BUFFER, sinks=SINKS, prefill="windowed")
             assert generated(model, text, cache, len(got["tokens"][0])) == got["tokens"][0]
     finally:
         swan.detach(model)

@@ -32,13 +32,13 @@ class Settings:
 
     Example:
         >>> Settings.of({"swan": {"calibration": "a.safetensors", "retention": 0.26}})
-        Settings(calibration='a.safetensors', retention=0.26, buffer=128, sinks=4)
+        Settings(calibration='a.safetensors', retention=0.26, buffer=128, sinks=1)
     """
 
     calibration: str
     retention: float
     buffer: int = 128
-    sinks: int = 4
+    sinks: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.calibration, str) or not self.calibration:
