@@ -827,6 +827,13 @@ MUTANTS = [
         "n * dense <= 2 * tokens * sum(slots)",
         OF_PAGES,
     ),
+    Mutant(
+        "tokens-copied-from-within-a-page",
+        PAGED,
+        "max(TOKENS // packed.tokens, 1) * packed.tokens",
+        "TOKENS",
+        OF_PAGES,
+    ),
     Mutant("a-window-is-forgotten", PLANNED, "/ (packed + resting)", "/ packed", OF_SERVERS),
     Mutant("later-versions-serve", "swan/integrations/vllm/settings.py", "(0, 34))", "(0, 35))", OF_SERVERS),
 ]

@@ -93,6 +93,16 @@ def test_many_queries_are_attended_a_few_at_a_time():
     torch.testing.assert_close(server.attend("a", q, buffer=20), cache(q, k, v), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("page", [64, 192])
+def test_packed_tokens_are_copied_a_few_at_a_time(page, monkeypatch):
+    """Whole pages of them."""
+    q, k, v = states(700)
+    server, cache = Server(MIXED, tokens=page), KVCache(MIXED, buffer=20, sinks=3, prefill="windowed")
+    server.add("a", k, v)
+    monkeypatch.setattr("swan.integrations.vllm.attention.TOKENS", 150)
+    torch.testing.assert_close(server.attend("a", q, buffer=20), cache(q, k, v), atol=2e-5, rtol=2e-5)
+
+
 def test_sequences_do_not_see_each_other():
     """Two that take turns, against each alone."""
     alone, together = [], []

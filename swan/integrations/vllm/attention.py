@@ -3,6 +3,7 @@
 So the result depends neither on how a prompt is cut into chunks nor on what was in the cache already.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ from swan.kernels import Seen
 __all__ = ["batch_attention", "windowed_attention"]
 
 QUERIES = 512  # queries at a time
-TOKENS = 4096  # packed tokens that are copied out of their pages at a time
+TOKENS = 4096  # packed tokens that are copied out of their pages at a time, or those of a larger page
 
 
 def batch_attention(
@@ -51,11 +52,10 @@ def batch_attention(
         Output in rotated coordinates ``[1, heads, queries, dv]``; zeros for queries of no sequence.
     """
     out = q.new_zeros(*q.shape[:3], packed.values.shape[-1])
-    rest = [index for index in range(len(lengths)) if starts[index + 1] > starts[index]]
-    single = [index for index in rest if starts[index + 1] == starts[index] + 1]
+    counts = [stop - start for start, stop in itertools.pairwise(starts)]
     kernel = pages_kernel(q[:, :, :1], packed.keys, packed.values)
+    single = [index for index, count in enumerate(counts) if count == 1 and kernel is not None]
     if kernel is not None and single:
-        rest = [index for index in rest if index not in single]
         rows = torch.tensor(single, device=q.device)
         places = torch.tensor([starts[index] for index in single], device=q.device)
         ends = torch.tensor([[max(lengths[index] - buffer, 0)] for index in single], device=q.device)
@@ -68,7 +68,9 @@ def batch_attention(
         table = packed_table[rows].long()
         found, _ = kernel(each, packed.keys, packed.values, table, packed.sinks, ends, scale, recent)
         out[:, :, places] = rearrange(found, "s h 1 d -> 1 h s d").to(q.dtype)
-    for index in rest:
+    for index, count in enumerate(counts):
+        if count == 0 or (count == 1 and kernel is not None):
+            continue
         new = slice(starts[index], starts[index + 1])
         tables = {"packed_table": packed_table[index], "dense_table": dense_table[index]}
         out[:, :, new] = windowed_attention(
@@ -107,6 +109,7 @@ def windowed_attention(
     """
     outputs = []
     after_sinks = torch.tensor([packed.sinks], device=q.device)
+    step = max(TOKENS // packed.tokens, 1) * packed.tokens
     for start in range(0, q.shape[2], QUERIES):
         queries = q[:, :, start : start + QUERIES]
         first = length - q.shape[2] + start
@@ -116,14 +119,14 @@ def windowed_attention(
         )
         behind = columns[:, None] - keys[None]
         mask = ((behind >= 0) & ((behind < buffer) | (keys < packed.sinks)))[None, None]
-        parts = [dense_attention(queries, k, v, mask=mask, scale=scale, return_lse=True)]
+        out, lse = dense_attention(queries, k, v, mask=mask, scale=scale, return_lse=True)
         stop = first + queries.shape[2] - buffer  # the last query sees the columns before this one packed
-        for begin in range(0, stop, TOKENS):
-            k, v = packed.read(packed_table, begin, min(begin + TOKENS, stop))
+        for begin in range(0, stop, step):
+            k, v = packed.read(packed_table, begin, min(begin + step, stop))
             seen = Seen(after_sinks, columns - buffer + 1, begin)
-            parts.append(packed_attention(queries, k, v, mask=seen, scale=scale, return_lse=True))
-            parts = [merge_attention(parts)]
-        outputs.append(parts[0][0])
+            part = packed_attention(queries, k, v, mask=seen, scale=scale, return_lse=True)
+            out, lse = merge_attention([(out.float(), lse), part])
+        outputs.append(out.to(q.dtype))
     return torch.cat(outputs, dim=2)
 
 
