@@ -44,7 +44,7 @@ test-matrix: $(TEST) .venv-oldest/.has-test ## the tests of transformers on the 
 	@$(PYTEST) tests/integrations
 	@$(subst $(BIN),.venv-oldest/bin,$(PYTEST)) tests/integrations
 
-test-vllm: .venv-vllm/.has-test .venv-vllm/newest ## tests inside vLLM, in an environment of its own (4 GB)
+test-vllm: .venv-vllm/.has-test .venv-vllm/newest ## tests inside vLLM, in an environment of its own (5 GB)
 	@OMP_NUM_THREADS=1 SWAN_VLLM_NEWEST=$(CURDIR)/.venv-vllm/newest .venv-vllm/bin/pytest -s tests/vllm
 
 cases: $(TEST) ## troubles that people reported about caches like ours
