@@ -67,6 +67,16 @@ def test_versions_that_do_not(version):
         check_version(version)
 
 
+@pytest.mark.parametrize("version", ["0.28.0", "0.34.0"])
+def test_another_version_is_left_as_it_is(version, monkeypatch, caplog):
+    """vLLM calls the plugin wherever swan is installed, and must start without it."""
+    from swan.integrations.vllm.plugin import register
+
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__=version))  # which has nothing to import
+    register()
+    assert f"for vllm>=0.29,<0.34, this is {version}" in caplog.text and "no backend CUSTOM" in caplog.text
+
+
 def test_the_extra_names_the_same_versions():
     import tomllib
     from pathlib import Path

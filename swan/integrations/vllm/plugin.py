@@ -1,5 +1,6 @@
 """The entry point that vLLM calls."""
 
+import logging
 import os
 
 from swan.integrations.vllm.settings import check_version
@@ -13,16 +14,18 @@ BACKEND = "swan.integrations.vllm.backend.SwanBackend"
 def register() -> None:
     """Make swan's attention the backend that vLLM calls CUSTOM; vLLM calls this in each of its processes.
 
-    Raises:
-        ImportError: vllm is not of a version that this plugin was written for.
+    It does so whether the server asks for that backend or not: with a version that swan was not written for this logs a
+    sentence, and leaves vLLM as it is.
     """
     import vllm
-    from vllm.v1.attention.backend import AttentionBackend
+
+    try:
+        check_version(vllm.__version__)
+    except ImportError as error:
+        logging.getLogger("vllm.swan").warning("%s. Until then there is no backend CUSTOM of swan.", error)
+        return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    check_version(vllm.__version__)
-    if not hasattr(AttentionBackend, "customize_spec"):
-        raise ImportError(f"vllm {vllm.__version__} has no AttentionBackend.customize_spec, by which pages shrink")
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
     if os.environ.get(CPU):
         register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
