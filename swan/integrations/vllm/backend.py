@@ -177,6 +177,7 @@ class SwanImpl(AttentionImpl[SwanMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.served: ServedLayer | None = None
+        self._viewed: tuple[Tensor, Tensor, PackedPages, DensePages] | None = None  # vLLM's memory, and views of it
         layer = {
             "ALiBi": alibi_slopes is not None,
             "layers with a sliding window": sliding_window is not None,
@@ -258,9 +259,12 @@ class SwanImpl(AttentionImpl[SwanMetadata]):
     def _pages(self, kv_cache: Tensor) -> tuple[PackedPages, SwanMetadata, DensePages, Tensor]:
         """Return the packed pages, and metadata, pages and slots of the window."""
         assert self.served is not None
-        metadata, _, dense, slots = get_attention_context(self.window)
-        packed = self.served.layout(kv_cache.shape[2]).pool(kv_cache)
-        return packed, metadata, DensePages.split(dense, self.served.d), slots
+        metadata, _, window, slots = get_attention_context(self.window)
+        if self._viewed is None or self._viewed[0] is not kv_cache or self._viewed[1] is not window:
+            packed = self.served.layout(kv_cache.shape[2]).pool(kv_cache)
+            self._viewed = (kv_cache, window, packed, DensePages.split(window, self.served.d))
+        _, _, packed, dense = self._viewed
+        return packed, metadata, dense, slots
 
 
 def _heads_first(x: Tensor) -> Tensor:
