@@ -317,7 +317,9 @@ def _row(setting: Method, score: _Scores, dense: _Scores, tokens: int) -> dict[s
 
 
 def _standard_error(values: Sequence[float], factor: float) -> float | None:
-    """Compute the standard error of the mean over windows."""
+    """Compute the standard error of the mean over windows; NaN where one of them has no finite value."""
+    if not all(map(math.isfinite, values)):  # statistics.stdev raises what it does not say
+        return math.nan
     return factor * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 

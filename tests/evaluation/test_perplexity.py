@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from swan import Graded, LayerPlan, Plan, calibrate
-from swan.evaluation.perplexity import CHUNK, Setting, default_sweep, evaluate
+from swan.evaluation.perplexity import CHUNK, Setting, _standard_error, default_sweep, evaluate
 
 FULL = Graded(((16, 16),))
 
@@ -66,3 +66,11 @@ def test_needs_two_tokens(tiny):
     model, windows, calibration = tiny
     with pytest.raises(ValueError, match="at least two tokens, got \\[2, 1\\]"):
         evaluate(model, windows[:, :1], [Setting()], calibration)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_window_that_is_not_finite_has_no_standard_error(bad):
+    """`swan frontier` once ended there after its last window, before it wrote that."""
+    assert math.isnan(_standard_error([0.1, bad, 0.2], 2.0))
+    assert _standard_error([0.1, 0.3], 2.0) == pytest.approx(0.2)
+    assert _standard_error([0.1], 2.0) is None
