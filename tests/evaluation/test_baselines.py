@@ -192,6 +192,19 @@ def test_balanced_matrices_have_even_rows_and_columns():
     assert balanced(torch.zeros(4, 8))[0].eq(0).all()
 
 
+def test_factors_of_nearly_empty_rows_and_columns_fit_into_16_bits():
+    """A token of almost nothing, as first layers have them: its factor fell in each round, and NaN came out."""
+    x = torch.randn(3, 128, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 5] = 1e-7
+    x[1, :, 7] = 3.0 + 1e-8 * x[1, :, 7]
+    x[2, 9] *= 1e-9
+    quotient, rows, columns = balanced(x)
+    for factors in (rows, columns, quotient.abs().amax((-1, -2)) * rows.amax((-1, -2))):
+        assert factors.half().isfinite().all()
+    assert columns.half().gt(0).all()
+    torch.testing.assert_close(quotient * rows * columns, x)
+
+
 def test_kvarn_stores_its_bytes_and_spends_bits_on_keys():
     """A channel of outliers and a token of outliers cost little: both are divided by factors of their own."""
     coder = KVarN((64, 32))

@@ -27,6 +27,7 @@ KIVI_GROUP = 32  # tokens of a key channel, or coordinates of a value, that shar
 KVARN_TILE = 128  # tokens
 KVARN_ROUNDS = 16  # of balancing rows and columns
 LEAST = 1e-6  # of a deviation, over the largest
+APART = 2.0**10  # a factor of a row or a column is at most so many times their mean, and at least that part of it
 
 Tile = tuple[Tensor, ...]
 
@@ -261,10 +262,22 @@ def balanced(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         better = apart < least
         least = torch.where(better, apart, least)
         best = tuple(torch.where(better, new, old) for new, old in zip((rows, columns), best, strict=True))
-        columns = columns * _deviation(quotient, -2)
-        rows = rows * _deviation(x / (rows * columns), -1)
+        columns = _bounded(columns * _deviation(quotient, -2), -1)
+        rows = _bounded(rows * _deviation(x / (rows * columns), -1), -2)
+        mean = _geometric_mean(columns, -1)  # else one side may grow as the other falls, and both must fit into 16 bits
+        rows, columns = rows * mean, columns / mean
     rows, columns = best
     return x / (rows * columns), rows, columns
+
+
+def _bounded(factors: Tensor, dim: int) -> Tensor:
+    """Keep factors near their mean: those of rows of zeros, say, would fall in each round."""
+    mean = _geometric_mean(factors, dim)
+    return torch.minimum(torch.maximum(factors, mean / APART), mean * APART)
+
+
+def _geometric_mean(factors: Tensor, dim: int) -> Tensor:
+    return factors.log().mean(dim=dim, keepdim=True).exp()
 
 
 def _deviation(x: Tensor, dim: int) -> Tensor:
