@@ -11,7 +11,6 @@ tokens is scored, too.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import statistics
@@ -25,7 +24,7 @@ from torch import Tensor
 from swan import Calibration, Plan
 from swan.cli.common import envelope
 from swan.evaluation.calibrations import calibration_of
-from swan.evaluation.frontier import KEPT
+from swan.evaluation.frontier import KEPT, fewer_tokens
 from swan.evaluation.models import load_model
 from swan.integrations import attached
 from swan.integrations.transformers import SwanCache, cache_keyword
@@ -48,8 +47,7 @@ def plans_at(share: float, calibration: Calibration) -> list[Plan]:
     with contextlib.suppress(ValueError):
         plans.append(Plan.for_retention(share, calibration, **recent))
     if share < KEPT:
-        plan = Plan.for_retention(KEPT, calibration, keep=1.0, **recent)
-        plans.append(dataclasses.replace(plan, keep=share / plan.share))
+        plans.append(fewer_tokens(share, calibration, **recent))
     return plans
 
 

@@ -18,7 +18,18 @@ from swan.storage import LayerPlan, TopK
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DEFAULT", "RETENTIONS", "average_seeds", "compared", "label", "mark_frontier", "methods", "plot_frontier"]
+__all__ = [
+    "DEFAULT",
+    "KEPT",
+    "RETENTIONS",
+    "average_seeds",
+    "compared",
+    "fewer_tokens",
+    "label",
+    "mark_frontier",
+    "methods",
+    "plot_frontier",
+]
 
 RETENTIONS = (0.5, 0.33, 0.26, 0.2, 0.15, 0.1)
 ALIKE = 0.2  # the least of them at which plans without effects are shown
@@ -60,8 +71,7 @@ def methods(
     others: list[Method] = []
     for r in retentions:
         if r < KEPT:
-            plan = Plan.for_retention(KEPT, calibration, **recent, keep=1.0)
-            others.append(Setting(replace(plan, keep=r / plan.share), name="swan, tokens kept"))
+            others.append(Setting(fewer_tokens(r, calibration, **recent), name="swan, tokens kept"))
     for r in (r for r in retentions[1::2] if r >= ALIKE):
         others.append(Setting(everywhere(Plan.for_retention(r, dims=dims, **recent)), name="swan, layers alike"))
     topk = [LayerPlan(TopK(d, d // 2), TopK(dv, dv // 2)) for d, dv in dims]
@@ -78,6 +88,12 @@ def methods(
             plans.append(Plan.for_retention(r, calibration, **recent))
     distinct = sorted(dict.fromkeys(plans), key=lambda plan: -plan.retention)
     return [*(Setting(plan, name=DEFAULT) for plan in distinct), *others]
+
+
+def fewer_tokens(share: float, calibration: Calibration, *, buffer: int, sinks: int) -> Plan:
+    """Make the plan that stores tokens at a retention of `KEPT`, and keeps so many that the history has a share."""
+    plan = Plan.for_retention(KEPT, calibration, buffer=buffer, sinks=sinks, keep=1.0)
+    return replace(plan, keep=share / plan.share)
 
 
 def average_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -273,7 +273,7 @@ def balanced(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _bounded(factors: Tensor, dim: int) -> Tensor:
     """Keep factors near their mean: those of rows of zeros, say, would fall in each round."""
     mean = _geometric_mean(factors, dim)
-    return torch.minimum(torch.maximum(factors, mean / APART), mean * APART)
+    return factors.clamp(mean / APART, mean * APART)
 
 
 def _geometric_mean(factors: Tensor, dim: int) -> Tensor:
