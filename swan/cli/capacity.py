@@ -60,7 +60,12 @@ def capacity(
     dense = dense_capacity(heads.dims, size, tokens, **common)
     rows = [_row("dense", 1.0, dense, dense)]
     for each in retention or RETENTIONS:
-        plan = Plan.for_retention(each, calibration, dims=heads.dims, buffer=buffer, sinks=sinks)
+        try:
+            plan = Plan.for_retention(each, calibration, dims=heads.dims, buffer=buffer, sinks=sinks)
+        except ValueError:  # too few bytes for these head dimensions: an error only where it was asked for
+            if retention:
+                raise
+            continue
         found = packed_capacity(plan, size, tokens, batched_tokens=batched_tokens, **common)
         rows.append(_row("graded", plan.retention, found, dense))
     if json:

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from swan.calibration import Calibration
 from swan.cli.common import JsonOption, ModelArgument, check_retention, console, print_json
 from swan.evaluation.models import load_config, servable_name
 from swan.integrations.vllm.command import serve_command
@@ -50,9 +49,9 @@ def serve(
         raise ValueError(
             f"{calibration_file} lies in the folder of the model, where vLLM would read it as weights; move it"
         )
-    Calibration.load(calibration_file).check_config(config)
     settings = Settings(str(calibration_file.absolute()), retention, buffer, sinks)
-    _, plan = load(settings)
+    calibration, plan = load(settings)
+    calibration.check_config(config)
     command = serve_command(servable_name(model), settings, further)
     if run:
         os.execvp(command[0], command)
