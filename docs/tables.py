@@ -83,6 +83,7 @@ GROUPS = {
     "Storage": (
         "TopK",
         "Graded",
+        "ByHead",
         "Layout",
         "LayerPlan",
         "Packed",

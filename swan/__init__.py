@@ -20,6 +20,7 @@ from swan.modules import KVCache as KVCache
 from swan.modules import OrthoRotation as OrthoRotation
 from swan.modules import StructuredPruner as StructuredPruner
 from swan.modules import SwanAttention as SwanAttention
+from swan.storage import ByHead as ByHead
 from swan.storage import Graded as Graded
 from swan.storage import LayerPlan as LayerPlan
 from swan.storage import Layout as Layout

@@ -146,11 +146,13 @@ def calibration_of(model: PreTrainedModel) -> Calibration:
 
 
 def with_effects(calibration: Calibration) -> Calibration:
-    """Give a calibration effects that fall with the bytes, alike for all layers."""
-    rows = [
-        torch.tensor([2.0 ** (-graded(64, groups).vector_bytes() / 4) for groups in side]) for side in (KEYS, VALUES)
-    ]
-    return dataclasses.replace(calibration, effects=Effects(*(row.repeat(len(calibration.layers), 1) for row in rows)))
+    """Give a calibration effects that fall with the bytes, alike for all layers, but larger from head to head."""
+    heads = max(layer.key_basis.shape[0] for layer in calibration.layers)
+    tables = []
+    for side in (KEYS, VALUES):
+        row = torch.tensor([2.0 ** (-graded(64, groups).vector_bytes() / 4) for groups in side])
+        tables.append((row * 16.0 ** torch.arange(heads)[:, None]).repeat(len(calibration.layers), 1, 1))
+    return dataclasses.replace(calibration, effects=Effects(*tables))
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -43,8 +43,9 @@ from swan.storage.layout import MAX_DIM
 
 __all__ = ["Calibration", "calibrate"]
 
-# Formats that are read; the newest is that of the candidates of effects.py, the effects of older ones are left out.
-FORMATS = ("swan-calibration-3", "swan-calibration-4", "swan-calibration-5")
+# Formats that are read. The newest has effects by KV head, of the candidates of effects.py; that before it had the sums
+# over heads; the effects of older ones are of other candidates, and left out.
+FORMATS = ("swan-calibration-3", "swan-calibration-4", "swan-calibration-5", "swan-calibration-6")
 AGAIN = "run swan.calibrate again"
 MOMENTS = ("q", "k", "v", "o")
 
@@ -166,7 +167,8 @@ class Calibration:
     def load(cls, path: str | Path) -> "Calibration":
         """Read a file that `save` wrote.
 
-        Effects in a file of an older version are of other layouts: they are left out, with a warning.
+        Effects in a file of an older version are of other layouts, and left out, or sums over KV heads, which are taken
+        for alike; with a warning.
 
         Raises:
             ValueError: the file is not a whole calibration, or its tensors are not finite or not orthogonal.
@@ -177,10 +179,13 @@ class Calibration:
             check_calibration(calibration)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no whole calibration ({reason_of(error)}); {AGAIN}") from error
-        if calibration.effects is None and "effects.keys" in tensors:
+        if metadata["format"] != FORMATS[-1] and "effects.keys" in tensors:
+            what, alike = (
+                ("of other layouts", "layers") if calibration.effects is None else ("of all heads", "KV heads")
+            )
             warnings.warn(
-                f"{path} was written by an older version of swan, which measured effects of other layouts: plans will "
-                f"be the same for all layers until you {AGAIN}",
+                f"{path} was written by an older version of swan, which measured effects {what}: plans will be the "
+                f"same for all {alike} until you {AGAIN}",
                 stacklevel=2,
             )
         return calibration
@@ -192,8 +197,10 @@ class Calibration:
             layers.append(LayerBases(*(tensors.pop(f"layers.{i}.{f.name}") for f in dataclasses.fields(LayerBases))))
             moments.append(Moments(*(tensors.pop(f"layers.{i}.moments.{name}") for name in MOMENTS), tokens=tokens))
         if "effects.keys" in tensors:
-            measured = Effects(tensors.pop("effects.keys"), tensors.pop("effects.values"))
-            effects = measured if metadata["format"] == FORMATS[-1] else None
+            measured = [tensors.pop(f"effects.{side}") for side in ("keys", "values")]
+            if metadata["format"] in FORMATS[-2:]:
+                heads = [layer.key_basis.shape[0] for layer in layers]
+                effects = Effects(*(_by_head(table, heads) if table.ndim == 2 else table for table in measured))
         if tensors:
             raise ValueError(f"unknown tensors, such as {next(iter(tensors))[:40]!r}")
         basis, seed, fingerprint = (metadata[name] for name in ("basis", "seed", "fingerprint"))
@@ -349,6 +356,12 @@ def _run_sample(
                     continue
         run(batch)
     return ([] if failure else gradients), failure
+
+
+def _by_head(table: Tensor, heads: Sequence[int]) -> Tensor:
+    """Divide effects of layers ``[layers, candidates]`` among their KV heads."""
+    head, count = torch.arange(max(heads)), torch.tensor(heads)
+    return torch.where((head < count[:, None])[..., None], (table / count[:, None])[:, None], torch.nan)
 
 
 def _from_moments(moments: tuple[Moments, ...], basis: Basis, seed: int, fingerprint: dict[str, Any]) -> Calibration:

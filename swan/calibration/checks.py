@@ -32,7 +32,7 @@ def check_calibration(calibration: "Calibration") -> None:
     for index, (layer, sums) in enumerate(zip(layers, moments, strict=True)):
         _check_layer(f"layer {index}", layer, sums)
     if calibration.effects is not None:
-        _check_effects(calibration.effects, len(layers))
+        _check_effects(calibration.effects, [layer.key_basis.shape[0] for layer in layers])
 
 
 def _check_layer(name: str, layer: LayerBases, moments: Moments) -> None:
@@ -59,11 +59,13 @@ def _check_layer(name: str, layer: LayerBases, moments: Moments) -> None:
     moments.check(name)
 
 
-def _check_effects(effects: Effects, layers: int) -> None:
-    _check("the effects of keys", effects.keys, torch.float32, (layers, len(KEYS)))
-    _check("the effects of values", effects.values, torch.float32, (layers, len(VALUES)))
-    for row in torch.cat([effects.keys, effects.values], dim=1):
-        if not (torch.isfinite(row).all() or row.isnan().all()):  # NaN in layers with a sliding window
+def _check_effects(effects: Effects, heads: Sequence[int]) -> None:
+    for side, table, candidates in (("keys", effects.keys, KEYS), ("values", effects.values, VALUES)):
+        _check(f"the effects of {side}", table, torch.float32, (len(heads), max(heads), len(candidates)))
+    for count, *rows in zip(heads, effects.keys, effects.values, strict=True):
+        both = torch.cat(rows, dim=1)
+        finite = torch.isfinite(both[:count]).all() or both[:count].isnan().all()  # NaN in layers with a sliding window
+        if not (finite and both[count:].isnan().all()):
             raise ValueError("the effects of a layer hold NaN or infinity; calibrate in float32")
 
 

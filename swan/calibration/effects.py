@@ -73,15 +73,16 @@ class Effects:
     """KL divergence that each candidate adds, nats per token, float32; NaN for layers with a sliding window.
 
     Args:
-        keys: ``[layers, len(KEYS)]``: the keys of that layer are packed, all else is dense.
-        values: ``[layers, len(VALUES)]``.
+        keys: ``[layers, kv_heads, len(KEYS)]``: the keys of that KV head are packed, all else is dense. Layers of fewer
+            heads have NaN for those that they lack.
+        values: ``[layers, kv_heads, len(VALUES)]``.
 
     Example:
         >>> import swan
         >>> model = torch.nn.Sequential(swan.SwanAttention(64, heads=4))
         >>> effects = swan.calibrate(model, [torch.randn(1, 100, 64)], effects=True).effects
         >>> effects.keys.shape, effects.values.shape
-        (torch.Size([1, 11]), torch.Size([1, 14]))
+        (torch.Size([1, 4, 11]), torch.Size([1, 4, 14]))
     """
 
     keys: Tensor
@@ -204,13 +205,13 @@ def effects_of(
     tokens: int,
     device: torch.device,
 ) -> Effects:
-    r"""Predict, for each layer and candidate, the KL divergence from the dense model.
+    r"""Predict, for each KV head of each layer and each candidate, the KL divergence from the dense model.
 
     Let $g_i$ be the gradient of $\log p(y)$, with $y$ drawn from the model's own predictions, by the output of the
-    attention for query $i$, over all heads, and $\Delta o_i$ what that output changes by where the query sees tokens
+    heads that read a KV head, for query $i$, and $\Delta o_i$ what that output changes by where the query sees tokens
     packed. Then $\mathrm{KL} \approx \frac12 E \sum_i (g_i \cdot \Delta o_i)^2$ with errors of different queries
-    taken as independent, since the Fisher information is the second derivative of the KL divergence. Errors of
-    different tokens are not: what pruning takes from all of them adds up in an output. One backward pass serves all.
+    and heads taken as independent, since the Fisher information is the second derivative of the KL divergence. Errors
+    of different tokens are not: what pruning takes from all of them adds up in an output. One backward pass serves all.
 
     Args:
         texts: for each text the gradients of each layer, from `run_backward`.
@@ -221,29 +222,35 @@ def effects_of(
     Returns:
         The effects, a row for each of the bases in the order of their indices.
     """
-    keys, values = (torch.full((len(bases), len(side)), torch.nan) for side in (KEYS, VALUES))
+    heads = max(key_basis.shape[0] for key_basis, _ in bases.values())
+    effects = Effects(*(torch.full((len(bases), heads, len(side)), torch.nan) for side in (KEYS, VALUES)))
     for row, index in enumerate(sorted(bases)):
         observed = [layers[index] for layers in texts if index in layers]
         if observed:
             sums = [_both_sums(layer, *bases[index], device) for layer in observed]
-            keys[row], values[row] = (torch.stack(side).sum(0).amax(0) / tokens for side in zip(*sums, strict=True))
-    return Effects(keys, values)
+            for table, side in zip((effects.keys, effects.values), zip(*sums, strict=True), strict=True):
+                found = torch.stack(side).sum(0).amax(0) / tokens
+                table[row, : len(found)] = found
+    return effects
 
 
 def _both_sums(
     layer: LayerGradients, key_basis: Tensor, value_basis: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Compute half the sums of squared changes over tokens and over queries ``[2, candidates]``, of keys and of values.
+    """Compute half the sums of squared changes over tokens and over queries, of keys and of values.
 
     The change by a token is of the first order: the product of its gradient and what is lost of it.
+
+    Returns:
+        Two tensors ``[2, kv_heads, candidates]``.
     """
     bases = key_basis.to(device), value_basis.to(device)
     rows, sides = ((layer.k, layer.by_key, KEYS), (layer.v, layer.by_value, VALUES)), []
     for basis, (x, gradient, candidates) in zip(bases, rows, strict=True):
         x, gradient = (rotate(t.to(device).float(), basis) for t in (x, gradient))
         stored = _stored(x, candidates)
-        by_tokens = [torch.linalg.vecdot(gradient, each - x).square().sum().cpu() / 2 for each in stored]
-        sides.append((x, stored, torch.stack(by_tokens)))
+        by_tokens = [torch.linalg.vecdot(gradient, each - x).square().sum((0, 2)).cpu() / 2 for each in stored]
+        sides.append((x, stored, torch.stack(by_tokens, dim=-1)))
     (k, stored_keys, keys), (v, stored_values, values) = sides
     by_queries = _kl_by_queries(layer, bases, (k, v), (stored_keys, stored_values))
     return torch.stack([keys, by_queries[0]]), torch.stack([values, by_queries[1]])
@@ -308,20 +315,23 @@ def _kl_by_queries(
     dense: tuple[Tensor, Tensor],
     stored: tuple[list[Tensor], list[Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """Compute half the sum over queries of the squared change, for candidates of keys and of values, on the CPU.
+    """Compute half the sum over queries of the squared change by each KV head, for candidates, on the CPU.
 
     Args:
         layer: queries, and gradients by their outputs.
         bases: of keys and values.
         dense: keys and values, rotated.
         stored: the same as each candidate stores them.
+
+    Returns:
+        Of keys and of values ``[kv_heads, candidates]``.
     """
     (k, v), device = dense, dense[0].device
     q, g = (
         einsum(t.to(device).float(), basis, "b h g i d, h d e -> b h g i e")
         for t, basis in zip((layer.q * layer.scale, layer.gradient), bases, strict=True)
     )
-    by_keys, by_values = torch.zeros(len(KEYS)), torch.zeros(len(VALUES))
+    by_keys, by_values = (torch.zeros(k.shape[1], len(side)) for side in (KEYS, VALUES))
     key = torch.arange(k.shape[2], device=device)
     for start in range(0, q.shape[3], QUERIES):
         rows = slice(start, start + QUERIES)
@@ -336,17 +346,17 @@ def _kl_by_queries(
 
         def change(weights: Tensor, values: Tensor) -> Tensor:
             out = einsum(weights, values[:, :, seen], "b h g i j, b h j d -> b h g i d")  # noqa: B023
-            return einsum(out, g_rows, "b h g i d, b h g i d -> b i")  # noqa: B023
+            return einsum(out, g_rows, "b h g i d, b h g i d -> b h i")  # noqa: B023
 
         exact = scores(k)
         weights = _softmax(exact, visible)
         out = change(weights, v)
         for number, each in enumerate(stored[0]):
             found = change(_softmax(torch.where(packed, scores(each), exact), visible), v)
-            by_keys[number] += (found - out).square().sum().cpu()
+            by_keys[:, number] += (found - out).square().sum((0, 2)).cpu()
         weights *= packed
         for number, each in enumerate(stored[1]):
-            by_values[number] += change(weights, each - v).square().sum().cpu()
+            by_values[:, number] += change(weights, each - v).square().sum((0, 2)).cpu()
     return by_keys * STRIDE / 2, by_values * STRIDE / 2
 
 

@@ -4,15 +4,17 @@ import dataclasses
 import functools
 from typing import Any
 
-from swan.storage import Graded, LayerPlan, Layout, TopK
+from swan.storage import ByHead, Graded, LayerPlan, Layout, TopK
 
 __all__ = ["fields_of", "layer_from_json", "to_json"]
 
 
 def to_json(layout: Layout) -> dict[str, Any]:
     """Return a layout as values of JSON."""
+    if isinstance(layout, ByHead):
+        return {"form": layout.form, "groups": [each.groups for each in layout.layouts]}
     if not isinstance(layout, TopK | Graded):
-        raise TypeError(f"only TopK and Graded layouts can be written as JSON, got {layout}")
+        raise TypeError(f"only TopK, Graded and ByHead layouts can be written as JSON, got {layout}")
     return {"form": layout.form, **dataclasses.asdict(layout)}
 
 
@@ -28,12 +30,18 @@ def _from_json(values: Any) -> Layout:
         numbers, layout = [d, keep, bits], functools.partial(TopK, d, keep, bits, positions)
     else:
         form, groups = fields_of(values, "form", "groups")
-        if form != "graded":
-            raise ValueError("the form of a layout is 'topk' or 'graded'")
-        numbers, layout = [number for pair in groups for number in pair], functools.partial(Graded, groups)
+        if form not in ("graded", "by-head"):
+            raise ValueError("the form of a layout is 'topk', 'graded' or 'by-head'")
+        heads = groups if form == "by-head" else [groups]
+        numbers = [number for head in heads for pair in head for number in pair]
+        layout = functools.partial(Graded, groups) if form == "graded" else functools.partial(_by_head, groups)
     if not all(type(number) is int for number in numbers):  # fractions would be rounded, true taken for 1
         raise ValueError(f"sizes and bits of a layout must be whole numbers, got {numbers}")
     return layout()
+
+
+def _by_head(heads: Any) -> ByHead:
+    return ByHead(tuple(Graded(groups) for groups in heads))
 
 
 def fields_of(values: Any, *names: str) -> list[Any]:

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from swan.calibration.json_layouts import fields_of, layer_from_json, to_json
 from swan.modules import KVCache
 from swan.modules.cache import Prefill
 from swan.modules.checks import check_keep
-from swan.storage import Graded, LayerPlan, Layout
+from swan.storage import ByHead, Graded, LayerPlan, Layout
+from swan.storage.by_head import by_head as by_head_layout
 
 if TYPE_CHECKING:
     from swan.calibration.artifact import Calibration
@@ -46,6 +47,7 @@ LADDER: tuple[tuple[Groups, Groups], ...] = (
     (((16, 8),), ((16, 8),)),
 )
 
+RUNS = 3  # of neighbouring KV heads in a layer that have a layout of their own
 FORMAT = "swan-plan-1"
 MOST_TOKENS = 2**31  # of a buffer or of sinks that are read
 ROUNDING = 1e-9  # retentions are quotients, equal only up to the rounding of floats
@@ -107,13 +109,14 @@ class Plan:
         buffer: int = 128,
         sinks: int = 4,
         keep: float | None = None,
+        by_head: bool = True,
     ) -> "Plan":
         """Make the plan that we advise at a retention: it never stores more, and is monotone in it.
 
         Below 1: `Graded` groups of the sorted basis, more bits for leading coordinates and for keys. With a
-        calibration that has effects, layers compete for the bytes by what each adds to the KL divergence, and layers
-        with a sliding window have no entry; without, all layers are the same. At 1: everything in the dtype of the
-        cache.
+        calibration that has effects, layers and KV heads compete for the bytes by what each adds to the KL divergence,
+        and layers with a sliding window have no entry; without, all layers are the same. At 1: everything in the dtype
+        of the cache.
 
         Args:
             retention: bytes per history token over the bf16 bytes of the same key and value, up to 1.
@@ -122,6 +125,7 @@ class Plan:
             buffer: newest tokens kept dense.
             sinks: first tokens kept dense.
             keep: share of the history's tokens that stay; the retention is that of these.
+            by_head: let KV heads of a layer differ, in up to 3 runs of neighbours (`swan.ByHead`).
 
         Returns:
             The plan.
@@ -155,7 +159,7 @@ class Plan:
         elif effects is None:
             layers = [_step_within(retention, d, dv) for d, dv in dims]
         else:
-            layers = _layers_by_effect(retention, dims, effects)
+            layers = _layers_by_effect(retention, dims, effects, by_head)
         return cls(tuple(layers), buffer=buffer, sinks=sinks, keep=keep)
 
     @classmethod
@@ -166,6 +170,7 @@ class Plan:
         dims: Sequence[tuple[int, int]] | None = None,
         buffer: int = 128,
         sinks: int = 4,
+        by_head: bool = True,
     ) -> list["Plan"]:
         """Make plans of `for_retention` from 1 down to the least, some 20: the levels of a byte budget.
 
@@ -174,6 +179,7 @@ class Plan:
             dims: head dimensions of keys and values of each layer, where there is no calibration.
             buffer: newest tokens kept dense.
             sinks: first tokens kept dense.
+            by_head: as in `for_retention`.
 
         Returns:
             The plans, descending in retention.
@@ -190,7 +196,8 @@ class Plan:
         least = _least(dims, effects)
         steps = [step.retention for d, dv in set(dims) for step in _steps(d, dv)]
         retentions = sorted({1.0, least, *(r for r in steps if least < r < 1)}, reverse=True)
-        plans = [cls.for_retention(r, calibration, dims=dims, buffer=buffer, sinks=sinks) for r in retentions]
+        settings: dict[str, Any] = {"dims": dims, "buffer": buffer, "sinks": sinks, "by_head": by_head}
+        plans = [cls.for_retention(r, calibration, **settings) for r in retentions]
         return list(dict.fromkeys(plans))
 
     def caches(
@@ -245,17 +252,18 @@ class Plan:
         return self.keep * (self.retention + len(layers) / vectors)
 
     def predicted_kl(self, calibration: "Calibration") -> Tensor:
-        r"""Predict what keys and values of each layer add to the KL divergence from the dense model.
+        r"""Predict what keys and values of each KV head add to the KL divergence from the dense model.
 
-        The sum of all, $\sum_l (\mathrm{KL}_{k,l} + \mathrm{KL}_{v,l})$, is a low estimate: it takes layers one by one,
-        errors as small, and the text of the calibration. On text of another kind 1.5 to 2.3 times as much was measured
-        at retentions of 0.26 and 0.20, and 2.5 to 4 times at 0.15 and 0.10.
+        The sum of all, $\sum_{l,h} (\mathrm{KL}_{k,l,h} + \mathrm{KL}_{v,l,h})$, is a low estimate: it takes heads one
+        by one, errors as small, and the text of the calibration. On text of another kind 1.4 to 2.3 times as much was
+        measured at retentions of 0.26 and 0.20, and 2.3 to 4 times at 0.15 and 0.10.
 
         Args:
             calibration: calibration of the model, with effects.
 
         Returns:
-            Nats per token ``[layers, 2]``: of keys and of values. NaN for layers without a history.
+            Nats per token ``[layers, kv_heads, 2]``: of keys and of values. NaN for layers without a history, and for
+            heads that a layer does not have.
 
         Raises:
             ValueError: the calibration has no effects or is of another model, or a layout is none of those that were
@@ -267,18 +275,20 @@ class Plan:
             >>> calibration = swan.calibrate(model, [torch.randn(1, 100, 64)], effects=True)
             >>> plan = swan.Plan.for_retention(0.5, calibration)
             >>> plan.predicted_kl(calibration).shape
-            torch.Size([1, 2])
+            torch.Size([1, 4, 2])
         """
-        if calibration.effects is None:
+        effects = calibration.effects
+        if effects is None:
             raise ValueError("this calibration has no effects; run swan.calibrate(..., effects=True)")
         self.check_dims(calibration.dims)
-        found = torch.full((len(self.layers), 2), torch.nan)
+        found = torch.full((*effects.keys.shape[:2], 2), torch.nan)
         for index, layer in enumerate(self.layers):
             if layer is None:
                 continue
-            sides = ((layer.keys, KEYS, calibration.effects.keys), (layer.values, VALUES, calibration.effects.values))
-            for side, (layout, candidates, effects) in enumerate(sides):
-                found[index, side] = _effect_of(layout, candidates, effects[index])
+            sides = ((layer.keys, KEYS, effects.keys), (layer.values, VALUES, effects.values))
+            for side, (layout, candidates, table) in enumerate(sides):
+                of_heads = _effects_of(layout, candidates, table[index])
+                found[index, : len(of_heads), side] = torch.tensor(of_heads)
         return found
 
     def check_dims(self, dims: Sequence[tuple[int, int]]) -> None:
@@ -323,15 +333,21 @@ class Plan:
             ) from error
 
 
-def _effect_of(layout: Layout, candidates: Sequence[Groups], effects: Tensor) -> float:
-    """Look up what one of the candidates adds."""
-    d = layout.d
-    if layout == Graded(((d, 16),)):
-        return 0.0
-    measured: list[Layout] = [graded(d, groups) for groups in candidates]
-    if layout not in measured:
-        raise ValueError(f"the effect of {layout} was not measured; plans of Plan.for_retention have one")
-    return effects[measured.index(layout)].item()
+def _effects_of(layout: Layout, candidates: Sequence[Groups], effects: Tensor) -> list[float]:
+    """Look up what one of the candidates adds in each KV head; effects are ``[kv_heads, candidates]``."""
+    heads, exact = _heads_of(effects), Graded(((layout.d, 16),))
+    measured: list[Layout] = [graded(layout.d, groups) for groups in candidates]
+    found = []
+    for head, each in enumerate(layout.layouts if isinstance(layout, ByHead) else [layout] * heads):
+        if each not in (*measured, exact):
+            raise ValueError(f"the effect of {each} was not measured; plans of Plan.for_retention have one")
+        found.append(0.0 if each == exact else effects[head, measured.index(each)].item())
+    return found
+
+
+def _heads_of(effects: Tensor) -> int:
+    """Count the KV heads of a layer, given its effects ``[kv_heads, candidates]``."""
+    return int(effects[:, 0].isfinite().sum())
 
 
 def _dims_and_effects(calibration: "Calibration | None", dims: Dims | None) -> tuple[Dims, Effects | None]:
@@ -343,7 +359,7 @@ def _dims_and_effects(calibration: "Calibration | None", dims: Dims | None) -> t
 
 
 def _is_winnowed(effects: Effects | None, index: int) -> bool:
-    return effects is None or not bool(effects.keys[index].isnan().any())
+    return effects is None or not bool(effects.keys[index].isnan().all())
 
 
 def _steps(d: int, dv: int) -> list[LayerPlan]:
@@ -368,41 +384,70 @@ def _least(dims: Dims, effects: Effects | None) -> float:
     return size / sum(2 * (d + dv) for d, dv in winnowed)
 
 
-def _layers_by_effect(retention: float, dims: Dims, effects: Effects) -> list[LayerPlan | None]:
-    """Begin all at their fewest bytes, and take first the step that lowers the predicted KL most per byte."""
-    room, layouts, steps = 0.0, {}, []
-    tables = [_cautious(table) for table in (effects.keys, effects.values)]
-    for index, pair in enumerate(dims):
-        if not _is_winnowed(effects, index):
-            continue
-        room += 2 * sum(pair) * (retention + ROUNDING)
-        for side, d, candidates, table in zip("kv", pair, (KEYS, VALUES), tables, strict=True):
-            graded_layouts = [graded(d, groups) for groups in candidates]
-            points = [(a.vector_bytes(), kl, a) for a, kl in zip(graded_layouts, table[index].tolist(), strict=True)]
-            hull = _hull(points)
+def _layers_by_effect(retention: float, dims: Dims, effects: Effects, by_head: bool) -> list[LayerPlan | None]:
+    """Begin all at their fewest bytes, and take first the step that lowers the predicted KL most per byte.
+
+    Keys and values of runs of neighbouring KV heads compete, of which a layer has one, or up to `RUNS`.
+    """
+    winnowed = [index for index in range(len(dims)) if _is_winnowed(effects, index)]
+    runs = [(index, run) for index in winnowed for run in _runs(effects, index, RUNS if by_head else 1)]
+    room = sum(2 * sum(dims[index]) for index in winnowed) * (retention + ROUNDING)
+    chosen: dict[tuple[int, int], list[Graded]] = {}  # by layer and side, for each KV head
+    steps: list[_Step] = []
+    for side, candidates, table in ((0, KEYS, effects.keys), (1, VALUES, effects.values)):
+        of_heads = _cautious(torch.stack([table[index, run].mean(0) for index, run in runs])).tolist()
+        for (index, run), of_head in zip(runs, of_heads, strict=True):
+            heads, layouts = run.stop - run.start, [graded(dims[index][side], groups) for groups in candidates]
+            share = heads / _heads_of(table[index])  # of the bytes of the layer
+            hull = _hull([(share * x.vector_bytes(), heads * kl, x) for x, kl in zip(layouts, of_head, strict=True)])
             room -= hull[0][0]
-            layouts[index, side] = hull[0][2]
-            steps += [(_slope(a, b), index, side, b[0] - a[0], b[2]) for a, b in itertools.pairwise(hull)]
-    for _, index, side, size, layout in sorted(steps, key=lambda step: step[:3]):
-        if size > room:
+            chosen.setdefault((index, side), []).extend([hull[0][2]] * heads)
+            steps += [_Step(_slope(a, b), index, side, run, b[0] - a[0], b[2]) for a, b in itertools.pairwise(hull)]
+    for step in sorted(steps, key=lambda step: (step.slope, step.layer, step.side, step.run.start)):
+        if step.size > room:
             break  # smaller steps after it are not taken either: a plan of more bytes has all steps of one of fewer
-        room -= size
-        layouts[index, side] = layout
-    return [LayerPlan(layouts[i, "k"], layouts[i, "v"]) if (i, "k") in layouts else None for i in range(len(dims))]
+        room -= step.size
+        chosen[step.layer, step.side][step.run] = [step.layout] * (step.run.stop - step.run.start)
+    sides = {place: by_head_layout(layouts) for place, layouts in chosen.items()}
+    return [LayerPlan(sides[i, 0], sides[i, 1]) if (i, 0) in sides else None for i in range(len(dims))]
+
+
+class _Step(NamedTuple):
+    """More bytes for the keys or the values of a run of KV heads."""
+
+    slope: float  # of the predicted KL by the bytes
+    layer: int
+    side: int
+    run: slice
+    size: float
+    layout: Graded
+
+
+def _runs(effects: Effects, index: int, most: int) -> list[slice]:
+    """Divide the KV heads of a layer into a few runs of neighbours whose effects are as alike as can be."""
+    heads = _heads_of(effects.keys[index])
+    logs = torch.cat([table[index, :heads].clamp(min=1e-30).log() for table in (effects.keys, effects.values)], dim=1)
+
+    def spread(runs: list[slice]) -> float:
+        return sum((logs[run] - logs[run].mean(0)).square().sum().item() for run in runs)
+
+    count = min(most, heads)
+    edges = [(0, *inner, heads) for inner in itertools.combinations(range(1, heads), count - 1)]
+    return min(([slice(*edge) for edge in itertools.pairwise(each)] for each in edges), key=spread)
 
 
 def _cautious(table: Tensor) -> Tensor:
-    """Raise effects that are below the mean of all layers half way to it, in their logarithm.
+    """Raise effects that are below the mean of all rows half way to it, in their logarithm.
 
-    On other texts layers differ less; but a layer whose effect is above the mean is one with outliers, on any text.
+    On other texts layers and heads differ less; but one whose effect is above the mean has outliers, on any text.
     """
     logs = table.clamp(min=1e-30).log()
     return torch.maximum(logs, (logs + logs.nanmean(0)) / 2).exp()
 
 
-def _hull(points: list[tuple[int, float, Graded]]) -> list[tuple[int, float, Graded]]:
+def _hull(points: list[tuple[float, float, Graded]]) -> list[tuple[float, float, Graded]]:
     """Return the points (bytes, effect, layout) of the lower convex hull, with falling effect."""
-    hull: list[tuple[int, float, Graded]] = []
+    hull: list[tuple[float, float, Graded]] = []
     for point in sorted(points, key=lambda point: point[:2]):
         if hull and point[1] >= hull[-1][1]:
             continue  # more bytes for nothing
@@ -412,5 +457,5 @@ def _hull(points: list[tuple[int, float, Graded]]) -> list[tuple[int, float, Gra
     return hull
 
 
-def _slope(a: tuple[int, float, Graded], b: tuple[int, float, Graded]) -> float:
+def _slope(a: tuple[float, float, Graded], b: tuple[float, float, Graded]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])

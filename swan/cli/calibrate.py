@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from swan.calibration import Calibration, Plan
@@ -77,15 +78,15 @@ def _predictions(calibration: Calibration) -> list[Row]:
             continue
         added = plan.predicted_kl(calibration).nan_to_num(0.0)
         most, total = int(added.argmax()), added.sum().item()
-        layer, side = divmod(most, 2)
+        layer, head, side = (int(n) for n in torch.unravel_index(torch.tensor(most), added.shape))
         share = added.flatten()[most].item() / total if total else None
-        row = {"predicted_kl": total, "layer": layer, "side": ("keys", "values")[side], "share": share}
+        row = {"predicted_kl": total, "layer": layer, "kv_head": head, "side": ("keys", "values")[side], "share": share}
         rows.append({"retention": retention} | row)
     return rows
 
 
 def _most(row: Row) -> str:
-    return f"{row['side']} of layer {row['layer']}, {percent(row['share'], 0)}"
+    return f"{row['side']} of layer {row['layer']}, KV head {row['kv_head']}, {percent(row['share'], 0)}"
 
 
 def _warn(plans: list[Row]) -> None:

@@ -61,7 +61,8 @@ def capacity(
     rows = [_row("dense", 1.0, dense, dense)]
     for each in retention or RETENTIONS:
         try:
-            plan = Plan.for_retention(each, calibration, dims=heads.dims, buffer=buffer, sinks=sinks)
+            recent = {"buffer": buffer, "sinks": sinks}
+            plan = Plan.for_retention(each, calibration, dims=heads.dims, **recent, by_head=False)
         except ValueError:  # too few bytes for these head dimensions: an error only where it was asked for
             if retention:
                 raise

@@ -15,9 +15,10 @@ from swan.calibration import Calibration, Plan
 from swan.calibration.bases import Basis
 from swan.calibration.batches import check_ids
 from swan.calibration.capture import device_of
+from swan.calibration.json_layouts import to_json
 from swan.calibration.progress import track
 from swan.integrations import attached
-from swan.storage import Graded, LayerPlan, Layout, TopK
+from swan.storage import ByHead, Graded, LayerPlan, Layout, TopK
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -333,4 +334,6 @@ def _indexed(d: int, retention: float) -> TopK:
 
 
 def _describe(layout: Layout) -> dict[str, Any]:
+    if isinstance(layout, Graded | TopK | ByHead):
+        return to_json(layout)
     return {"form": layout.form, **getattr(layout, "about", vars(layout))}

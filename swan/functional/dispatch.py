@@ -82,7 +82,7 @@ def packed_impl(impl: Impl, q: Tensor, k: Packed, v: Packed) -> Impl:
     if impl != "auto":
         check_packed_impl(impl, q, k.format, v.format)
         return impl
-    kernels, rows = kernels_on(q.device), q.shape[1] // k.planes[0].shape[1] * q.shape[2]
+    kernels, rows = kernels_on(q.device), q.shape[1] // k.shape[1] * q.shape[2]
     if kernels is None or rows > kernels.MOST_ROWS:
         return impl
     if torch.is_grad_enabled() and _require_grad(q, *k.tensors, *v.tensors):

@@ -1,12 +1,14 @@
 """Fused kernels over `Packed`, compiled at the first use, and what they share: layouts as numbers."""
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from swan.storage import Graded, Layout, Packed, TopK
+from swan.storage import ByHead, Graded, Layout, Packed, TopK
+from swan.storage.by_head import parts_of
 
 
 class Recent(NamedTuple):
@@ -66,24 +68,45 @@ class Seen(NamedTuple):
 def numbers_of(layout: Layout) -> list[int] | None:
     """Write a layout as every kernel takes it: 0, then size and bits of each group; or 1, d, keep and bits.
 
+    For `ByHead` 2, then for each run its heads, how many numbers follow, and those of its layout.
+
     Return None for layouts that no kernel reads: those of other forms, and `TopK` with a list of positions.
     """
     match layout:
-        case Graded():
+        case Graded() | ByHead():
             return layout.numbers
         case TopK() if layout.positions == "bitmap" or layout.keep == layout.d:
             return layout.numbers
     return None
 
 
-def matrix_of(x: Tensor, layout: Layout) -> Tensor:
-    """Return the matrix that mixes vectors like `x` in a layout, or an empty tensor where there is none."""
-    matrix = layout.mix(x.dtype, x.device)
-    return x.new_empty(0) if matrix is None else matrix
+def dim_of(numbers: Sequence[int]) -> int:
+    """Return the dimension of vectors in a layout that is given as `numbers_of` does."""
+    match numbers[0]:
+        case 0:
+            return sum(numbers[1::2])
+        case 1:
+            return numbers[1]
+        case _:
+            return dim_of(numbers[3 : 3 + numbers[2]])
+
+
+def matrices_of(x: Tensor, layout: Layout) -> list[Tensor]:
+    """Return the matrix that mixes vectors like `x` in a layout, or an empty tensor; for `ByHead` one for each run."""
+    layouts = [run.layout for run in layout.runs] if isinstance(layout, ByHead) else [layout]
+    matrices = [each.mix(x.dtype, x.device) for each in layouts]
+    return [x.new_empty(0) if matrix is None else matrix for matrix in matrices]
 
 
 def planes_of(packed: Packed) -> list[Tensor]:
-    """Return codes, values in the dtype of the cache, scales, positions; empty tensors where there are none."""
+    """Return codes, values in the dtype of the cache, scales, positions; empty tensors where there are none.
+
+    For `ByHead` these four of each run.
+    """
+    return [plane for part in parts_of(packed) for plane in _planes_of(part)]
+
+
+def _planes_of(packed: Packed) -> list[Tensor]:
     codes = whole = empty = packed.planes[0].new_empty(0)
     for plane in packed.planes:
         if plane.is_floating_point():

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swan.kernels import Recent, Seen, cpu, cuda, matrix_of, numbers_of, planes_of
-from swan.storage import Graded, Layout, Packed
+from swan.kernels import Recent, Seen, cpu, cuda, matrices_of, numbers_of, planes_of
+from swan.storage import ByHead, Graded, Layout, Packed
+from swan.storage.by_head import parts_of
+from swan.storage.packed import mixing
 
 __all__ = ["attend", "attend_pages", "kernels_on", "restore", "store", "take_in"]
 
@@ -71,7 +73,7 @@ def attend(
         k.planes[0].shape[2],
         mask,
         scale,
-        [matrix_of(q, k.format), matrix_of(q, v.format)],
+        [*matrices_of(q, k.format), *matrices_of(q, v.format)],
         [] if recent is None else [recent.keys, recent.values],
         None if recent is None else recent.mask,
         *span,
@@ -115,7 +117,7 @@ def attend_pages(
         first,
         ends,
         scale,
-        [matrix_of(q, k.format), matrix_of(q, v.format)],
+        [*matrices_of(q, k.format), *matrices_of(q, v.format)],
         [recent.keys, recent.values],
         recent.mask,
     )
@@ -126,7 +128,7 @@ def store(x: Tensor, layout: Layout) -> Packed:
 
     Args:
         x: ``[batch, heads, tokens, d]``, float32, bfloat16 or float16; gradients are lost.
-        layout: a `Graded` layout.
+        layout: a `Graded` or `ByHead` layout.
 
     Returns:
         The stored tensors.
@@ -137,8 +139,10 @@ def store(x: Tensor, layout: Layout) -> Packed:
 
     Source: arXiv:2511.18936.
     """
+    if isinstance(layout, ByHead):
+        return layout.join([store(x[:, run.start : run.stop], run.layout) for run in layout.runs])
     assert isinstance(layout, Graded)
-    tensors = _operator("pack", x)(x, layout.numbers, matrix_of(x, layout))
+    tensors = _operator("pack", x)(x, layout.numbers, *matrices_of(x, layout))
     coded = layout.row_bytes > 0
     planes, scales = (tensors[:-1], tensors[-1]) if coded else (tensors, None)
     return Packed(tuple(planes), scales, None, layout, x.dtype)
@@ -182,7 +186,7 @@ def take_in(
         [*v_history.tensors],
         numbers_of(k_history.format),
         numbers_of(v_history.format),
-        [matrix_of(k, k_history.format), matrix_of(v, v_history.format)],
+        [*matrices_of(k, k_history.format), *matrices_of(v, v_history.format)],
         [n if isinstance(n, Tensor) else torch.scalar_tensor(n, dtype=torch.long) for n in counters],
         padding,
         sinks,
@@ -195,7 +199,7 @@ def take_in(
 
 
 def restore(packed: Packed) -> Tensor:
-    """Unpack as `swan.storage.packed.unpack_mixed` does: in mixed coordinates.
+    """Unpack as `swan.storage.packed.unpack_mixed` does: in mixed coordinates, but for `ByHead`.
 
     Args:
         packed: in a layout that the kernel of the device unpacks, of float32, bfloat16 or float16.
@@ -210,6 +214,9 @@ def restore(packed: Packed) -> Tensor:
 
     Source: arXiv:2511.18936.
     """
+    if isinstance(packed.format, ByHead):
+        parts = [(restore(part), mixing(part)) for part in parts_of(packed)]
+        return torch.cat([x if matrix is None else x @ matrix.mT for x, matrix in parts], dim=1)
     like = packed.planes[0].new_empty(0, dtype=packed.dtype)
     return _operator("unpack", like)(planes_of(packed), numbers_of(packed.format), packed.planes[0].shape[2], like)
 

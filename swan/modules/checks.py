@@ -7,7 +7,7 @@ from torch import Tensor
 
 from swan.modules.state import COUNTERS, KEPT, PAGE, CacheState
 from swan.modules.visible import Visible
-from swan.storage import LayerPlan, TopK
+from swan.storage import ByHead, LayerPlan, TopK
 from swan.storage.topk import check_positions
 
 __all__ = [
@@ -83,6 +83,8 @@ def check_new(k: Tensor, v: Tensor, padding: Tensor | None, plan_layer: LayerPla
     ):
         if layout is not None and new.shape[3] != layout.d:
             raise ValueError(f"the plan stores {name} of {layout.d} coordinates, got {new.shape[3]}")
+        if isinstance(layout, ByHead) and new.shape[1] != layout.kv_heads:
+            raise ValueError(f"the plan stores {name} of {layout.kv_heads} KV heads, got {new.shape[1]}")
         if stored is None:
             continue
         if stored.dtype != new.dtype:
@@ -233,12 +235,14 @@ def _saved_shapes(
     if plan_layer is None:
         return expected
     for side, layout in (("k", plan_layer.keys), ("v", plan_layer.values)):
-        packed = layout.pack(torch.zeros(1, 1, 1, layout.d, dtype=keys.dtype, device=keys.device))
+        if isinstance(layout, ByHead) and layout.kv_heads != heads:
+            raise ValueError(f"the plan is for {layout.kv_heads} KV heads, the saved cache has {heads}")
+        packed = layout.pack(torch.zeros(1, heads, 1, layout.d, dtype=keys.dtype, device=keys.device))
         named = {f"plane{i}": plane for i, plane in enumerate(packed.planes)}
         named |= {"scales": packed.scales, "positions": packed.positions}
         for name, t in named.items():
             if t is not None:
-                expected[f"{side}.{name}"] = ((rows, heads, stored, t.shape[3]), t.dtype)
+                expected[f"{side}.{name}"] = ((rows, t.shape[1], stored, t.shape[3]), t.dtype)
     return expected
 
 

@@ -55,5 +55,5 @@ def nbytes_after(
     if stored > capacity:
         capacity = grown(stored)
     slots, vectors = cache.buffer.sinks + cache.buffer.slots_after(tokens), rows * kv_heads
-    history, recent = plan_layer.nbytes(capacity, itemsize), plan_layer.dense_nbytes(slots, itemsize)
-    return [vectors * size for size in (*history, *recent)] + [COLUMN_BYTES * rows]
+    history = plan_layer.nbytes(vectors * capacity, itemsize)
+    return [*history, *plan_layer.dense_nbytes(vectors * slots, itemsize), COLUMN_BYTES * rows]

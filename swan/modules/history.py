@@ -11,6 +11,7 @@ from swan.functional.packing import pack
 from swan.modules.buffer import Evicted
 from swan.modules.state import CacheState
 from swan.storage import LayerPlan, Layout, Packed, unpack
+from swan.storage.by_head import at_places
 
 __all__ = ["BLOCK", "History", "StaticHistory", "grown"]
 
@@ -132,10 +133,9 @@ class History:
         state, kept = self.state, places.shape[2]
         state.dropped += self.length - kept
         state.chosen = self.start + kept
-        capacity, index = min(self.capacity, grown(kept)), places[..., None]
+        capacity = min(self.capacity, grown(kept))
         for name in ("k_history", "v_history"):
-            history = getattr(state, name)
-            chosen = history.map(lambda t: t.gather(2, index.expand(-1, -1, -1, t.shape[3])))
+            chosen = at_places(getattr(state, name), places)
             setattr(state, name, _resized(chosen, capacity) if kept else None)
 
     def crop(self, first: int) -> None:

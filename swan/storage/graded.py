@@ -56,6 +56,7 @@ class Graded:
     stored: ClassVar[tuple[tuple[int, int, int], ...]]  # the spans that are not pruned
     mixed: ClassVar[bool]  # some group is stored in mixed coordinates
     row_bytes: ClassVar[int]  # of the codes of a vector, padded to words of four bytes
+    whole: ClassVar[bool]  # some group has 16 bits, and is stored in the dtype of the cache
     numbers: ClassVar[list[int]]  # the layout as kernels take it: 0, then size and bits of each group
     if TYPE_CHECKING:
 
@@ -83,6 +84,7 @@ class Graded:
             stored=tuple(span for span in spans if span[2]),
             mixed=any(bits in PARTS for _, _, bits in spans),
             row_bytes=row_bytes([(stop - start, bits) for start, stop, bits in spans if bits in PARTS]),
+            whole=any(bits == 16 for _, _, bits in spans),
             numbers=[0, *itertools.chain(*self.groups)],
         )
 

@@ -48,8 +48,8 @@ class Layout(Protocol):
         """Head dimension."""
         ...
 
-    def vector_bytes(self, itemsize: int = 2) -> int:
-        """Count the bytes that one vector takes in a cache whose dtype has `itemsize` bytes."""
+    def vector_bytes(self, itemsize: int = 2) -> float:
+        """Count the bytes that one vector takes in a cache whose dtype has `itemsize` bytes, on average over heads."""
         ...
 
     def pack(self, x: Tensor) -> "Packed":
@@ -100,15 +100,16 @@ class LayerPlan:
     @property
     def retention(self) -> float:
         """Bytes stored per history token over the bf16 bytes of the same key and value."""
-        return sum(self.nbytes(1)) / sum(self.dense_nbytes(1))
+        return (self.keys.vector_bytes() + self.values.vector_bytes()) / sum(self.dense_nbytes(1))
 
-    def nbytes(self, tokens: int, itemsize: int = 2) -> tuple[int, int]:
-        """Count the bytes of the keys and of the values of so many history tokens, of one row and KV head."""
-        return tokens * self.keys.vector_bytes(itemsize), tokens * self.values.vector_bytes(itemsize)
+    def nbytes(self, vectors: int, itemsize: int = 2) -> tuple[int, int]:
+        """Count the bytes of so many keys and as many values: tokens times KV heads times rows."""
+        keys, values = self.keys.vector_bytes(itemsize), self.values.vector_bytes(itemsize)
+        return round(vectors * keys), round(vectors * values)
 
-    def dense_nbytes(self, tokens: int, itemsize: int = 2) -> tuple[int, int]:
+    def dense_nbytes(self, vectors: int, itemsize: int = 2) -> tuple[int, int]:
         """Count the bytes that the same keys and values take dense."""
-        return tokens * self.keys.d * itemsize, tokens * self.values.d * itemsize
+        return vectors * self.keys.d * itemsize, vectors * self.values.d * itemsize
 
 
 def check_dim(d: int) -> None:

@@ -1,6 +1,7 @@
 """`Packed`: vectors as a layout stores them, and `unpack`, which returns them dense.
 
-Every stored tensor has the axes ``[batch, heads, tokens, bytes or values]``, so one index selects tokens in all.
+Every stored tensor has the axes ``[batch, heads, tokens, bytes or values]``, so one index selects tokens in all; heads
+are all of them, but for `ByHead`.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ class Packed:
     Args:
         planes: values; for `TopK` one tensor ``[batch, heads, tokens, keep]`` in the order of the
             coordinates (at 4 bits packed in bytes), for `Graded` one uint8 tensor of all groups below 16 bits
-            and one of the groups of 16 bits, as far as there are any.
+            and one of the groups of 16 bits, as far as there are any; for `ByHead` all tensors of each run of heads.
         scales: ``[batch, heads, tokens, 1]``, for `Graded` uint8 with one for each group below 16 bits; or None.
         positions: uint8 ``[batch, heads, tokens, position_bytes]`` or None.
         format: the layout, which says how to read them.
@@ -55,7 +56,7 @@ class Packed:
     def shape(self) -> tuple[int, int, int, int]:
         """``(batch, heads, tokens, d)``."""
         batch, heads, tokens = self.planes[0].shape[:3]
-        return batch, heads, tokens, self.format.d
+        return batch, getattr(self.format, "kv_heads", heads), tokens, self.format.d
 
     @property
     def device(self) -> torch.device:
@@ -130,3 +131,5 @@ def check_vectors(x: Any, layout: Layout) -> None:
         raise TypeError(f"expected a floating-point tensor, got {got}")
     if x.ndim != 4 or x.shape[-1] != layout.d:
         raise ValueError(f"expected vectors [batch, heads, tokens, {layout.d}] for {layout}, got {list(x.shape)}")
+    if (heads := getattr(layout, "kv_heads", x.shape[1])) != x.shape[1]:
+        raise ValueError(f"the layout is for {heads} KV heads, got {x.shape[1]}")

@@ -26,22 +26,24 @@ from swan.calibration.effects import (
     sensitivities,
 )
 from swan.evaluation.perplexity import Setting, evaluate
+from swan.storage import ByHead
 from tests.strategies import one_thread  # noqa: F401
 from tests.tiny import VOCABULARY, tiny, tokens
 
 
-def random_effects(layers: int, seed: int) -> Effects:
+def random_effects(layers: int, seed: int, heads: int = 1) -> Effects:
     generator = torch.Generator().manual_seed(seed)
     return Effects(
         *(
-            torch.rand(layers, len(side), generator=generator).sort(-1, descending=True).values
+            torch.rand(layers, heads, len(side), generator=generator).sort(-1, descending=True).values
             for side in (KEYS, VALUES)
         )
     )
 
 
 def with_effects(dims, effects: Effects) -> Calibration:
-    layers = nn.Sequential(*(SwanAttention(d, heads=1) for d, _ in dims))
+    heads = effects.keys.shape[1]
+    layers = nn.Sequential(*(SwanAttention(heads * d, heads=heads) for d, _ in dims))
     found = [calibrate(layer, [torch.randn(1, 5, layer.dim)]) for layer in layers]
     return Calibration(
         tuple(c.layers[0] for c in found), tuple(c.moments[0] for c in found), "joint", 0, found[0].fingerprint, effects
@@ -86,7 +88,7 @@ def test_sensitivities_are_gradients_through_packed_keys_and_values(masked):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_changes_by_queries_are_those_of_outputs(masked):
-    """Half the sum of (g · change of the output)² over the queries that are looked at, with each candidate stored."""
+    """Half the sum of (g · change of the output)² over the queries that are looked at, for each head and candidate."""
     d, dv = 32, 64
     q, k, v, visible = two_rows(BUFFER + 60, d, dv, masked)
     bases = random_rotation(2, d, seed=0), random_rotation(2, dv, seed=1)
@@ -95,12 +97,13 @@ def test_changes_by_queries_are_those_of_outputs(masked):
     gradient = torch.randn(out.shape)
     layer = _layer_gradients(observed(q, k, v, out, visible, masked), gradient)
     for side, (_, results) in enumerate(_both_sums(layer, *bases, q.device)):
-        for groups, found in zip((KEYS, VALUES)[side], results, strict=True):
+        for groups, found in zip((KEYS, VALUES)[side], results.T, strict=True):
             packed = [k.double(), v.double()]
             stored = unpack(pack(rotate((k, v)[side], bases[side]), graded((d, dv)[side], groups)))
             packed[side] = rotate(stored, bases[side].mT).double()
-            change = ((outputs(*wide, packed, visible, 0.3) - out) * gradient).sum((2, 3))[:, BUFFER + SINKS :: STRIDE]
-            torch.testing.assert_close(found.double(), change.square().sum() * STRIDE / 2, rtol=2e-3, atol=1e-9)
+            change = ((outputs(*wide, packed, visible, 0.3) - out) * gradient).sum(3)[:, BUFFER + SINKS :: STRIDE]
+            wanted = change.unflatten(2, (2, 2)).sum(3).square().sum((0, 1)) * STRIDE / 2  # of two KV heads
+            torch.testing.assert_close(found.double(), wanted, rtol=2e-3, atol=1e-9)
 
 
 def test_what_is_lost_alike_of_all_tokens_counts():
@@ -114,9 +117,9 @@ def test_what_is_lost_alike_of_all_tokens_counts():
     seen = Observed(nn.Identity(), q, k, v, (weights @ v).transpose(1, 2), None, 0.2, False)
     layer, plain = _layer_gradients(seen, gradient), torch.eye(d)[None]
     _, (by_tokens, by_queries) = _both_sums(layer, plain, plain, q.device)
-    assert by_queries[0] > 5 * by_tokens[0]
+    assert by_queries[0, 0] > 5 * by_tokens[0, 0]
     predicted = effects_of([{0: layer}], {0: (plain, plain)}, count, q.device)
-    assert predicted.values[0, 0] == by_queries[0] / count
+    assert predicted.values[0, 0, 0] == by_queries[0, 0] / count
 
 
 def test_effects_predict_the_measured_divergence():
@@ -129,7 +132,7 @@ def test_effects_predict_the_measured_divergence():
             layout = graded(16, candidates[number])
             layer = LayerPlan(layout, exact) if side == "keys" else LayerPlan(exact, layout)
             _, row = evaluate(model, ids, [Setting(Plan((layer,) * 3, buffer=BUFFER))], calibration)
-            predicted = getattr(calibration.effects, side)[:, number].sum().item()
+            predicted = getattr(calibration.effects, side)[..., number].sum().item()
             assert predicted / 2 < row["kl"] < predicted * 2
 
 
@@ -173,7 +176,7 @@ def test_of_a_model_of_ones_own():
     model, ids = OwnModel(), tokens(1, 2 * BUFFER)
     assert calibrate(model, [ids]).effects is None
     found = calibrate(model, [ids], effects=True).effects
-    assert found.keys.shape == (1, len(KEYS))
+    assert found.keys.shape == (1, 2, len(KEYS))
     assert (found.keys > 0).all()
 
 
@@ -217,9 +220,9 @@ def test_changes_by_tokens_are_those_of_packed_vectors(d):
     sums = _both_sums(layer, *bases, k.device)
     for x, h, basis, candidates, (found, _) in zip((k, v), (h_k, h_v), bases, (KEYS, VALUES), sums, strict=True):
         rotated, by = rotate(x, basis), rotate(h, basis).double()
-        for each, groups in zip(found, candidates, strict=True):
+        for each, groups in zip(found.T, candidates, strict=True):
             error = unpack(pack(rotated, graded(d, groups))).double() - rotated.double()
-            torch.testing.assert_close(each.double(), (by * error).sum(-1).square().sum() / 2, rtol=1e-3, atol=0)
+            torch.testing.assert_close(each.double(), (by * error).sum(-1).square().sum((0, 2)) / 2, rtol=1e-3, atol=0)
 
 
 def test_words_are_drawn_from_the_predictions():
@@ -264,16 +267,19 @@ def test_a_failing_backward_pass_leaves_the_moments(monkeypatch):
 # Plans --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_plans_by_effect_keep_to_their_bytes_and_are_nested(seed):
-    calibration = with_effects([(64, 64)] * 4, random_effects(4, seed))
+@pytest.mark.parametrize("heads", [1, 3, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_plans_by_effect_keep_to_their_bytes_and_are_nested(seed, heads):
+    calibration = with_effects([(64, 64)] * 3, random_effects(3, seed, heads))
     sizes = []
     for retention in [i / 100 for i in range(15, 101)]:
         plan = Plan.for_retention(retention, calibration)
         assert plan.retention <= retention + 1e-9
-        sizes.append([(p.keys.vector_bytes(), p.values.vector_bytes()) for p in plan.layers])
+        layouts = [layout for layer in plan.layers for layout in (layer.keys, layer.values)]
+        of_heads = [x.layouts if isinstance(x, ByHead) else (x,) * heads for x in layouts]
+        sizes.append([layout.vector_bytes() for each in of_heads for layout in each])
     for less, more in itertools.pairwise(sizes):
-        assert all(a <= b and c <= d for (a, c), (b, d) in zip(less, more, strict=True))
+        assert all(a <= b for a, b in zip(less, more, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -282,7 +288,7 @@ def test_no_other_choice_of_fewer_bytes_adds_less(seed):
     effects = random_effects(1, seed)
     calibration = with_effects([(64, 64)], effects)
     sizes = [[graded(64, groups).vector_bytes() for groups in side] for side in (KEYS, VALUES)]
-    tables = effects.keys[0].tolist(), effects.values[0].tolist()
+    tables = effects.keys[0, 0].tolist(), effects.values[0, 0].tolist()
     choices = [
         (sizes[0][a] + sizes[1][b], tables[0][a] + tables[1][b]) for a in range(len(KEYS)) for b in range(len(VALUES))
     ]
@@ -310,9 +316,9 @@ def test_a_plan_is_predicted_by_the_effects_of_its_layouts():
     for key, value in ((0, 3), (5, 13)):
         layers = [LayerPlan(graded(d, KEYS[key]), graded(dv, VALUES[value])) for d, dv in dims]
         found = Plan((layers[0], None, layers[2])).predicted_kl(calibration)
-        assert found.shape == (3, 2) and found[1].isnan().all()
+        assert found.shape == (3, 1, 2) and found[1].isnan().all()
         for row in rows:
-            assert found[row].tolist() == [effects.keys[row, key].item(), effects.values[row, value].item()]
+            assert found[row, 0].tolist() == [effects.keys[row, 0, key].item(), effects.values[row, 0, value].item()]
     assert Plan.for_retention(1.0, calibration).predicted_kl(calibration).nansum() == 0
     more, less = (Plan.for_retention(r, calibration).predicted_kl(calibration).nansum() for r in (0.5, 0.2))
     assert more < less

@@ -62,7 +62,7 @@ def test_files_written_now_have_a_checksum_and_a_format(tmp_path):
     OLD.save(tmp_path / "file")
     header = json.loads((tmp_path / "file").read_bytes()[8:].partition(b"}}")[0] + b"}}")["__metadata__"]
     assert len(header["sha256"]) == 64
-    assert json.loads(header["swan"])["format"] == "swan-calibration-5"
+    assert json.loads(header["swan"])["format"] == "swan-calibration-6"
     assert json.loads(Plan.for_retention(0.5, OLD).to_json())["format"] == "swan-plan-1"
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import re
@@ -6,6 +7,9 @@ import pytest
 import torch
 
 from swan import Graded, LayerPlan, Plan, SwanAttention, TopK, calibrate
+from swan.calibration.effects import KEYS, Effects, graded
+from swan.storage import ByHead
+from tests.tiny import with_effects
 
 DIMS = [(d, d) for d in (16, 24, 64, 80, 128, 256)] + [(24, 16), (192, 128), (16, 64)]
 each_dims = pytest.mark.parametrize(("d", "dv"), DIMS, ids=[f"{d}x{dv}" for d, dv in DIMS])
@@ -89,6 +93,66 @@ def test_dimensions_of_a_calibration():
     model = torch.nn.Sequential(SwanAttention(64, heads=4), SwanAttention(64, heads=2))
     calibration = calibrate(model, [torch.randn(1, 5, 64)])
     assert Plan.for_retention(0.5, calibration) == Plan.for_retention(0.5, dims=[(16, 16), (32, 32)])
+
+
+def by_heads(factors):
+    """A calibration of two layers whose effects differ from head to head by some factors."""
+    model = torch.nn.Sequential(*(SwanAttention(64 * len(factors), heads=len(factors)) for _ in range(2)))
+    calibration = with_effects(calibrate(model, [torch.randn(1, 5, 64 * len(factors))]))
+    tables = (
+        table[:, :1] * torch.tensor(factors)[:, None]
+        for table in (calibration.effects.keys, calibration.effects.values)
+    )
+    return dataclasses.replace(calibration, effects=Effects(*tables))
+
+
+@pytest.mark.parametrize("retention", [0.15, 0.2, 0.26, 0.4])
+def test_heads_in_which_errors_do_more_harm_get_more_bits(retention):
+    calibration = by_heads([1.0, 100.0])
+    layer, alike = (Plan.for_retention(retention, calibration, by_head=each).layers[0] for each in (True, False))
+    assert isinstance(layer.keys, ByHead)
+    less, more = (LayerPlan(k, v) for k, v in zip(heads_of(layer.keys), heads_of(layer.values), strict=True))
+    assert less.retention < alike.retention < more.retention
+    assert Plan.for_retention(retention, calibration).retention <= retention + 1e-9
+
+
+def heads_of(layout):
+    return layout.layouts if isinstance(layout, ByHead) else (layout, layout)
+
+
+@pytest.mark.parametrize("retention", [0.12, 0.2, 0.33])
+def test_heads_that_need_the_same_are_alike(retention):
+    plan = Plan.for_retention(retention, by_heads([1.0, 1.0, 1.0]), by_head=False)
+    assert all(isinstance(layout, Graded) for layer in plan.layers for layout in (layer.keys, layer.values))
+
+
+def test_a_layer_has_three_runs_of_heads_at_most():
+    """Neighbours that need about the same share a layout, whatever stands between others that do."""
+    calibration = by_heads([1.0, 1.5, 1.2, 900.0, 1000.0, 1.0, 1.1, 1.3])
+    for retention in (0.15, 0.2, 0.26, 0.33):
+        for layer in Plan.for_retention(retention, calibration).layers:
+            for layout in (layer.keys, layer.values):
+                edges = [run.start for run in layout.runs] if isinstance(layout, ByHead) else [0]
+                assert set(edges) <= {0, 3, 5}
+
+
+def test_predicted_kl_is_the_sum_over_heads():
+    calibration = by_heads([1.0, 100.0])
+    plan = Plan.for_retention(0.2, calibration)
+    found, layer = plan.predicted_kl(calibration), plan.layers[0]
+    wanted = sum(
+        calibration.effects.keys[0, head, [graded(64, groups) for groups in KEYS].index(layout)]
+        for head, layout in enumerate(heads_of(layer.keys))
+    )
+    torch.testing.assert_close(found[0, :, 0].sum(), wanted)
+
+
+def test_json_of_heads_both_ways():
+    plan = Plan((LayerPlan(ByHead((Graded(((16, 4),)), Graded(((8, 4), (8, 2))))), Graded(((16, 4),))),))
+    assert Plan.from_json(plan.to_json()) == plan
+    text = plan.to_json().replace("[8, 2]", "[9, 2]")
+    with pytest.raises(ValueError, match=r"not the JSON of a plan .*one head dimension"):
+        Plan.from_json(text)
 
 
 @pytest.mark.parametrize("retention", [0, -0.1, 1.01, float("nan")])

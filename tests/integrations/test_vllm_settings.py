@@ -100,7 +100,7 @@ def test_a_plan_is_read_once(calibration):
     settings = Settings(file, 0.4, buffer=32)
     found, plan = load(settings)
     assert load(settings)[1] is plan
-    assert plan == Plan.for_retention(0.4, made, buffer=32, sinks=1)
+    assert plan == Plan.for_retention(0.4, made, buffer=32, sinks=1, by_head=False)
     assert isinstance(found, Calibration)
 
 

@@ -82,12 +82,11 @@ def bench_capacity(
 
 
 def _sequence_bytes(setup: Setup, form: Form, length: int) -> int:
-    layer, itemsize = setup.plan_layer(*form), setup.dtype.itemsize
-    dense = 2 * setup.head_dim * itemsize
+    layer, itemsize, heads = setup.plan_layer(*form), setup.dtype.itemsize, setup.kv_heads
     if layer is None:
-        return setup.kv_heads * length * dense
-    history, recent = layer.nbytes(length - setup.buffer, itemsize), layer.dense_nbytes(setup.buffer, itemsize)
-    return setup.kv_heads * sum((*history, *recent))
+        return heads * length * 2 * setup.head_dim * itemsize
+    history = layer.nbytes(heads * (length - setup.buffer), itemsize)
+    return sum((*history, *layer.dense_nbytes(heads * setup.buffer, itemsize)))
 
 
 def _add_speedups(rows: Sequence[dict[str, Any]]) -> None:

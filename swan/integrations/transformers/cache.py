@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from swan.calibration import Plan
-from swan.calibration.capture import attention_layers, unwrapped
+from swan.calibration.capture import attention_layers, tensor_parallel, unwrapped
 from swan.compiling import outside_inference_mode
 from swan.integrations.sizes import byte_count
 from swan.integrations.transformers import report, saving
@@ -140,7 +140,7 @@ class SwanCache(Cache):
         attention = attention_layers(model)
         self.shapes = {index: head_shape(attention[index]) for index in sorted(attention)}
         excluded = [row for row, index in enumerate(self.shapes) if index in self.exclude]
-        self.dial = Dial(attachment.calibration, excluded, buffer, sinks, keep)
+        self.dial = Dial(attachment.calibration, excluded, buffer, sinks, keep, tensor_parallel(model))
         self.dial.start(origin)
         self.plan, self.bases = self.dial.levels[0], attachment.bases
         self._compiled: Plan | None = None

@@ -10,6 +10,7 @@ import torch
 from swan.calibration import Calibration, Plan
 from swan.calibration.effects import Effects
 from swan.modules.checks import check_max_length
+from swan.storage.by_head import share_of
 
 __all__ = ["Dial", "Origin", "check_keep", "check_static", "origin_of"]
 
@@ -86,6 +87,7 @@ class Dial:
         buffer: newest tokens kept dense.
         sinks: first tokens kept dense.
         keep: share of the history's tokens that stay, or None.
+        rank: rank and size of the model's tensor parallelism.
     """
 
     calibration: Calibration
@@ -93,6 +95,7 @@ class Dial:
     buffer: int
     sinks: int
     keep: float | None = None
+    rank: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
         self.levels: list[Plan] = []  # the levels, highest first
@@ -113,14 +116,14 @@ class Dial:
         else:
             plans = [self.plan(retention) for retention in origin.retentions]
         plans[0].check_dims(self.calibration.dims)
-        self.levels = [self._without_excluded(plan) for plan in plans]
+        self.levels = [self._stored(plan) for plan in plans]
         self.retentions = list(origin.retentions) or [self.levels[0].retention]
 
     def plan(self, retention: float) -> Plan:
         """Make the plan of any retention."""
         settings = {"buffer": self.buffer, "sinks": self.sinks, "keep": self.keep}
         plan = dataclasses.replace(Plan.for_retention(retention, self._competing), **settings)
-        return self._without_excluded(plan)
+        return self._stored(plan)
 
     def level(self, retention: float) -> Plan:
         """Find the plan of a static cache for a retention, as it was given or as the plan has it.
@@ -136,8 +139,9 @@ class Dial:
             f"{retention:.3g}; a new cache can have others (levels=[...])"
         )
 
-    def _without_excluded(self, plan: Plan) -> Plan:
-        """Empty the entries of excluded layers, so that the retention of the plan does not count them."""
+    def _stored(self, plan: Plan) -> Plan:
+        """Return a plan of what is stored here: without excluded layers, of the KV heads of the rank."""
+        layers = [layer and share_of(layer, *self.rank) for layer in plan.layers]
         return dataclasses.replace(
-            plan, layers=[None if row in self.excluded else layer for row, layer in enumerate(plan.layers)]
+            plan, layers=[None if row in self.excluded else layer for row, layer in enumerate(layers)]
         )

@@ -83,7 +83,10 @@ def load(settings: Settings) -> tuple[Calibration, Plan]:
             a history; or an OSError.
     """
     calibration = Calibration.load(settings.calibration)
-    plan = Plan.for_retention(settings.retention, calibration, buffer=settings.buffer, sinks=settings.sinks)
+    # All heads of a page are alike.
+    plan = Plan.for_retention(
+        settings.retention, calibration, buffer=settings.buffer, sinks=settings.sinks, by_head=False
+    )
     for index, layer in enumerate(plan.layers):
         if layer is None:
             raise ValueError(f"layer {index} has a sliding window: swan serves models without such layers only")

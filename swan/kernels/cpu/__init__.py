@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from swan.compiling import constant_result
-from swan.kernels import first_error, numbers_of
-from swan.storage import Graded, Layout
+from swan.kernels import dim_of, first_error, numbers_of
+from swan.storage import ByHead, Graded, Layout
 from swan.storage.codes import row_bytes
 
 __all__ = [
@@ -29,8 +29,8 @@ __all__ = [
 
 IMPL = "cpp"
 MOST_ROWS = 16  # query rows of a KV head up to which the kernel is faster than tiles of tensor code
-ATTENDS = "Graded, and TopK with a bitmap, with queries of float32, bfloat16 or float16 on a CPU"
-PACKS = "Graded layouts, vectors of float32, bfloat16 or float16 on a CPU, without gradients"
+ATTENDS = "Graded, also by head, and TopK with a bitmap, with queries of float32, bfloat16 or float16 on a CPU"
+PACKS = "Graded layouts, also by head, vectors of float32, bfloat16 or float16 on a CPU, without gradients"
 FOLDER = Path(__file__).parent
 SOURCES, HEADERS = (sorted(FOLDER.glob(pattern)) for pattern in ("*.cpp", "*.h"))
 BUILD, FORGOTTEN = "swan-build-", 3600  # name of a folder to build in; seconds after which its build was surely killed
@@ -95,7 +95,7 @@ def attends_pages(tokens: int) -> bool:
 
 def packs(dtype: torch.dtype, layout: Layout) -> bool:
     """Tell if the kernel packs vectors of a dtype in a layout: in `PACKS`."""
-    return dtype != torch.float64 and isinstance(layout, Graded)
+    return dtype != torch.float64 and isinstance(layout, Graded | ByHead)
 
 
 def restores(dtype: torch.dtype, layout: Layout) -> bool:
@@ -202,12 +202,12 @@ def _register_fakes(name: str) -> None:
 
     @torch.library.register_fake(f"swan::attend_cpu_{name}")
     def _(q, k, k_layout, v, v_layout, *_):  # pyright: ignore
-        dv = v_layout[1] if v_layout[0] else sum(v_layout[1::2])
+        dv = dim_of(v_layout)
         return q.new_empty(*q.shape[:3], dv, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 
     @torch.library.register_fake(f"swan::attend_pages_cpu_{name}")
     def _(q, k, k_layout, v, v_layout, *_):  # pyright: ignore
-        dv = v_layout[1] if v_layout[0] else sum(v_layout[1::2])
+        dv = dim_of(v_layout)
         return q.new_empty(*q.shape[:3], dv, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 
     @torch.library.register_fake(f"swan::pack_cpu_{name}")
@@ -225,8 +225,7 @@ def _register_fakes(name: str) -> None:
     @torch.library.register_fake(f"swan::unpack_cpu_{name}")
     def _(planes, layout, tokens, like):  # pyright: ignore
         stored = next(plane for plane in planes if plane.ndim == 4)
-        d = layout[1] if layout[0] else sum(layout[1::2])
-        return like.new_empty(*stored.shape[:2], tokens, d)
+        return like.new_empty(*stored.shape[:2], tokens, dim_of(layout))
 
 
 def _compile(name: str, file: Path) -> None:

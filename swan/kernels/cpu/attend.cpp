@@ -28,19 +28,19 @@ constexpr int64_t GRAIN = 64;      // query rows worth a thread
 constexpr int64_t PAGE = 64;       // tokens of a page: a multiple of these, which are read at a time
 
 // The history, or the tokens beside it that are not packed: queries times the scale, and what each part found, in rows.
+// Vectors of a KV head stand as close as its layouts allow.
 struct Side {
-  const Source &k, &v;
+  const Stored &k, &v;
   const Mask mask;
   const int64_t tokens, splits, stretch;
-  const int64_t k_width = rounded_up(k.used, CHUNK), v_width = rounded_up(v.used, CHUNK);
   std::vector<float> q, outs, peaks, totals;
   std::vector<int64_t> limits;  // tokens of each sequence, which may be fewer; empty: of all alike
 
   // `rows` query rows of each of `workers` KV heads of all sequences.
-  Side(const Source& k, const Source& v, const Mask& mask, int64_t tokens, int64_t workers, int64_t rows)
+  Side(const Stored& k, const Stored& v, const Mask& mask, int64_t tokens, int64_t workers, int64_t rows)
       : k(k), v(v), mask(mask), tokens(tokens), splits(splits_of(tokens, workers)),
-        stretch(rounded_up((tokens + splits - 1) / splits, PAGE)), q(workers * rows * k_width),
-        outs(workers * splits * rows * v_width), peaks(workers * splits * rows), totals(peaks.size()), rows_(rows) {}
+        stretch(rounded_up((tokens + splits - 1) / splits, PAGE)), q(workers * rows * k.width),
+        outs(workers * splits * rows * v.width), peaks(workers * splits * rows), totals(peaks.size()), rows_(rows) {}
 
   static int64_t splits_of(int64_t tokens, int64_t workers) {
     const int64_t wanted = (4 * at::get_num_threads() + workers - 1) / std::max<int64_t>(workers, 1);
@@ -49,8 +49,14 @@ struct Side {
 
   int64_t limit(int64_t b) const { return limits.empty() ? tokens : limits[b]; }
 
+  // The queries of a KV head, and what a part of its tokens gave.
+  float* queries_of(int64_t worker) { return q.data() + worker * rows_ * k.width; }
+  float* outs_of(int64_t part) { return outs.data() + part * rows_ * v.width; }
+
   void query(int64_t row, const float* x, float scale) {
-    for (int64_t c = 0; c < k.used; ++c) q[row * k_width + c] = x[c] * scale;
+    const int64_t used = k.source(head_of(row)).used;
+    float* to = queries_of(row / rows_) + row % rows_ * rounded_up(used, CHUNK);
+    for (int64_t c = 0; c < used; ++c) to[c] = x[c] * scale;
   }
 
   // Whether a query sees some token.
@@ -67,18 +73,21 @@ struct Side {
 
   // Adds what a row found to sums [d of v]; returns the sum of its weights.
   float add(int64_t row, float most, float* sums) const {
+    const int64_t used = v.source(head_of(row)).used;
     float total = 0;
     for (int64_t s = 0; s < splits; ++s) {
       const int64_t i = part(row, s);
       const float factor = exponential(peaks[i] - most);
+      const float* out = outs.data() + i / rows_ * rows_ * v.width + row % rows_ * rounded_up(used, CHUNK);
       total += factor * totals[i];
-      for (int64_t c = 0; c < v.used; ++c) sums[c] += factor * outs[i * v_width + c];
+      for (int64_t c = 0; c < used; ++c) sums[c] += factor * out[c];
     }
     return total;
   }
 
  private:
   const int64_t rows_;
+  int64_t head_of(int64_t row) const { return row / rows_ % k.heads(); }
   int64_t part(int64_t row, int64_t split) const { return (row / rows_ * splits + split) * rows_ + row % rows_; }
 };
 
@@ -88,14 +97,16 @@ Mask view_of(const std::optional<at::Tensor>& mask) {
   return {mask->const_data_ptr<bool>(), stride(0), stride(1), stride(2)};
 }
 
-// `stored`: sequences of the planes, or pages.
-void check(const at::Tensor& q, const Source& k, const Source& v, at::TensorList k_planes, at::TensorList v_planes,
-           int64_t stored, int64_t tokens, const std::optional<at::Tensor>& mask, at::TensorList recent,
+// `sequences`: of the planes, or pages.
+void check(const at::Tensor& q, const Stored& k, const Stored& v, at::TensorList k_planes, at::TensorList v_planes,
+           int64_t sequences, int64_t tokens, const std::optional<at::Tensor>& mask, at::TensorList recent,
            const std::optional<at::Tensor>& recent_mask) {
-  const auto &keys = any_of(k_planes), &values = any_of(v_planes);
-  const int64_t batch = q.size(0), kv_heads = keys.size(1);
-  TORCH_CHECK(q.dim() == 4 && q.size(3) == k.d && keys.size(0) == stored && q.size(1) % kv_heads == 0 &&
-                  keys.size(2) >= tokens && values.sizes().slice(0, 3).equals(keys.sizes().slice(0, 3)),
+  const int64_t batch = q.size(0), kv_heads = k.heads();
+  for (const at::TensorList planes : {k_planes, v_planes})
+    for (const at::Tensor& plane : planes)
+      TORCH_CHECK(plane.dim() != 4 || (plane.size(0) == sequences && plane.size(2) >= tokens),
+                  "keys and values do not fit the queries or each other");
+  TORCH_CHECK(q.dim() == 4 && q.size(3) == k.d && kv_heads && q.size(1) % kv_heads == 0 && v.heads() == kv_heads,
               "keys and values do not fit the queries or each other");
   const auto fits = [&](const std::optional<at::Tensor>& m, int64_t count) {
     return !m || (m->scalar_type() == at::kBool && m->dim() == 4 && (m->size(0) == 1 || m->size(0) == batch) &&
@@ -149,13 +160,13 @@ std::optional<at::Tensor> mask_of(const std::optional<at::Tensor>& first, const 
   return mask.expand({rows, 1, queries, tokens});
 }
 
-// Attention of all queries; `limits`: tokens of each sequence, or nothing where all have as many; `mixes`: of keys and
-// values, each a matrix or an empty tensor; `recent`: keys and values as they are, or nothing.
+// Attention of all queries; `limits`: tokens of each sequence, or nothing where all have as many; `recent`: keys and
+// values as they are, or nothing.
 std::tuple<at::Tensor, at::Tensor> attend_to(
-    const at::Tensor& q, const Source& k, const Source& v, int64_t kv_heads, int64_t tokens,
-    const std::vector<int64_t>& limits, const std::optional<at::Tensor>& mask, double scale, at::TensorList mixes, at::TensorList recent,
+    const at::Tensor& q, const Stored& k, const Stored& v, int64_t tokens, const std::vector<int64_t>& limits,
+    const std::optional<at::Tensor>& mask, double scale, at::TensorList recent,
     const std::optional<at::Tensor>& recent_mask) {
-  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2);
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), kv_heads = k.heads();
   const int64_t groups = heads / kv_heads, rows = groups * queries, workers = batch * kv_heads;
 
   const auto side_by_side = [](const std::optional<at::Tensor>& m) {
@@ -166,15 +177,14 @@ std::tuple<at::Tensor, at::Tensor> attend_to(
   history.limits = limits;
   std::vector<at::Tensor> dense;
   for (const at::Tensor& t : recent) dense.push_back(with_dense_rows(t));
-  std::optional<Source> recent_k, recent_v;
+  std::optional<Stored> recent_k, recent_v;
   std::optional<Side> beside;
   if (!dense.empty()) {
     const at::Tensor none = at::empty({0}, q.options());
-    recent_k.emplace(source_of({none, dense[0], none, none}, {0, k.d, 16}));
-    recent_v.emplace(source_of({none, dense[1], none, none}, {0, v.d, 16}));
+    recent_k.emplace(stored_of({none, dense[0], none, none}, {0, k.d, 16}, none));
+    recent_v.emplace(stored_of({none, dense[1], none, none}, {0, v.d, 16}, none));
     beside.emplace(*recent_k, *recent_v, view_of(recent_seen), dense[0].size(2), workers, rows);
   }
-  const Mix key_mix = mix_of(mixes[0], k), value_mix = mix_of(mixes[1], v);
 
   const at::Tensor wide = q.to(at::kFloat).contiguous();
   std::vector<char> finite(workers * rows, true);  // of the others, integers would make numbers
@@ -183,7 +193,7 @@ std::tuple<at::Tensor, at::Tensor> attend_to(
       const float* x = wide.const_data_ptr<float>() + row * k.d;
       float mixed[MAX_DIM];
       std::copy_n(x, k.d, mixed);
-      key_mix.apply(mixed);
+      k.mix(row / rows % kv_heads).apply(mixed);
       const auto fits = [&](float c) { return std::isfinite(c * static_cast<float>(scale)); };
       finite[row] = std::all_of(x, x + k.d, fits) && std::all_of(mixed, mixed + k.d, fits);
       if (!finite[row]) continue;
@@ -191,29 +201,38 @@ std::tuple<at::Tensor, at::Tensor> attend_to(
       history.query(row, mixed, static_cast<float>(scale));
     }
   });
-  std::optional<Coded> coded;
-  if (rows <= MOST_ROWS && Coded::reads(k, v)) coded.emplace(k, v, q.scalar_type() == at::kFloat);
-  const auto run = [&](Side& side, const Coded* codes, int64_t i) {
+  std::vector<std::unique_ptr<const Coded>> coded(kv_heads);  // of the first head of those in one pair of runs
+  std::vector<const Coded*> coded_of(kv_heads);
+  for (int64_t h = 0; h < kv_heads && rows <= MOST_ROWS; ++h) {
+    const bool same = h && k.of_head[h] == k.of_head[h - 1] && v.of_head[h] == v.of_head[h - 1];
+    if (!same && Coded::reads(k.source(h), v.source(h)))
+      coded[h] = std::make_unique<const Coded>(k.source(h), v.source(h), q.scalar_type() == at::kFloat);
+    coded_of[h] = same ? coded_of[h - 1] : coded[h].get();
+  }
+  const auto run = [&](Side& side, bool packed, int64_t i) {
     const int64_t worker = i / side.splits, b = worker / kv_heads, h = worker % kv_heads, limit = side.limit(b);
     const int64_t begin = std::min(i % side.splits * side.stretch, limit), end = std::min(begin + side.stretch, limit);
-    const float* query = side.q.data() + worker * rows * side.k_width;
-    float *out = side.outs.data() + i * rows * side.v_width, *peak = side.peaks.data() + i * rows;
-    const Stretch stretch{side.k, side.v, side.mask, query, b, h, rows, groups, queries, out, peak, side.totals.data() + i * rows};
+    const Source &keys = side.k.source(h), &values = side.v.source(h);
+    const int64_t k_width = rounded_up(keys.used, CHUNK), v_width = rounded_up(values.used, CHUNK);
+    const float* query = side.queries_of(worker);
+    float *out = side.outs_of(i), *peak = side.peaks.data() + i * rows;
+    const Stretch stretch{keys, values, side.mask, query, b, h, rows, groups, queries, out, peak, side.totals.data() + i * rows};
+    const Coded* codes = packed ? coded_of[h] : nullptr;
     // Codes that are no numbers are read as floats: sums of integers would make numbers of them.
-    if (!codes || !all_numbers(k, b, h, begin, end) || !all_numbers(v, b, h, begin, end)) return stretch.run(begin, end);
+    if (!codes || !all_numbers(keys, b, h, begin, end) || !all_numbers(values, b, h, begin, end))
+      return stretch.run(begin, end);
     for (int64_t r = 0; r < rows; r += Coded::ROWS) {
       const int64_t count = std::min(rows - r, Coded::ROWS);
       const bool* seen[Coded::ROWS] = {};
       for (int64_t n = 0; n < count; ++n) seen[n] = stretch.seen_by(r + n);
-      codes->attend(query + r * side.k_width, count, b, h, begin, end, seen, out + r * side.v_width, peak + r,
-                    stretch.total + r);
+      codes->attend(query + r * k_width, count, b, h, begin, end, seen, out + r * v_width, peak + r, stretch.total + r);
     }
   };
   const int64_t parts = workers * history.splits, others = beside ? workers * beside->splits : 0;
   const int64_t items = std::max(parts, others);  // threads take neighbours: each its share of both
   at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = parts * begin / items; i < parts * end / items; ++i) run(history, coded ? &*coded : nullptr, i);
-    for (int64_t i = others * begin / items; i < others * end / items; ++i) run(*beside, nullptr, i);
+    for (int64_t i = parts * begin / items; i < parts * end / items; ++i) run(history, true, i);
+    for (int64_t i = others * begin / items; i < others * end / items; ++i) run(*beside, false, i);
   });
 
   // Merged by log-sum-exp; the history in the coordinates in which it is stored.
@@ -237,7 +256,7 @@ std::tuple<at::Tensor, at::Tensor> attend_to(
       }
       std::vector<float> sums(v.d);
       float total = history.add(row, most, sums.data());
-      value_mix.undo(sums.data());
+      v.mix(row / rows % kv_heads).undo(sums.data());
       if (beside) total += beside->add(row, most, sums.data());
       for (int64_t c = 0; c < v.d; ++c) to[row * v.d + c] = sums[c] / total;
       lse_to[row] = most + std::log(total);
@@ -251,11 +270,12 @@ std::tuple<at::Tensor, at::Tensor> attend(
     at::IntArrayRef v_layout, int64_t tokens, const std::optional<at::Tensor>& given, double scale, at::TensorList mixes,
     at::TensorList recent, const std::optional<at::Tensor>& recent_mask, const std::optional<at::Tensor>& first,
     const std::optional<at::Tensor>& end, int64_t start) {
-  const Source k = source_of(k_planes, k_layout), v = source_of(v_planes, v_layout);
+  const Stored k = stored_of(k_planes, k_layout, mixes.slice(0, runs_in(k_layout)));
+  const Stored v = stored_of(v_planes, v_layout, mixes.slice(runs_in(k_layout)));
   check(q, k, v, k_planes, v_planes, q.size(0), tokens, given, recent, recent_mask);
   TORCH_CHECK(!given || (!first && !end), "give a mask, or numbers");
   const auto mask = given ? given : mask_of(first, end, start, q.size(0), q.size(2), tokens);
-  return attend_to(q, k, v, any_of(k_planes).size(1), tokens, {}, mask, scale, mixes, recent, recent_mask);
+  return attend_to(q, k, v, tokens, {}, mask, scale, recent, recent_mask);
 }
 
 // Of sequences in pages: planes [pages, heads, tokens of a page, width]; table [batch, pages of a sequence]; query i of
@@ -264,7 +284,8 @@ std::tuple<at::Tensor, at::Tensor> attend_pages(
     const at::Tensor& q, at::TensorList k_planes, at::IntArrayRef k_layout, at::TensorList v_planes,
     at::IntArrayRef v_layout, const at::Tensor& table, int64_t first, const at::Tensor& ends, double scale,
     at::TensorList mixes, at::TensorList recent, const std::optional<at::Tensor>& recent_mask) {
-  Source k = source_of(k_planes, k_layout), v = source_of(v_planes, v_layout);
+  Stored k = stored_of(k_planes, k_layout, mixes.slice(0, runs_in(k_layout)));
+  Stored v = stored_of(v_planes, v_layout, mixes.slice(runs_in(k_layout)));
   const at::Tensor& keys = any_of(k_planes);
   const int64_t batch = q.size(0), queries = q.size(2), page = keys.size(2);
   TORCH_CHECK(page % PAGE == 0 && (page & (page - 1)) == 0, "pages hold a power of two of tokens, ", PAGE, " or more");
@@ -293,10 +314,10 @@ std::tuple<at::Tensor, at::Tensor> attend_pages(
   while (page >> bits > 1) ++bits;
   const Pages pages{number, table.size(1), table.size(1) - 1, bits};
   if (tokens) {  // else there may be no page
-    k.put_in_pages(pages);
-    v.put_in_pages(pages);
+    for (Stored* side : {&k, &v})
+      for (Stored::Run& run : side->runs) run.source.put_in_pages(pages);
   }
-  return attend_to(q, k, v, keys.size(1), tokens, limits, mask, scale, mixes, recent, recent_mask);
+  return attend_to(q, k, v, tokens, limits, mask, scale, recent, recent_mask);
 }
 
 }  // namespace

@@ -83,6 +83,12 @@ class Target {
   int64_t d() const { return to_.d; }
   int64_t tokens() const { return tokens_; }
 
+  // How many tensors a layout stores.
+  static size_t tensors_of(at::IntArrayRef layout) {
+    const Source source({}, layout.data(), layout.size());
+    return (source.coded.empty() ? 0 : 2) + (source.dense.empty() ? 0 : 1);
+  }
+
   // Stores a vector as a token.
   void write(const uint8_t* from, c10::ScalarType dtype, int64_t b, int64_t h, int64_t t) const {
     if (!to_.coded.empty()) {
@@ -143,15 +149,42 @@ std::vector<at::Tensor> pack(const at::Tensor& x, at::IntArrayRef layout, const 
 struct Side {
   const at::Tensor dense;
   const Plane from, recent;
-  const Target history;
 
-  Side(const at::Tensor& x, const at::Tensor& recent, at::TensorList history, at::IntArrayRef layout, const at::Tensor& matrix)
-      : dense(with_dense_rows(x)), from(plane_of(dense)), recent(plane_to(recent)),
-        history(history, layout, matrix) {
-    TORCH_CHECK(x.dim() == 4 && x.size(3) == this->history.d() && recent.size(3) == x.size(3) &&
-                    recent.scalar_type() == x.scalar_type() && recent.sizes().slice(0, 2).equals(x.sizes().slice(0, 2)),
+  // history: the tensors of each run of heads, one after the other; mixes: one for each.
+  Side(const at::Tensor& x, const at::Tensor& recent, at::TensorList history, at::IntArrayRef layout, at::TensorList mixes)
+      : dense(with_dense_rows(x)), from(plane_of(dense)), recent(plane_to(recent)) {
+    size_t first = 0;
+    for_runs(layout, [&](at::IntArrayRef numbers, size_t run) {
+      const size_t count = Target::tensors_of(numbers);
+      TORCH_CHECK(first + count <= history.size() && run < mixes.size(), "the history does not fit its layout");
+      const at::TensorList tensors = history.slice(first, count);
+      runs_.push_back({Target(tensors, numbers, mixes[run]), static_cast<int64_t>(of_head_.size())});
+      of_head_.resize(of_head_.size() + tensors[0].size(1), run);
+      first += count;
+      fits_ &= x.dim() == 4 && x.size(3) == runs_.back().target.d();
+    });
+    fits_ &= first == history.size() && of_head_.size() == size_t(x.size(1));
+    TORCH_CHECK(fits_ && recent.size(3) == x.size(3) && recent.scalar_type() == x.scalar_type() &&
+                    recent.sizes().slice(0, 2).equals(x.sizes().slice(0, 2)),
                 "new tokens do not fit the cache");
   }
+
+  int64_t room() const { return runs_[0].target.tokens(); }
+
+  // Stores a vector as a token of the history.
+  void write(const uint8_t* vector, c10::ScalarType dtype, int64_t b, int64_t h, int64_t t) const {
+    const Run& run = runs_[of_head_[h]];
+    run.target.write(vector, dtype, b, h - run.first, t);
+  }
+
+ private:
+  struct Run {
+    Target target;
+    int64_t first;  // head
+  };
+  std::vector<Run> runs_;
+  std::vector<size_t> of_head_;  // the run of each head
+  bool fits_ = true;
 };
 
 // New tokens of a cache: each takes the slot of the oldest token of the ring, which is packed at its place in the history
@@ -162,10 +195,12 @@ void take_in(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_recen
              at::TensorList mixes, at::TensorList counters, const std::optional<at::Tensor>& padding, int64_t sinks,
              int64_t start) {
   TORCH_CHECK(v.sizes().slice(0, 3).equals(k.sizes().slice(0, 3)), "keys and values do not fit each other");
-  const Side sides[] = {{k, k_recent, k_history, k_layout, mixes[0]}, {v, v_recent, v_history, v_layout, mixes[1]}};
+  const size_t runs = runs_in(k_layout);
+  const Side sides[] = {{k, k_recent, k_history, k_layout, mixes.slice(0, runs)},
+                        {v, v_recent, v_history, v_layout, mixes.slice(runs)}};
   const int64_t heads = k.size(1), tokens = k.size(2), size = k_recent.size(2) - sinks;
   const int64_t length = *counters[0].const_data_ptr<int64_t>(), first = *counters[1].const_data_ptr<int64_t>();
-  TORCH_CHECK(length + tokens - size - start <= sides[0].history.tokens(), "the history has no room for the new tokens");
+  TORCH_CHECK(length + tokens - size - start <= sides[0].room(), "the history has no room for the new tokens");
   const auto dtype = k.scalar_type();
   const std::optional<at::Tensor> earlier = padding ? std::optional(padding->to(at::kLong).contiguous()) : padding;
   const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(tokens, 1));
@@ -178,7 +213,7 @@ void take_in(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_recen
         const int64_t column = length + t, oldest = column - size;
         const uint8_t* from = side.from.row(b, h, t);
         uint8_t* slot = row_of(side.recent, b, h, sinks + column % size);
-        if (oldest >= std::max(first, start)) side.history.write(slot, dtype, b, h, oldest - start);
+        if (oldest >= std::max(first, start)) side.write(slot, dtype, b, h, oldest - start);
         std::copy_n(from, bytes, slot);
         const int64_t place = column - before;
         if (0 <= place && place < sinks) std::copy_n(from, bytes, row_of(side.recent, b, h, place));

@@ -9,7 +9,7 @@ import torch
 
 from swan.compiling import constant_result
 from swan.kernels.cuda.build import folder, missing, not_built
-from swan.storage import Graded, LayerPlan, Layout
+from swan.storage import ByHead, Graded, LayerPlan, Layout
 
 __all__ = [
     "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "attends_pages", "built",
@@ -33,6 +33,8 @@ def attends(dtype: torch.dtype, *layouts: Layout) -> bool:
 
 
 def _reads(dtype: torch.dtype, layout: Layout) -> bool:
+    if isinstance(layout, ByHead):
+        return all([_reads(dtype, each) for each in layout.layouts])
     if not isinstance(layout, Graded):
         return False
     return all([size % 16 == 0 and (bits < 16 or dtype != torch.float32) for size, bits in layout.groups])
@@ -50,7 +52,7 @@ def attends_pages(_tokens: int) -> bool:
 
 def packs(dtype: torch.dtype, layout: Layout) -> bool:
     """Tell if the kernel packs vectors of a dtype in a layout: in `PACKS`."""
-    return dtype in DTYPES and isinstance(layout, Graded)
+    return dtype in DTYPES and isinstance(layout, Graded | ByHead)
 
 
 def restores(dtype: torch.dtype, layout: Layout) -> bool:

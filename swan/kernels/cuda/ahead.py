@@ -14,6 +14,7 @@ from swan.kernels.cuda.build import arch_of, compiled, file_of
 from swan.kernels.cuda.launch import Kernel
 from swan.kernels.cuda.layouts import groups_of
 from swan.kernels.cuda.pack import kernels_of
+from swan.kernels.cuda.runs import pairs_of
 from swan.storage import LayerPlan
 
 __all__ = ["compile_all"]
@@ -34,11 +35,12 @@ def compile_all(layers: Iterable[LayerPlan], dtype: torch.dtype, index: int) -> 
     """
     arch, jobs = arch_of(index), dict[str, Kernel]()  # by file
     for layer in layers:
-        keys, values = (groups_of(numbers_of(layout) or []) for layout in (layer.keys, layer.values))
-        for kernel in (pair_of(keys, values, dtype, index).attend, kernels_of(keys, values, dtype).take_in):
-            file = file_of(kernel.source, dict(kernel.defines), arch)
-            if not file.exists():
-                jobs[str(file)] = kernel
+        for pair in pairs_of(*(numbers_of(layout) or [] for layout in (layer.keys, layer.values))):
+            keys, values = map(groups_of, pair)
+            for kernel in (pair_of(keys, values, dtype, index).attend, kernels_of(keys, values, dtype).take_in):
+                file = file_of(kernel.source, dict(kernel.defines), arch)
+                if not file.exists():
+                    jobs[str(file)] = kernel
     if not jobs:
         return
     start = time.perf_counter()

@@ -7,13 +7,15 @@ import functools
 
 import torch
 
+from swan.kernels import dim_of
 from swan.kernels.cuda.attend import attend
 from swan.kernels.cuda.layouts import empty_planes, groups_of
 from swan.kernels.cuda.pack import pack, take_in, unpack
+from swan.kernels.cuda.runs import attend_to_runs, take_in_runs
 
 __all__ = ["FUNCTIONS", "LIBRARY", "OPERATORS"]
 
-FUNCTIONS = {"attend": attend, "pack": pack, "take_in": take_in, "unpack": unpack}
+FUNCTIONS = {"attend": attend_to_runs(attend), "pack": pack, "take_in": take_in_runs(take_in), "unpack": unpack}
 
 LIBRARY = torch.library.Library("swan", "FRAGMENT")
 LIBRARY.define(
@@ -27,15 +29,14 @@ LIBRARY.define(
 )
 LIBRARY.define("unpack_cuda(Tensor[] planes, int[] layout, SymInt tokens, Tensor like) -> Tensor")
 # Memory that is kept must not come from compiled code: torch takes what it allocates for a part of its CUDA graph.
-OPERATORS = FUNCTIONS | {"attend": functools.partial(attend, one_launch=False)}
+OPERATORS = FUNCTIONS | {"attend": functools.partial(FUNCTIONS["attend"], one_launch=False)}
 for name, function in OPERATORS.items():
     LIBRARY.impl(f"{name}_cuda", function, "CUDA")
 
 
 @torch.library.register_fake("swan::attend_cuda", lib=LIBRARY)
 def _(q, k, k_layout, v, v_layout, *_):  # pyright: ignore
-    dv = sum(v_layout[1::2])
-    return q.new_empty(*q.shape[:3], dv), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(*q.shape[:3], dim_of(v_layout)), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("swan::pack_cuda", lib=LIBRARY)
