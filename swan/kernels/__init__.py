@@ -93,9 +93,10 @@ def dim_of(numbers: Sequence[int]) -> int:
 
 def matrices_of(x: Tensor, layout: Layout) -> list[Tensor]:
     """Return the matrix that mixes vectors like `x` in a layout, or an empty tensor; for `ByHead` one for each run."""
-    layouts = [run.layout for run in layout.runs] if isinstance(layout, ByHead) else [layout]
-    matrices = [each.mix(x.dtype, x.device) for each in layouts]
-    return [x.new_empty(0) if matrix is None else matrix for matrix in matrices]
+    if isinstance(layout, ByHead):
+        return [matrix for run in layout.runs for matrix in matrices_of(x, run.layout)]
+    matrix = layout.mix(x.dtype, x.device)
+    return [x.new_empty(0) if matrix is None else matrix]
 
 
 def planes_of(packed: Packed) -> list[Tensor]:
@@ -103,10 +104,8 @@ def planes_of(packed: Packed) -> list[Tensor]:
 
     For `ByHead` these four of each run.
     """
-    return [plane for part in parts_of(packed) for plane in _planes_of(part)]
-
-
-def _planes_of(packed: Packed) -> list[Tensor]:
+    if isinstance(packed.format, ByHead):
+        return [plane for part in parts_of(packed) for plane in planes_of(part)]
     codes = whole = empty = packed.planes[0].new_empty(0)
     for plane in packed.planes:
         if plane.is_floating_point():

@@ -4,12 +4,13 @@ Written from the documentation of `Graded` and `TopK` alone: a layout is read by
 """
 
 import functools
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
-from swan import Graded, Layout, Packed, TopK
+from swan import ByHead, Graded, Layout, Packed, TopK
 
 __all__ = ["U32", "assert_stored", "is_mixed", "mixed", "plain", "read", "unit"]
 
@@ -24,6 +25,8 @@ def unit(dtype: torch.dtype) -> float:
 
 def is_mixed(layout: Layout) -> bool:
     """Tell if coordinates are mixed before they are stored."""
+    if isinstance(layout, ByHead):
+        return any(map(is_mixed, layout.layouts))
     return isinstance(layout, Graded) and any(bits in PARTS for _, bits in layout.groups)
 
 
@@ -80,10 +83,34 @@ def read(packed: Packed) -> tuple[Tensor, Tensor]:
     Half a step is 0 where numbers are stored as they are, and infinite where they are pruned.
     """
     layout = packed.format
+    if isinstance(layout, ByHead):
+        values, half = zip(*map(read, heads_of(packed)), strict=True)
+        return torch.cat(values, dim=1), torch.cat(half, dim=1)
     if isinstance(layout, Graded):
         return read_graded(packed, layout)
     assert isinstance(layout, TopK)
     return read_topk(packed, layout)
+
+
+def heads_of(packed: Packed) -> list[Packed]:
+    """Return what each KV head stores: neighbours of one layout share their tensors, codes, 16 bits and scales."""
+    assert isinstance(packed.format, ByHead)
+    left, heads = iter(packed.planes), []
+    for layout, group in itertools.groupby(packed.format.layouts):
+        few = any(bits in PARTS for _, bits in layout.groups)
+        planes = [next(left) for there in (few, any(bits == 16 for _, bits in layout.groups)) if there]
+        scales = next(left) if few else None
+        for head in range(len(list(group))):
+            mine = slice(head, head + 1)
+            own = None if scales is None else scales[:, mine]
+            heads.append(Packed(tuple(t[:, mine] for t in planes), own, None, layout, packed.dtype))
+    assert next(left, None) is None, "every tensor belongs to a head"
+    return heads
+
+
+def by_head(fn, x: Tensor, layout: ByHead) -> Tensor:
+    """Do something to each head with its layout."""
+    return torch.cat([fn(x[:, h : h + 1], each) for h, each in enumerate(layout.layouts)], dim=1)
 
 
 def read_graded(packed: Packed, layout: Graded) -> tuple[Tensor, Tensor]:
@@ -131,11 +158,15 @@ def read_topk(packed: Packed, layout: TopK) -> tuple[Tensor, Tensor]:
 
 def plain(values: Tensor, layout: Layout) -> Tensor:
     """Turn what `read` returned into the coordinates that vectors came in."""
+    if isinstance(layout, ByHead):
+        return by_head(plain, values, layout)
     return values @ mix(layout).mT if is_mixed(layout) and isinstance(layout, Graded) else values
 
 
 def mixed(vectors: Tensor, layout: Layout) -> Tensor:
     """Turn vectors into the coordinates in which they are stored."""
+    if isinstance(layout, ByHead):
+        return by_head(mixed, vectors, layout)
     return vectors @ mix(layout) if is_mixed(layout) and isinstance(layout, Graded) else vectors
 
 
@@ -146,6 +177,10 @@ def assert_stored(packed: Packed, source: Tensor, uncertain: Tensor | float) -> 
     covers its group. `uncertain` is how far the numbers that were stored may be from `source`, by coordinate.
     """
     layout, u = packed.format, unit(packed.dtype)
+    if isinstance(layout, ByHead):
+        known = torch.as_tensor(uncertain, dtype=torch.float64).expand_as(source)
+        parts = zip(heads_of(packed), source.split(1, dim=1), known.split(1, dim=1), strict=True)
+        return torch.cat([assert_stored(*part) for part in parts], dim=1)
     values, half = read(packed)
     known = torch.as_tensor(uncertain, dtype=torch.float64).expand_as(source)
     if isinstance(layout, Graded) and is_mixed(layout):
