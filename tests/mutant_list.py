@@ -59,6 +59,8 @@ OF_ATTACH, OF_KEYWORD = ("integrations/test_attach.py",), ("integrations/test_ke
 OF_ONE_CALL = ("kernels/test_attend_cpu.py::test_what_does_not_fit_one_call_is_merged",)
 OF_NUMBERS = ("kernels/test_attend_cpu.py::test_tokens_seen_as_numbers",)
 OF_CUDA_HOST = ("kernels/test_cuda_host.py",)
+OF_CUDA_PAGES = ("kernels/test_attend_pages_cuda.py::test_pages_of_any_number_of_tokens",)
+OF_SLOTS = ("kernels/test_attend_pages_cuda.py::test_tokens_go_to_their_slots_and_nothing_else_changes",)
 OF_ONE_TILE = ("test_never_dense.py::test_steps_stay_within_a_tile[compiled-dynamic-decode-few bits]",)
 OF_KEEPING = ("modules/test_keeping.py",)
 OF_NUMERICS = ("functional/test_numerics.py",)
@@ -793,17 +795,18 @@ MUTANTS = [
     Mutant(
         "decoding-sees-a-token-less",
         PAGED,
-        "max(lengths[index] - buffer, 0)",
-        "max(lengths[index] - buffer - 1, 0)",
+        "before.clamp(min=0),",
+        "(before - 1).clamp(min=0),",
         OF_PAGES,
     ),
-    Mutant("tables-of-others", PAGED, "packed_table[rows].long()", "packed_table[: len(single)].long()", OF_PAGES),
+    Mutant("tables-of-others", PAGED, "packed_table[rows]", "packed_table[: len(single)]", OF_PAGES),
+    Mutant("sinks-twice-in-the-window", PAGED, "torch.where(first < before, first, -1)", "first", OF_PAGES),
     Mutant("tokens-before-the-first-are-seen", PAGES, "rearrange(columns >= 0", "rearrange(columns >= -9", OF_PAGES),
     Mutant(
         "page-and-place-swapped",
         PAGES,
-        'to[page, :, place] = rearrange(rows, "1 h t w',
-        'to[page, :, place.flip(0)] = rearrange(rows, "1 h t w',
+        "pages[number[there], :, place[there]]",
+        "pages[number[there], :, place[there].flip(0)]",
         OF_PAGES,
     ),
     Mutant(
@@ -834,6 +837,22 @@ MUTANTS = [
         "TOKENS",
         OF_PAGES,
     ),
+    Mutant("padding-is-stored", PAGES, "there = (slots >= 0) & ", "there = ", OF_PAGES),
     Mutant("a-window-is-forgotten", PLANNED, "/ (packed + resting)", "/ packed", OF_SERVERS),
     Mutant("later-versions-serve", "swan/integrations/vllm/settings.py", "(0, 34))", "(0, 35))", OF_SERVERS),
+    # those on a GPU
+    Mutant("pages-of-the-first-sequence", CUDA + "fetch.cuh", " + at.batch * a.pages.table_batch", "", OF_CUDA_PAGES),
+    Mutant(
+        "a-page-looked-up-late",
+        CUDA + "fetch.cuh",
+        "look_up(token + NEXT, stop)",
+        "look_up(token, stop)",
+        OF_CUDA_PAGES,
+    ),
+    Mutant(
+        "ends-of-the-first-sequence", CUDA + "sight.cuh", "a.end + at.batch * a.pages.end_batch", "a.end", OF_CUDA_PAGES
+    ),
+    Mutant("tokens-before-the-first", CUDA + "sight.cuh", "PAGE ? a.pages.begin : 0", "0", OF_CUDA_PAGES),
+    Mutant("padding-is-packed", CUDA + "pack.cu", " && slots[first + n] >= 0", "", OF_SLOTS),
+    Mutant("more-than-the-sinks", CUDA + "pack.cu", " && slot(n) % page < room", "", OF_SLOTS),
 ]

@@ -28,7 +28,8 @@ from swan.storage.packed import unpack_mixed
 
 __all__ = [
     "NO_LSE", "Impl", "check_cache_impl", "check_packed_impl", "dense_impl", "is_kernel", "one_call_serves",
-    "pack_impl", "packed_impl", "pages_kernel", "sdpa_gives_lse", "store_kernel", "take_in_kernel", "unpack_kernel",
+    "pack_impl", "packed_impl", "pages_kernel", "sdpa_gives_lse", "store_in_pages_kernel", "store_kernel",
+    "take_in_kernel", "unpack_kernel",
 ]  # fmt: skip
 
 Impl = Literal["auto", "reference", "sdpa", "flex", "compiled", "cpp", "cuda"]
@@ -97,16 +98,33 @@ def packed_impl(impl: Impl, q: Tensor, k: Packed, v: Packed) -> Impl:
 def pages_kernel(q: Tensor, k: Packed, v: Packed) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """Return the kernel that attends to these pages with queries of sequences that share them, or None.
 
+    On a GPU one warning says why there is none, as there is one where kernels cannot be built.
+
     Args:
         q: queries ``[batch, heads, queries, d]``.
         k: packed keys of all pages ``[pages, kv_heads, tokens of a page, d]``.
         v: packed values, likewise.
     """
     kernels, rows = kernels_on(q.device), q.shape[1] // k.shape[1] * q.shape[2]
-    if kernels is None or not kernels.attends_pages(k.shape[2]):
+    if kernels is None or not kernels.attends_pages(k.shape[2]) or rows > kernels.MOST_ROWS:
         return None
-    serves = rows <= kernels.MOST_ROWS and kernels.attends(q.dtype, k.format, v.format) and kernels.built(q.device)
-    return calls.attend_pages if serves else None
+    if not (kernels.attends(q.dtype, k.format, v.format) and kernels.attends_dense(q.dtype)):
+        if kernels is cuda:
+            cuda.say_slow(
+                f"the kernel over pages attends to {cuda.PAGES}; not to {k.format} and {v.format} with {q.dtype}"
+            )
+        return None
+    return calls.attend_pages if kernels.built(q.device) else None
+
+
+def store_in_pages_kernel(k: Tensor, v: Tensor, keys: Layout, values: Layout) -> Callable[..., None] | None:
+    """Return the kernel that packs keys and values into pages, or None: then tensor code copies what was packed."""
+    kernels = kernels_on(k.device)
+    if kernels is None or not kernels.packs_pages(k.dtype, keys, values):
+        return None
+    if torch.is_grad_enabled() and _require_grad(k, v):
+        return None
+    return calls.store_in_pages if kernels.built(k.device) else None
 
 
 def check_packed_impl(impl: Impl, q: Tensor, keys: Layout, values: Layout) -> None:

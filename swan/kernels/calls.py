@@ -11,7 +11,7 @@ from swan.storage import ByHead, Graded, Layout, Packed
 from swan.storage.by_head import parts_of
 from swan.storage.packed import mixing
 
-__all__ = ["attend", "attend_pages", "kernels_on", "restore", "store", "take_in"]
+__all__ = ["attend", "attend_pages", "kernels_on", "restore", "store", "store_in_pages", "take_in"]
 
 KERNELS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}  # by type of device
 
@@ -83,13 +83,17 @@ def attend(
 def attend_pages(
     q: Tensor, k: Packed, v: Packed, table: Tensor, first: int, ends: Tensor, scale: float, recent: Recent
 ) -> tuple[Tensor, Tensor]:
-    """Attend as `attend` does, where packed tokens lie in pages that sequences share: kernels on a CPU.
+    """Attend as `attend` does, where packed tokens lie in pages that sequences share.
+
+    What lies behind the end of a sequence in its last page may be anything.
 
     Args:
         q: ``[batch, heads, queries, d]``, float32, bfloat16 or float16.
-        k: packed keys of all pages ``[pages, kv_heads, tokens of a page, d]``.
+        k: packed keys of all pages ``[pages, kv_heads, tokens of a page, d]``; of a page 64 tokens or a multiple: on a
+            CPU a power of two. On a GPU pages and their planes begin at multiples of 16 bytes.
         v: packed values, likewise.
         table: pages of each sequence ``[batch, pages of a sequence]``, int64; entries behind its end are not read.
+            On a CPU a page that is not there is an error, on a GPU it is memory of others.
         first: the first packed token that queries see.
         ends: each query sees those before this one ``[batch, queries]``, int64.
         scale: factor of the scores.
@@ -97,6 +101,9 @@ def attend_pages(
 
     Returns:
         As `attend`.
+
+    Raises:
+        ValueError: tensors are not as said here; on a CPU a RuntimeError.
 
     Example:
         ```python
@@ -148,6 +155,36 @@ def store(x: Tensor, layout: Layout) -> Packed:
     return Packed(tuple(planes), scales, None, layout, x.dtype)
 
 
+def store_in_pages(k: Tensor, v: Tensor, k_pages: Packed, v_pages: Packed, slots: Tensor, page: int) -> None:
+    """Pack keys and values as `store` does, into slots of pages, in place: kernels on an NVIDIA GPU.
+
+    Args:
+        k: keys ``[1, kv_heads, tokens, d]``, float32, bfloat16 or float16.
+        v: values, likewise.
+        k_pages: packed keys of all pages ``[pages, kv_heads, tokens of a page, d]``, in a `Graded` layout; or of the
+            first tokens of each page.
+        v_pages: packed values, likewise.
+        slots: of each token ``[tokens]``, int64: page times tokens of a page, plus the place in it. Where it is below
+            0, or pages have no such place, the token is not stored.
+        page: tokens of a page.
+
+    Raises:
+        ValueError: slots are of another shape or dtype.
+
+    Example:
+        ```python
+        store_in_pages(k, v, k_pages, v_pages, torch.tensor([7 * 64 + 63, 2 * 64], device="cuda"), 64)
+        ```
+
+    Source: pages of a cache are Kwon et al., arXiv:2309.06180; packing arXiv:2511.18936.
+    """
+    pages = [[*k_pages.tensors], [*v_pages.tensors]]
+    layouts = numbers_of(k_pages.format), numbers_of(v_pages.format)
+    mixes = [matrix_of(k, k_pages.format), matrix_of(v, v_pages.format)]
+    _operator("pack_pages", k)(k, v, *pages, *layouts, mixes, slots, page)
+    _changed(*k_pages.tensors, *v_pages.tensors)
+
+
 def take_in(
     k: Tensor,
     v: Tensor,
@@ -192,10 +229,7 @@ def take_in(
         sinks,
         start,
     )
-    if not torch.compiler.is_compiling():
-        # Who saved one of these for a backward pass is told that it changed, as torch's own functions tell.
-        written = [*recent, *k_history.tensors, *v_history.tensors]
-        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+    _changed(*recent, *k_history.tensors, *v_history.tensors)
 
 
 def restore(packed: Packed) -> Tensor:
@@ -219,6 +253,12 @@ def restore(packed: Packed) -> Tensor:
         return torch.cat([x if matrix is None else x @ matrix.mT for x, matrix in parts], dim=1)
     like = packed.planes[0].new_empty(0, dtype=packed.dtype)
     return _operator("unpack", like)(planes_of(packed), numbers_of(packed.format), packed.planes[0].shape[2], like)
+
+
+def _changed(*written: Tensor) -> None:
+    """Tell who saved one of these for a backward pass that it changed, as torch's own functions do."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
 def _operator(name: str, x: Tensor) -> Any:

@@ -5,7 +5,7 @@ import torch
 
 from swan import Graded, KVCache, LayerPlan, Plan, TopK, pack
 from swan.functional.dispatch import pages_kernel
-from swan.integrations.vllm.attention import QUERIES, batch_attention, windowed_attention
+from swan.integrations.vllm.attention import QUERIES, Batch, batch_attention, windowed_attention
 from swan.integrations.vllm.layer import heads_of, window_tokens
 from swan.integrations.vllm.pages import DensePages, PageLayout
 from swan.kernels import cpu
@@ -47,19 +47,20 @@ class Server:
         self.tables[name] = (stop, *tables)
 
     def attend(self, name: str, q, buffer: int):
-        length, *tables = self.tables[name]
-        packed, dense = map(torch.tensor, tables)
-        return windowed_attention(q, length, self.packed, packed, self.dense, dense, buffer=buffer, scale=D**-0.5)
+        batch = self.batch({name: q.shape[2]}, buffer)
+        return windowed_attention(q, batch, 0, self.packed, self.dense, D**-0.5)
 
     def attend_together(self, q, new: dict[str, int], buffer: int):
         """Attend with the newest tokens of some sequences, so many of each."""
+        return batch_attention(q, self.batch(new, buffer), self.packed, self.dense, D**-0.5)
+
+    def batch(self, new: dict[str, int], buffer: int) -> Batch:
         lengths, packed, dense = zip(*(self.tables[name] for name in new), strict=True)
         starts = [0, *torch.tensor(list(new.values())).cumsum(0).tolist()]
         tables = [
             torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in x], batch_first=True) for x in (packed, dense)
         ]
-        options = {"buffer": buffer, "scale": D**-0.5}
-        return batch_attention(q, starts, lengths, self.packed, tables[0].int(), self.dense, tables[1].int(), **options)
+        return Batch(starts, list(lengths), tables[0].int(), tables[1].int(), buffer, self.packed.sinks)
 
 
 def states(tokens: int, seed: int = 0):
@@ -144,7 +145,9 @@ def test_a_page_holds_the_bytes_of_pack(plan, dtype):
     """Whatever order tokens come in: no byte of a page is left, none is written twice."""
     server = Server(plan, dtype=dtype, sinks=5)
     _, k, v = (x.to(dtype) for x in states(64))
-    server.packed.write(torch.arange(64).flip(0) + 64, k.flip(2), v.flip(2))
+    padded = [torch.cat([torch.full_like(x[:, :, :1], torch.inf), x.flip(2)], dim=2) for x in (k, v)]
+    server.packed.write(torch.cat([torch.tensor([-1]), torch.arange(64).flip(0) + 64]), *padded)
+    assert (server.packed.keys.planes[0].view(torch.uint8)[-1] == 255).all()  # nothing was written there
     for stored, x in ((server.packed.keys, k), (server.packed.values, v)):
         for rows, expected in zip(stored.tensors, pack(x, stored.format).tensors, strict=True):
             assert torch.equal(rows[1], expected[0])

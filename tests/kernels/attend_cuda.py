@@ -40,6 +40,14 @@ class Mask(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *fields(ctypes.c_int64, "batch", "head", "query", "token")]
 
 
+class Pages(ctypes.Structure):
+    _fields_ = [
+        ("table", ctypes.c_void_p),
+        *fields(ctypes.c_int64, "table_batch", "end_batch"),
+        ("begin", ctypes.c_int),
+    ]
+
+
 class AttendArguments(ctypes.Structure):
     _fields_ = [
         ("q", ctypes.c_void_p),
@@ -53,6 +61,7 @@ class AttendArguments(ctypes.Structure):
         *fields(ctypes.c_void_p, "partial", "lse", "out", "out_lse", "arrived"),
         *fields(ctypes.c_int, "tokens", "recent", "splits", "kv_heads", "groups", "queries"),
         ("scale", ctypes.c_float),
+        ("pages", Pages),
     ]
 
 

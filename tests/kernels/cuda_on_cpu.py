@@ -45,6 +45,14 @@ class Buffer:
     written: Tensor | None = None  # bytes of the memory that it spans: whether a kernel wrote them; None: all are
 
 
+@dataclasses.dataclass(eq=False)
+class Inside:
+    """A pointer to some byte of a buffer that several pointers share."""
+
+    buffer: Buffer
+    byte: int
+
+
 def writable(tensor: Tensor) -> Buffer:
     """A tensor that kernels may read and write; those given without this are read only."""
     return Buffer(tensor)
@@ -181,7 +189,9 @@ class _Memory:
         self.alive: list[Any] = []
 
     def find(self, x: Any, name: str = "") -> None:
-        if isinstance(x, Tensor | Buffer):
+        if isinstance(x, Inside):
+            self.find(x.buffer, name)
+        elif isinstance(x, Tensor | Buffer):
             name = name or f"argument {len(self.buffers)}"
             self.buffers[id(x)] = (name, x if isinstance(x, Buffer) else Buffer(x), isinstance(x, Buffer))
         elif isinstance(x, Struct | Mapping):
@@ -231,6 +241,8 @@ class _Memory:
     def fill(self, kind: Any, value: Any) -> Any:
         if isinstance(value, Tensor | Buffer):
             return self.addresses[id(value)]
+        if isinstance(value, Inside):
+            return self.addresses[id(value.buffer)] + value.byte
         if isinstance(value, Mapping):
             return kind(**{name: self.fill(type_, value[name]) for name, type_ in kind._fields_ if name in value})
         if isinstance(value, list | tuple):

@@ -1,5 +1,6 @@
 """The CUDA operators on tensors of the CPU: all of the library's own code, with launches that the emulator runs."""
 
+import collections
 import ctypes
 import re
 
@@ -11,13 +12,13 @@ from swan.kernels import calls, cuda
 from swan.kernels.cuda import attend
 from swan.kernels.cuda.device import Limits
 from swan.kernels.cuda.launch import Kernel
-from tests.kernels.cuda_on_cpu import Buffer, build, struct
+from tests.kernels.cuda_on_cpu import Buffer, Inside, build, struct
 
 TYPES = {"Q": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 # Pointers of each struct, by their number, that kernels may write.
 WRITTEN = {
-    "attend": range(-5, 0), "merge": range(-5, 0), "pack": (1, 2, 3), "unpack": (4,),
-    "take_in": (1, 2, 3, 4, 7, 8, 9, 10), "take_in_many": (1, 2, 3, 4, 7, 8, 9, 10),
+    "attend": range(-6, -1), "merge": range(-6, -1), "pack": (1, 2, 3), "unpack": (4,),
+    "pack_pages": (2, 3, 4, 6, 7, 8), "take_in": (1, 2, 3, 4, 7, 8, 9, 10), "take_in_many": (1, 2, 3, 4, 7, 8, 9, 10),
 }  # fmt: skip
 H100 = Limits(132, 228 * 1024)
 
@@ -39,21 +40,33 @@ class Launches:
         assert ctypes.sizeof(kind) == kernel.struct.size
         pointers = [i for i, letter in enumerate(letters) if letter == "Q"]
         written = {pointers[i] for i in WRITTEN[kernel.name]}
-        given = {f"f{i}": _memory(x, i in written) for i, x in enumerate(values)}
+        shared = _shared([values[i] for i in written])
+        given = {f"f{i}": _memory(x, i in written, shared) for i, x in enumerate(values)}
         self.done.append((kernel.name, grid))
         self.kernels.append(kernel)
         library = build(kernel.source, dict(kernel.defines))
         library.launch(kernel.name, grid, kernel.threads, kernel.shared, struct(kind, **given))
 
 
-def _memory(x: Tensor | float | None, written: bool) -> Buffer | Tensor | float | None:
+def _shared(written: list[Tensor | float | None]) -> dict[int, Buffer]:
+    """By its address each memory that several tensors are views of, such as the planes of pages."""
+    storages = [x.untyped_storage() for x in written if isinstance(x, Tensor) and x.numel()]
+    counts = collections.Counter(storage.data_ptr() for storage in storages)
+    wholes = {storage.data_ptr(): storage for storage in storages if counts[storage.data_ptr()] > 1}
+    return {place: Buffer(torch.empty(0, dtype=torch.uint8).set_(storage)) for place, storage in wholes.items()}
+
+
+def _memory(
+    x: Tensor | float | None, written: bool, shared: dict[int, Buffer]
+) -> Buffer | Inside | Tensor | float | None:
     """A tensor as a GPU has it: what is read may go on to the end of its memory."""
     if not isinstance(x, Tensor):
         return x
     if not x.numel():
         return None  # as its address is
     if written:
-        return Buffer(x)
+        start = x.untyped_storage().data_ptr()
+        return Inside(shared[start], x.data_ptr() - start) if start in shared else Buffer(x)
     start = x.storage_offset() * x.element_size()
     left = x.untyped_storage().nbytes() - start
     return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage(), start, (left,))

@@ -171,11 +171,15 @@ def check(
     out, lse = attend(q, *history, scale, splits, beside, **seen, **others)
     if same:
         assert all(map(torch.equal, (out, lse), attend(q, *history, scale, splits, beside, **seen)))
-    masks = visible(q, tokens, **seen)
+    assert_right(out, lse, q, history, scale, beside, visible(q, tokens, **seen))
+
+
+def assert_right(out, lse, q, history, scale, beside, masks):
+    """What was found, against float64; `masks`: what queries see of the history."""
     parts = parts_of(q, *history, scale, beside, masks)
     expected, expected_lse, magnitude = expected_of(q, parts, scale)
     limit, lse_limit = bounds(q, *history, scale, beside, parts, magnitude)
-    limit = limit + torch.finfo(dtype).eps * expected.abs()  # the rounding of outputs
+    limit = limit + torch.finfo(q.dtype).eps * expected.abs()  # the rounding of outputs
     assert_within(out.double(), expected, limit)
     assert_lse_within(lse, expected_lse, lse_limit)
     # Tokens are independent, so errors of 2**-9 of each weight give an error of 2**-9 of the output or less, as norms.

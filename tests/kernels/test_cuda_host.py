@@ -284,9 +284,13 @@ def test_kernels_of_many_layers_are_compiled_once_and_at_once(emulated, monkeypa
     layers = [PLAN, PLAN, LayerPlan(PLAN.values, PLAN.keys), LayerPlan(TopK(64, 20), TopK(64, 20))]
     for _ in range(2):
         cuda.compile_ahead(layers, BF16, torch.device("cpu", 0))
+    assert len(compiled) == 4
+    cuda.compile_ahead(layers, BF16, torch.device("cpu", 0), page=64)  # other files attend, the same pack
+    assert [name for name, *_ in compiled[4:]] == ["attend.cu"] * 2
+    del compiled[4:]
     groups = ["{{16,3},{48,2}}", "{{16,5},{16,3},{32,1}}"]
     assert sorted(compiled) == [(name, each, "sm_90") for name in ("attend.cu", "pack.cu") for each in groups]
-    assert re.fullmatch(r"swan: compiled 4 files in \d+ s\n", capfd.readouterr().err)
+    assert re.fullmatch(r"swan: compiled 4 files in \d+ s\nswan: compiled 2 files in \d+ s\n", capfd.readouterr().err)
 
 
 def test_a_cache_of_transformers_compiles_ahead(emulated, monkeypatch):  # noqa: F811

@@ -23,8 +23,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, SlidingWindowSpec
 
+from swan.calibration import Plan
 from swan.functional.rotation import inverse_rotate, rotate
-from swan.integrations.vllm.attention import batch_attention
+from swan.integrations.vllm.attention import Batch, batch_attention
 from swan.integrations.vllm.layer import ServedLayer, refusal, window_tokens
 from swan.integrations.vllm.pages import PAGE, DensePages, PackedPages, PageLayout
 from swan.integrations.vllm.settings import Settings, load
@@ -97,17 +98,24 @@ class WindowBackend(SwanBackend):
 
 @dataclass
 class SwanMetadata:
-    """The sequences of a batch.
+    """The sequences of a batch, and their pages of one kind.
 
     Attributes:
-        starts: where the new tokens of each sequence begin, and where those of the last end.
-        lengths: tokens of each sequence, the new ones included.
+        starts: as in `Batch`.
+        lengths: likewise.
         table: pages of each sequence ``[sequences, pages]``.
     """
 
     starts: list[int]
     lengths: list[int]
     table: Tensor
+    _batch: Batch | None = None
+
+    def beside(self, window: "SwanMetadata", plan: Plan) -> Batch:
+        """Return the batch with packed pages of these and dense ones of the window, the same object to all layers."""
+        if self._batch is None or self._batch.dense_table is not window.table:
+            self._batch = Batch(self.starts, self.lengths, self.table, window.table, plan.buffer, plan.sinks)
+        return self._batch
 
 
 class SwanMetadataBuilder(AttentionMetadataBuilder[SwanMetadata]):
@@ -218,9 +226,8 @@ class SwanImpl(AttentionImpl[SwanMetadata]):
         packed, _, dense, dense_slots = self._pages(kv_cache)
         k = rotate(_heads_first(key[: len(slot_mapping)]), self.served.key_basis)
         v = rotate(_heads_first(value[: len(slot_mapping)]), self.served.value_basis)
-        for pages, slots in ((packed, slot_mapping), (dense, dense_slots)):
-            real = slots >= 0  # others are padding
-            pages.write(slots[real], k[:, :, real], v[:, :, real])
+        packed.write(slot_mapping, k, v)
+        dense.write(dense_slots, k, v)
 
     def forward(
         self,
@@ -242,17 +249,7 @@ class SwanImpl(AttentionImpl[SwanMetadata]):
         assert self.served is not None
         packed, window, dense, _ = self._pages(kv_cache)
         q = rotate(_heads_first(query), self.served.key_basis)
-        out = batch_attention(
-            q,
-            attn_metadata.starts,
-            attn_metadata.lengths,
-            packed,
-            attn_metadata.table,
-            dense,
-            window.table,
-            buffer=self.served.plan.buffer,
-            scale=self.scale,
-        )
+        out = batch_attention(q, attn_metadata.beside(window, self.served.plan), packed, dense, self.scale)
         output.copy_(rearrange(inverse_rotate(out, self.served.value_basis), "1 h t d -> t h d"))
         return output
 
@@ -261,6 +258,7 @@ class SwanImpl(AttentionImpl[SwanMetadata]):
         assert self.served is not None
         metadata, _, window, slots = get_attention_context(self.window)
         if self._viewed is None or self._viewed[0] is not kv_cache or self._viewed[1] is not window:
+            self.served.compile_ahead(kv_cache.shape[2])
             packed = self.served.layout(kv_cache.shape[2]).pool(kv_cache)
             self._viewed = (kv_cache, window, packed, DensePages.split(window, self.served.d))
         _, _, packed, dense = self._viewed

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from swan.calibration import Plan
-from swan.integrations.vllm.layer import slots_of, window_tokens
+from swan.integrations.vllm.layer import layers_of, slots_of, window_tokens
 
 __all__ = ["Capacity", "dense_capacity", "packed_capacity"]
 
@@ -65,7 +65,7 @@ def packed_capacity(
         ValueError: a layer of the plan has no history.
     """
     slots, page = slots_of(plan, block_tokens, dtype), window_tokens(plan, block_tokens, dtype)
-    dense = sum(sum(layer.dense_nbytes(1, dtype.itemsize)) for layer in plan.layers if layer is not None)
+    dense = sum(sum(layer.dense_nbytes(1, dtype.itemsize)) for layer in layers_of(plan))
     block = kv_heads * max(block_tokens * sum(slots), page * dense)
     blocks = memory // block
 

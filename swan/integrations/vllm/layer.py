@@ -1,5 +1,6 @@
 """`ServedLayer`: bases and pages of one layer in one process of a server; and what a server may not ask for."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from swan.calibration import Calibration, Plan
 from swan.integrations.vllm.pages import PageLayout
+from swan.kernels import cuda
+from swan.kernels.calls import kernels_on
 from swan.storage import LayerPlan
 
-__all__ = ["ServedLayer", "heads_of", "refusal", "slots_of", "window_tokens"]
+__all__ = ["ServedLayer", "heads_of", "layers_of", "refusal", "slots_of", "window_tokens"]
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,14 @@ class ServedLayer:
         """Take what belongs to a layer and the heads of a rank.
 
         Raises:
-            ValueError: the calibration has no such layer, or its keys and values differ in dimension.
+            ValueError: the calibration has no such layer, its keys and values differ in dimension, or some layer has no
+                history.
         """
         if index >= len(plan.layers):
             raise ValueError(
                 f"the calibration has {len(plan.layers)} layers of attention, and the model has a layer {index}"
             )
-        plan_layer, bases = plan.layers[index], calibration.layers[index]
-        assert plan_layer is not None
+        plan_layer, bases = layers_of(plan)[index], calibration.layers[index]
         if plan_layer.keys.d != plan_layer.values.d:
             raise ValueError(
                 f"swan does not serve keys and values of different dimensions ({plan_layer.keys.d} and "
@@ -74,6 +77,12 @@ class ServedLayer:
         """Head dimension."""
         return self.key_basis.shape[-1]
 
+    def compile_ahead(self, tokens: int) -> None:
+        """Compile the kernels of all layers for pages of so many tokens, at once, where there are GPU kernels."""
+        device = self.key_basis.device
+        if kernels_on(device) is cuda:
+            _compile_once(self.plan, self.dtype, device, tokens)
+
     def layout(self, tokens: int) -> PageLayout:
         """Return the layout of pages of so many tokens.
 
@@ -83,17 +92,31 @@ class ServedLayer:
         return PageLayout(self.plan_layer, tokens, self.dtype, self.plan.sinks)
 
 
+@functools.cache
+def _compile_once(plan: Plan, dtype: torch.dtype, device: torch.device, tokens: int) -> None:
+    cuda.compile_ahead(layers_of(plan), dtype, device, tokens)
+
+
+def layers_of(plan: Plan) -> list[LayerPlan]:
+    """Return the layouts of all layers.
+
+    Raises:
+        ValueError: a layer has no history.
+    """
+    layers = [layer for layer in plan.layers if layer is not None]
+    if len(layers) < len(plan.layers):
+        index = plan.layers.index(None)
+        raise ValueError(f"layer {index} has a sliding window: swan serves models without such layers only")
+    return layers
+
+
 def slots_of(plan: Plan, tokens: int, dtype: torch.dtype) -> list[int]:
     """Return the bytes of a token and KV head in the pages of each layer.
 
     Raises:
         ValueError: a layer has no history, or is not `Graded`, or pages cannot have so many tokens.
     """
-    if None in plan.layers:
-        raise ValueError(
-            f"layer {plan.layers.index(None)} has a sliding window: swan serves models without such layers"
-        )
-    return [PageLayout(layer, tokens, dtype, plan.sinks).slot_bytes for layer in plan.layers if layer is not None]
+    return [PageLayout(layer, tokens, dtype, plan.sinks).slot_bytes for layer in layers_of(plan)]
 
 
 def window_tokens(plan: Plan, tokens: int, dtype: torch.dtype) -> int:
@@ -106,8 +129,8 @@ def window_tokens(plan: Plan, tokens: int, dtype: torch.dtype) -> int:
         >>> window_tokens(Plan((LayerPlan(*[Graded(((64, 4),))] * 2),), sinks=0), 128, torch.bfloat16)
         32
     """
-    slots, layers = slots_of(plan, tokens, dtype), [layer for layer in plan.layers if layer is not None]
-    dense = sum(sum(layer.dense_nbytes(1, dtype.itemsize)) for layer in layers)
+    slots = slots_of(plan, tokens, dtype)
+    dense = sum(sum(layer.dense_nbytes(1, dtype.itemsize)) for layer in layers_of(plan))
     fitting = [n for n in range(1, tokens + 1) if tokens % n == 0 and n * dense <= tokens * sum(slots)]
     return max(fitting, default=1)
 

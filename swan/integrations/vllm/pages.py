@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from swan.functional.dispatch import store_in_pages_kernel
 from swan.functional.packing import pack
 from swan.kernels import Recent
 from swan.storage import Graded, LayerPlan, Packed
@@ -129,19 +130,18 @@ class PackedPages:
         """Pack new tokens into their slots.
 
         Args:
-            slots: ``[tokens]``: page times tokens of a page, plus the place in it.
+            slots: ``[tokens]``, int64: page times tokens of a page, plus the place in it; below 0 for padding.
             k: rotated keys ``[1, kv_heads, tokens, d]``.
             v: rotated values.
         """
-        page, place = slots // self.tokens, slots % self.tokens
-        for stored, x in ((self.keys, k), (self.values, v)):
-            packed = pack(x, stored.format)
-            for to, rows in zip(stored.tensors, packed.tensors, strict=True):
-                to[page, :, place] = rearrange(rows, "1 h t w -> t h w")
+        if (kernel := store_in_pages_kernel(k, v, self.keys.format, self.values.format)) is not None:
+            kernel(k, v, self.keys, self.values, slots, self.tokens)
+        else:
+            for stored, x in ((self.keys, k), (self.values, v)):
+                for to, rows in zip(stored.tensors, pack(x, stored.format).tensors, strict=True):
+                    _write(to, rows, slots, self.tokens)
         if self.first is not None:
-            chosen = place < self.sinks
-            inside = page[chosen] * self.sinks + place[chosen]
-            self.first.write(inside, k[:, :, chosen], v[:, :, chosen])
+            self.first.write(slots, k, v, self.tokens)
 
     def read(self, table: Tensor, start: int, stop: int) -> tuple[Packed, Packed]:
         """Copy the packed tokens from column `start`, the first of a page, to `stop`, of one sequence.
@@ -182,11 +182,24 @@ class DensePages:
         """Tokens of a page."""
         return self.keys.shape[2]
 
-    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store new tokens in their slots, as `PackedPages.write` does."""
-        page, place = slots // self.tokens, slots % self.tokens
-        for to, rows in ((self.keys, k), (self.values, v)):
-            to[page, :, place] = rearrange(rows, "1 h t d -> t h d")
+    def write(self, slots: Tensor, k: Tensor, v: Tensor, page: int | None = None) -> None:
+        """Store new tokens in their slots, as `PackedPages.write` does.
+
+        Args:
+            slots: likewise.
+            k: likewise.
+            v: likewise.
+            page: tokens of a page, of which only the first are here; by default all are.
+        """
+        page = page or self.tokens
+        keys, values = (
+            Packed((x,), None, None, Graded(((x.shape[-1], 16),)), x.dtype) for x in (self.keys, self.values)
+        )
+        if (kernel := store_in_pages_kernel(k, v, keys.format, values.format)) is not None:
+            kernel(k, v, keys, values, slots, page)
+        else:
+            for to, rows in ((self.keys, k), (self.values, v)):
+                _write(to, rows, slots, page)
 
     def read(self, table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Copy keys and values ``[1, kv_heads, tokens, d]`` of one sequence, from column `start` to `stop`."""
@@ -207,3 +220,10 @@ class DensePages:
         page, place = table.gather(1, inside // self.tokens), inside % self.tokens
         keys, values = (rearrange(x[page, :, place], "s t h d -> s h t d") for x in (self.keys, self.values))
         return Recent(keys, values, rearrange(columns >= 0, "s t -> s 1 1 t"))
+
+
+def _write(pages: Tensor, rows: Tensor, slots: Tensor, page: int) -> None:
+    """Write rows ``[1, heads, tokens, width]`` into those of their slots that pages have a place for."""
+    number, place = slots // page, slots % page
+    there = (slots >= 0) & (place < pages.shape[2])
+    pages[number[there], :, place[there]] = rearrange(rows[:, :, there], "1 h t w -> t h w")

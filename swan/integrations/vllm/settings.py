@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swan.calibration import Calibration, Plan
+from swan.integrations.vllm.layer import layers_of
 from swan.integrations.vllm.pages import PAGE
 
 __all__ = ["VERSIONS", "Settings", "check_version", "load"]
@@ -87,9 +88,7 @@ def load(settings: Settings) -> tuple[Calibration, Plan]:
     plan = Plan.for_retention(
         settings.retention, calibration, buffer=settings.buffer, sinks=settings.sinks, by_head=False
     )
-    for index, layer in enumerate(plan.layers):
-        if layer is None:
-            raise ValueError(f"layer {index} has a sliding window: swan serves models without such layers only")
+    layers_of(plan)
     return calibration, plan
 
 

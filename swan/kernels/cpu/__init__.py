@@ -24,7 +24,8 @@ from swan.storage.codes import row_bytes
 
 __all__ = [
     "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "attends_pages", "build", "built",
-    "instruction_sets", "library", "missing", "operator", "packs", "require", "restores", "variant", "variants",
+    "instruction_sets", "library", "missing", "operator", "packs", "packs_pages", "require", "restores", "variant",
+    "variants",
 ]  # fmt: skip
 
 IMPL = "cpp"
@@ -96,6 +97,11 @@ def attends_pages(tokens: int) -> bool:
 def packs(dtype: torch.dtype, layout: Layout) -> bool:
     """Tell if the kernel packs vectors of a dtype in a layout: in `PACKS`."""
     return dtype != torch.float64 and isinstance(layout, Graded | ByHead)
+
+
+def packs_pages(_dtype: torch.dtype, *_layouts: Layout) -> bool:
+    """Tell if the kernel packs vectors of a dtype into pages: no, tensor code copies what it packed."""
+    return False
 
 
 def restores(dtype: torch.dtype, layout: Layout) -> bool:

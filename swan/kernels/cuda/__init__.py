@@ -13,7 +13,7 @@ from swan.storage import ByHead, Graded, LayerPlan, Layout
 
 __all__ = [
     "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "attends_pages", "built",
-    "compile_ahead", "folder", "missing", "operator", "packs", "require", "restores", "say_slow",
+    "compile_ahead", "folder", "missing", "operator", "packs", "packs_pages", "require", "restores", "say_slow",
 ]  # fmt: skip
 
 IMPL = "cuda"
@@ -22,6 +22,7 @@ ATTENDS = (
     "Graded layouts of groups of 16, 32, ... coordinates, with queries of bfloat16, float16 or, if no group has 16 "
     "bits, float32 on an NVIDIA GPU"
 )
+PAGES = "Graded layouts of groups of 16, 32, ... coordinates, with queries of bfloat16 or float16"
 PACKS = "Graded layouts, vectors of float32, bfloat16 or float16 on an NVIDIA GPU, without gradients"
 FUNCTIONS: dict[str, Callable[..., Any]] = {}  # of operators, once they are `built`
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,14 +46,19 @@ def attends_dense(dtype: torch.dtype) -> bool:
     return dtype != torch.float32
 
 
-def attends_pages(_tokens: int) -> bool:
-    """Tell if the kernel attends to pages of so many tokens: not yet."""
-    return False
+def attends_pages(tokens: int) -> bool:
+    """Tell if the kernel attends to pages of so many tokens: 64, 128, 192, ..."""
+    return tokens % 64 == 0
 
 
 def packs(dtype: torch.dtype, layout: Layout) -> bool:
     """Tell if the kernel packs vectors of a dtype in a layout: in `PACKS`."""
     return dtype in DTYPES and isinstance(layout, Graded | ByHead)
+
+
+def packs_pages(dtype: torch.dtype, *layouts: Layout) -> bool:
+    """Tell if the kernel packs vectors of a dtype into pages, keys and values at once."""
+    return all([packs(dtype, layout) for layout in layouts])
 
 
 def restores(dtype: torch.dtype, layout: Layout) -> bool:
@@ -96,13 +102,20 @@ def _built_once(device: torch.device) -> bool:
     return True
 
 
-def compile_ahead(layers: Iterable[LayerPlan], dtype: torch.dtype, device: torch.device) -> None:
-    """Compile the kernels of many layers at once, where each would be compiled when it is first launched."""
+def compile_ahead(layers: Iterable[LayerPlan], dtype: torch.dtype, device: torch.device, page: int = 0) -> None:
+    """Compile the kernels of many layers at once, where each would be compiled when it is first launched.
+
+    Args:
+        layers: layouts of each; those to which the kernels do not attend are left out.
+        dtype: of the caches.
+        device: the GPU.
+        page: tokens of a page of a server; 0: of caches that have none.
+    """
     attended = [layer for layer in layers if attends(dtype, layer.keys, layer.values)]
     if attended and built(device):
         from swan.kernels.cuda.ahead import compile_all
 
-        compile_all(attended, dtype, torch.cuda.current_device() if device.index is None else device.index)
+        compile_all(attended, dtype, torch.cuda.current_device() if device.index is None else device.index, page)
 
 
 @constant_result

@@ -20,7 +20,7 @@ from swan.storage import LayerPlan
 __all__ = ["compile_all"]
 
 
-def compile_all(layers: Iterable[LayerPlan], dtype: torch.dtype, index: int) -> None:
+def compile_all(layers: Iterable[LayerPlan], dtype: torch.dtype, index: int, page: int = 0) -> None:
     """Compile what caches of a dtype need on a GPU, as far as that was not done before, several files at a time.
 
     Says on stderr that it compiles, and how long it took.
@@ -29,6 +29,7 @@ def compile_all(layers: Iterable[LayerPlan], dtype: torch.dtype, index: int) -> 
         layers: layouts to which the kernels attend.
         dtype: of the caches.
         index: of the GPU.
+        page: tokens of a page, or 0.
 
     Raises:
         RuntimeError: something cannot be compiled.
@@ -37,7 +38,7 @@ def compile_all(layers: Iterable[LayerPlan], dtype: torch.dtype, index: int) -> 
     for layer in layers:
         for pair in pairs_of(*(numbers_of(layout) or [] for layout in (layer.keys, layer.values))):
             keys, values = map(groups_of, pair)
-            for kernel in (pair_of(keys, values, dtype, index).attend, kernels_of(keys, values, dtype).take_in):
+            for kernel in (pair_of(keys, values, dtype, index, page).attend, kernels_of(keys, values, dtype).take_in):
                 file = file_of(kernel.source, dict(kernel.defines), arch)
                 if not file.exists():
                     jobs[str(file)] = kernel

@@ -4,8 +4,13 @@
 #include "layout.cuh"
 #include "numbers.cuh"
 
+// Tokens of a page, a multiple of a tile, where sequences share pages; 0: the tokens of a sequence lie in one piece.
+#ifndef PAGE
+#define PAGE 0
+#endif
+
 // Tensors [batch, heads, tokens, bytes]. Tokens of a plane follow each other and fill a multiple of 64; its strides, in
-// bytes, are multiples of 16.
+// bytes, are multiples of 16. Where there are pages, these are its first axis, and what they are apart is below 2^31.
 struct Plane {
   const uint8_t* data;
   int64_t batch, head;
@@ -26,6 +31,13 @@ struct Mask {
   int64_t batch, head, query, token;
 };
 
+// Where the tokens of sequences are, if PAGE is not 0.
+struct Pages {
+  const int64_t* table;             // pages of each sequence [batch, pages]; those behind all that is seen are not read
+  int64_t table_batch, end_batch;  // strides, of `end` too
+  int begin;                       // the first packed token that queries see
+};
+
 struct AttendArguments {
   const Number* q;                   // [batch, heads, queries, D]
   int64_t q_batch, q_head, q_query;  // strides in numbers, even
@@ -34,7 +46,7 @@ struct AttendArguments {
   Dense recent_k, recent_v;
   Mask mask, recent_mask;
   // Columns: of the first packed token that a sequence sees, [batch], and before which queries see packed tokens,
-  // [queries]. Each may be null.
+  // [queries], or [batch, queries] where there are pages. Each may be null.
   const int64_t *first, *end;
   int64_t end_query, origin;  // stride of `end` between queries (0: one for all); the column of packed token 0
   // What programs find, [batch * kv_heads, parts, rows, DV] and [batch * kv_heads, parts, rows]. A part is a split, or
@@ -48,6 +60,7 @@ struct AttendArguments {
   int tokens, recent, splits;
   int kv_heads, groups, queries;  // groups: query heads of a KV head
   float scale;
+  Pages pages;
 
   __device__ int parts() const { return splits + (recent > 0); }
   __device__ int rows() const { return groups * queries; }  // of a KV head

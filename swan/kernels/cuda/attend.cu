@@ -6,7 +6,7 @@
 // The reference of the softmax moves only when a score exceeds it by more than 8 (in base 2), which is rare.
 //
 // Macros: K_GROUPS, V_GROUPS, D, DV (layout.cuh); DTYPE (numbers.cuh) of queries, recent tokens, groups of 16 bits and
-// outputs; WARPS, STAGES and PROGRAMS (program.cuh). With float32 there are no recent tokens and no groups of 16 bits.
+// outputs; WARPS, STAGES and PROGRAMS (program.cuh); PAGE (arguments.cuh), where a table says where tokens are. With float32 there are no recent tokens and no groups of 16 bits.
 
 #include "fetch.cuh"
 #include "merge.cuh"
@@ -61,10 +61,10 @@ __device__ __forceinline__ void attend_history(const AttendArguments& a, const P
   const int span = (tiles_seen + a.splits - 1) / a.splits * TILE, begin = from + blockIdx.x * span;
   const int stop = min(begin + span, sight.end), start = begin + warp * TILE;  // start: of the warp
 
-  Fetch tiles(a, at, start, lane);
+  Fetch tiles(a, at, start, stop, lane);
   const Address place = shared_address(shared) + warp * STAGE + lane * 16;
   const auto fetch = [&](int stage, int token) {
-    if (token < stop) tiles.copy_next(place + stage * (WARPS * STAGE), lane);
+    if (token < stop) tiles.copy_next(a, place + stage * (WARPS * STAGE), token, stop, lane);
     commit_copies();
   };
 #pragma unroll

@@ -49,15 +49,32 @@ __device__ constexpr int leader_of(int round) {
   return leader;
 }
 
+static_assert(PAGE % TILE == 0, "tiles lie in pages");
+
+__device__ __forceinline__ const Plane& plane_of(const AttendArguments& a, int plane) {
+  switch (plane) {
+    case K_CODES: return a.k.codes;
+    case V_CODES: return a.v.codes;
+    case K_WHOLE: return a.k.whole;
+    case V_WHOLE: return a.v.whole;
+    case K_SCALES: return a.k.scales;
+    default: return a.v.scales;
+  }
+}
+
 // Tiles of a warp, one after the other; those of other warps are between them.
 struct Fetch {
-  const uint8_t* from[ROUNDS];
-  int step[ROUNDS];  // bytes to the next tile, for leaders that are not inside of a plane
+  static constexpr int NEXT = WARPS * TILE;  // tokens from a tile to the next
+  static constexpr uint32_t DIVISOR = PAGE ? PAGE : 1;
+
+  const uint8_t* from[ROUNDS];  // in the next tile; with pages, in the first tile of page 0
+  // For leaders that are not inside of a plane: bytes to the next tile; with pages, to the next token and page.
+  int step[ROUNDS], page[ROUNDS];
+  const int64_t* table;  // pages of the sequence
+  int number;            // the page of the next tile: looked up a tile ahead, because it comes from far
 
   // Begins at a token.
-  __device__ __forceinline__ Fetch(const AttendArguments& a, const Place& at, int64_t token, int lane) {
-    const Plane* planes[PLANES] = {nullptr, nullptr, &a.k.whole, &a.v.whole, &a.k.scales, &a.v.scales};
-    planes[K_CODES] = &a.k.codes, planes[V_CODES] = &a.v.codes;
+  __device__ __forceinline__ Fetch(const AttendArguments& a, const Place& at, int token, int stop, int lane) {
     unrolled<ROUNDS>([&](auto round) {
       constexpr int r = round, byte = r * ROUND;
       const int own = byte + lane * 16;
@@ -65,23 +82,49 @@ struct Fetch {
         constexpr int begin = begin_of(plane), end = begin_of(plane + 1);
         if constexpr (leader_of(r) == r && begin < byte + ROUND && end > byte) {
           if (own < begin) return;  // of an earlier plane
-          const Plane& p = *planes[plane];
-          from[r] = p.data + at.batch * p.batch + at.kv_head * p.head + token * bytes_of(plane) + own - begin;
-          step[r] = WARPS * TILE * bytes_of(plane);
+          const Plane& p = plane_of(a, plane);
+          from[r] = p.data + at.kv_head * p.head + own - begin;
+          if constexpr (PAGE) {
+            step[r] = bytes_of(plane), page[r] = static_cast<int>(p.batch);
+          } else {
+            from[r] += at.batch * p.batch + int64_t(token) * bytes_of(plane);
+            step[r] = NEXT * bytes_of(plane);
+          }
         }
       });
     });
+    if constexpr (PAGE) {
+      table = a.pages.table + at.batch * a.pages.table_batch;
+      look_up(token, stop);
+    }
   }
 
-  __device__ __forceinline__ void copy_next(Address to, int lane) {
+  // Copies the tile of a token, and gets ready for the one after it, if that begins before `stop`.
+  __device__ __forceinline__ void copy_next(const AttendArguments& a, Address to, int token, int stop, int lane) {
+    const uint8_t* tile[ROUNDS];
+    const int place = static_cast<uint32_t>(token) % DIVISOR;
+    unrolled<ROUNDS>([&](auto round) {
+      constexpr int r = round, plane = plane_at(r * ROUND);
+      if constexpr (leader_of(r) == r) {
+        const int bytes = is_inside(r) ? static_cast<int>(plane_of(a, plane).batch) : page[r];
+        const int of_token = is_inside(r) ? bytes_of(plane) : step[r];
+        tile[r] = PAGE ? from[r] + int64_t(number) * bytes + place * of_token : from[r];
+      }
+    });
     unrolled<ROUNDS>([&](auto round) {
       constexpr int leader = leader_of(round), bytes = round * ROUND;
       if (bytes + ROUND <= STAGE || lane * 16 < STAGE - bytes)
-        copy16(to + bytes, from[leader] + (bytes - leader * ROUND));
+        copy16(to + bytes, tile[leader] + (bytes - leader * ROUND));
     });
+    if (PAGE) return look_up(token + NEXT, stop);
     unrolled<ROUNDS>([&](auto round) {
       if constexpr (leader_of(round) == round)
-        from[round] += is_inside(round) ? WARPS * TILE * bytes_of(plane_at(round * ROUND)) : step[round];
+        from[round] += is_inside(round) ? NEXT * bytes_of(plane_at(round * ROUND)) : step[round];
     });
+  }
+
+ private:
+  __device__ __forceinline__ void look_up(int token, int stop) {
+    if (token < stop) number = static_cast<int>(table[static_cast<uint32_t>(token) / DIVISOR]);
   }
 };

@@ -36,6 +36,14 @@ struct PackArguments {
   int values;  // whether the layout is that of values
 };
 
+// Keys and values that go to slots of pages, which are the first axis of planes.
+struct PackPagesArguments {
+  Plane<const Number> k, v;
+  Packed keys, values;
+  const int64_t* slots;  // [tokens]: page times tokens of a page, plus the place in it; below 0: nowhere
+  int tokens, page;      // tokens of a page: more than there is `room` for in a plane that has the first ones only
+};
+
 struct UnpackArguments {
   Packed from;
   Plane<Number> to;  // [batch, heads, tokens, d], in the coordinates in which vectors are stored
@@ -69,13 +77,31 @@ struct Tokens {
   int64_t offset;
 
   __device__ bool stored(int n) const { return begin <= first + n && first + n < end; }
-  __device__ int64_t place(int n) const { return first + n + offset; }
+  template <typename T>
+  __device__ T* row(const Plane<T>& plane, int64_t b, int64_t h, int n) const {
+    return plane.row(b, h, first + n + offset);
+  }
   __device__ bool any(int count) const { return begin < first + count && first < end && begin < end; }
 };
 
+// The same where tokens, those before `end`, have slots of pages, each with `room` for its first tokens.
+struct Slots {
+  int first, end;
+  const int64_t* slots;
+  uint32_t page;  // tokens of a page
+  int64_t room;
+
+  __device__ uint32_t slot(int n) const { return static_cast<uint32_t>(slots[first + n]); }
+  __device__ bool stored(int n) const { return first + n < end && slots[first + n] >= 0 && slot(n) % page < room; }
+  template <typename T>
+  __device__ T* row(const Plane<T>& plane, int64_t, int64_t h, int n) const {
+    return plane.row(slot(n) / page, h, slot(n) % page);
+  }
+};
+
 // Stores the N vectors in shared memory that are to be stored; all but their coordinates of 16 bits.
-template <class L, int N>
-__device__ void store(const Packed& to, int64_t b, int64_t h, const Tokens& tokens, Mix<L, N>& mix) {
+template <class L, int N, class Places>
+__device__ void store(const Packed& to, int64_t b, int64_t h, const Places& tokens, Mix<L, N>& mix) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   mix.multiply();
   __syncthreads();
@@ -84,14 +110,14 @@ __device__ void store(const Packed& to, int64_t b, int64_t h, const Tokens& toke
     each_coded<L>([&](const Span& group) {
       if ((n * L::layout.scales + group.scale) % WARPS != warp) return;
       const int byte = quantize<L, N>(group, n, to.matrix);
-      if (lane == 0) to.scales.row(b, h, tokens.place(n))[group.scale] = static_cast<uint8_t>(byte);
+      if (lane == 0) tokens.row(to.scales, b, h, n)[group.scale] = static_cast<uint8_t>(byte);
     });
   }
   __syncthreads();
   constexpr int ROW = L::layout.row;
   for (int i = threadIdx.x; i < N * ROW; i += THREADS) {
     const int n = i / ROW, byte = i % ROW;
-    if (tokens.stored(n)) to.codes.row(b, h, tokens.place(n))[byte] = byte_of_row<L>(Memory<L, N>::code(n), byte);
+    if (tokens.stored(n)) tokens.row(to.codes, b, h, n)[byte] = byte_of_row<L>(Memory<L, N>::code(n), byte);
   }
 }
 
@@ -121,27 +147,26 @@ __device__ int place_of_whole(int coordinate) {
 }
 
 // A coordinate of a vector that is stored: it is mixed later, or stored as it is.
-template <class L, int N>
-__device__ void put(Number x, int n, int i, const Packed& to, int64_t b, int64_t h, const Tokens& tokens) {
+template <class L, int N, class Places>
+__device__ void put(Number x, int n, int i, const Packed& to, int64_t b, int64_t h, const Places& tokens) {
   *Memory<L, N>::vector(i, n) = to_float(x);
   const int place = place_of_whole<L>(i);
-  if (place >= 0) to.whole.row(b, h, tokens.place(n))[place] = x;
+  if (place >= 0) tokens.row(to.whole, b, h, n)[place] = x;
 }
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
-template <class L, int N>
-__device__ void pack_some(const PackArguments& a) {
-  const int64_t b = blockIdx.z, h = blockIdx.y;
-  const Tokens tokens{static_cast<int>(blockIdx.x) * N, 0, a.tokens, 0};
-  Mix<L, N> mix(a.to.matrix);
+template <class L, int N, class Places>
+__device__ void pack_some(const Plane<const Number>& x, const Packed& to, int64_t b, const Places& tokens) {
+  const int64_t h = blockIdx.y;
+  Mix<L, N> mix(to.matrix);
   each_item<L, N>([&](int, int n, int i) {
-    if (tokens.stored(n)) put<L, N>(a.x.row(b, h, tokens.first + n)[i], n, i, a.to, b, h, tokens);
+    if (tokens.stored(n)) put<L, N>(x.row(b, h, tokens.first + n)[i], n, i, to, b, h, tokens);
     else *Memory<L, N>::vector(i, n) = 0;
   });
   if constexpr (L::layout.scales > 0) {
     __syncthreads();
-    store(a.to, b, h, tokens, mix);
+    store(to, b, h, tokens, mix);
   }
 }
 
@@ -202,8 +227,17 @@ __device__ void take_in_some(const Side& side, const TakeInArguments& a) {
 
 // [batch, heads, tokens, d] to a layout. Programs: tokens / MANY rounded up, heads, batch.
 extern "C" __global__ void __launch_bounds__(THREADS) pack(const PackArguments a) {
-  if (a.values) pack_some<Values, MANY>(a);
-  else pack_some<Keys, MANY>(a);
+  const Tokens tokens{static_cast<int>(blockIdx.x) * MANY, 0, a.tokens, 0};
+  if (a.values) pack_some<Values, MANY>(a.x, a.to, blockIdx.z, tokens);
+  else pack_some<Keys, MANY>(a.x, a.to, blockIdx.z, tokens);
+}
+
+// [1, heads, tokens, d] to slots of pages. Programs: tokens / MANY rounded up, heads, 2.
+extern "C" __global__ void __launch_bounds__(THREADS) pack_pages(const PackPagesArguments a) {
+  const Packed& to = blockIdx.z ? a.values : a.keys;
+  const Slots tokens{static_cast<int>(blockIdx.x) * MANY, a.tokens, a.slots, static_cast<uint32_t>(a.page), to.room};
+  if (blockIdx.z) pack_some<Values, MANY>(a.v, to, 0, tokens);
+  else pack_some<Keys, MANY>(a.k, to, 0, tokens);
 }
 
 // New tokens into a cache. Programs: tokens, heads, 2 batch.

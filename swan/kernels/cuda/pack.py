@@ -11,14 +11,15 @@ from torch import Tensor
 from swan.kernels.cuda.launch import Kernel
 from swan.kernels.cuda.layouts import Groups, coded, dim_of, empty_planes, groups_of, macros
 
-__all__ = ["kernels_of", "pack", "take_in", "unpack"]
+__all__ = ["kernels_of", "pack", "pack_pages", "take_in", "unpack"]
 
 SOURCE = Path(__file__).parent / "pack.cu"
 MANY = 8  # vectors that a program packs where there are many: as in the source
-# The structs PackArguments, UnpackArguments and TakeInArguments of the source, in the notation of `struct`.
+# The structs PackArguments, PackPagesArguments, ... of the source, in the notation of `struct`.
 PLANE = "Q3q"
 PACKED = f"{PLANE * 3}Qq"
-PACK, UNPACK, TAKE_IN = f"{PLANE}{PACKED}2i", f"{PACKED}{PLANE}2i", f"{(PLANE * 2 + PACKED) * 2}2Q2qQq3i0Q"
+PACK, PACK_PAGES = f"{PLANE}{PACKED}2i", f"{PLANE * 2}{PACKED * 2}Q2i"
+UNPACK, TAKE_IN = f"{PACKED}{PLANE}2i", f"{(PLANE * 2 + PACKED) * 2}2Q2qQq3i0Q"
 NO_PLANE = (None, 0, 0, 0)
 
 
@@ -26,6 +27,7 @@ class Kernels(NamedTuple):
     """The kernels of a pair of layouts."""
 
     pack: Kernel
+    pack_pages: Kernel
     unpack: Kernel
     take_in: Kernel
     take_in_many: Kernel
@@ -41,6 +43,36 @@ def pack(x: Tensor, layout: list[int], matrix: Tensor) -> list[Tensor]:
         found, values = _that_know(groups, x.dtype)
         found.pack.launch(x.get_device(), grid, *arguments, tokens, values)
     return planes
+
+
+def pack_pages(
+    k: Tensor,
+    v: Tensor,
+    k_pages: list[Tensor],
+    v_pages: list[Tensor],
+    k_layout: list[int],
+    v_layout: list[int],
+    mixes: list[Tensor],
+    slots: Tensor,
+    page: int,
+) -> None:
+    """Pack keys and values into pages, as `swan.kernels.calls.store_in_pages` says, on torch's current stream.
+
+    Raises:
+        ValueError: slots are of another shape or dtype.
+    """
+    _, heads, tokens, _ = k.shape
+    if slots.dtype != torch.long or slots.shape != (tokens,):
+        raise ValueError(f"expected slots [{tokens}] of int64, got {[*slots.shape]} of {slots.dtype}")
+    if not k.numel():
+        return
+    keys, values = groups_of(k_layout), groups_of(v_layout)
+    k, v = _with_rows(k), _with_rows(v)
+    kernels_of(keys, values, k.dtype).pack_pages.launch(
+        k.get_device(), (-(-tokens // MANY), heads, 2),
+        *_plane(k), *_plane(v), *_packed(k_pages, keys, mixes[0]), *_packed(v_pages, values, mixes[1]),
+        slots.contiguous(), tokens, page,
+    )  # fmt: skip
 
 
 def unpack(planes: list[Tensor], layout: list[int], tokens: int, like: Tensor) -> Tensor:
@@ -100,8 +132,8 @@ def kernels_of(keys: Groups, values: Groups, dtype: torch.dtype) -> Kernels:
         return Kernel(SOURCE, name, defines, arguments, threads, 37 * vectors * widest)
 
     found = Kernels(
-        kernel("pack", PACK, MANY), kernel("unpack", UNPACK, 0), kernel("take_in", TAKE_IN, 1),
-        kernel("take_in_many", TAKE_IN, MANY),
+        kernel("pack", PACK, MANY), kernel("pack_pages", PACK_PAGES, MANY), kernel("unpack", UNPACK, 0),
+        kernel("take_in", TAKE_IN, 1), kernel("take_in_many", TAKE_IN, MANY),
     )  # fmt: skip
     for place, groups in enumerate((keys, values)):
         _KNOWN.setdefault((groups, dtype), (found, place))

@@ -15,12 +15,18 @@ __device__ __forceinline__ int token_of(const AttendArguments& a, int64_t column
   return static_cast<int>(min(max(column - a.origin, int64_t(0)), int64_t(stop)));
 }
 
+// The packed token before which those end that a query sees.
+__device__ __forceinline__ int end_of(const AttendArguments& a, const Place& at, int query, int stop) {
+  const int64_t* end = PAGE ? a.end + at.batch * a.pages.end_batch : a.end;
+  return token_of(a, end[query * a.end_query], stop);
+}
+
 // What rows see of the packed tokens. Those behind the last that some row sees are not read.
 __device__ __forceinline__ Sight sight_of_history(const AttendArguments& a, const Place& at) {
-  const int first = a.first ? token_of(a, a.first[at.batch], a.tokens) : 0;
+  const int first = a.first ? token_of(a, a.first[at.batch], a.tokens) : PAGE ? a.pages.begin : 0;
   int least = a.tokens, most = a.end ? 0 : a.tokens;
   for (int i = 0; a.end && i < at.rows; ++i) {
-    const int end = token_of(a, a.end[(at.first_row + i) % a.queries * a.end_query], a.tokens);
+    const int end = end_of(a, at, (at.first_row + i) % a.queries, a.tokens);
     least = min(least, end), most = max(most, end);
   }
   return {a.mask, first, most, a.end != nullptr, a.mask.data ? 0 : least};
@@ -31,7 +37,7 @@ __device__ __forceinline__ uint32_t seen_by(const Sight& sight, const AttendArgu
                                             int column, int count) {
   if (column >= at.rows) return ~0u;
   const int row = at.first_row + column, query = row % a.queries, head = at.kv_head * a.groups + row / a.queries;
-  const int end = sight.ends ? token_of(a, a.end[query * a.end_query], sight.end) : sight.end;
+  const int end = sight.ends ? end_of(a, at, query, sight.end) : sight.end;
   const Mask& m = sight.mask;
   const uint8_t* mask = m.data + at.batch * m.batch + head * m.head + query * m.query;
   uint32_t seen = 0;
