@@ -11,9 +11,10 @@ from tests.mutants import ROOT, mutated
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
 def test_a_mutant_can_be_made(mutant):
-    """The text that it replaces is there once, Python reads the result, and its tests are there."""
+    """The text that it replaces is there once, Python reads the result if it is Python, and its tests are there."""
     source = (ROOT / mutant.file).read_text()
-    assert ast.dump(ast.parse(mutated(source, mutant))) != ast.dump(ast.parse(source))
+    read = (lambda text: ast.dump(ast.parse(text))) if mutant.file.endswith(".py") else str
+    assert read(mutated(source, mutant)) != read(source)
     assert all((ROOT / "tests" / Path(test.split("::")[0])).is_file() for test in mutant.tests)
 
 

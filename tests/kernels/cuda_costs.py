@@ -1,6 +1,6 @@
 """What the CUDA kernels cost for each advised pair of layouts, known without a GPU, as a table that tests hold.
 
-python -m tests.kernels.cuda_costs [attend] [pack]    prints how costs of today differ from cuda_costs.json
+python -m tests.kernels.cuda_costs [attend] [pages] [pack]    prints how costs of today differ from cuda_costs.json
 python -m tests.kernels.cuda_costs --write            renews it
 """
 
@@ -19,7 +19,8 @@ from tests.kernels import attend_cuda, cubin
 
 FILE = Path(__file__).parent / "cuda_costs.json"
 FOLDER = Path(swan.kernels.cuda.__file__).parent
-SOURCES = {"attend": FOLDER / "attend.cu", "pack": FOLDER / "pack.cu"}
+SOURCES = {"attend": FOLDER / "attend.cu", "pages": FOLDER / "attend.cu", "pack": FOLDER / "pack.cu"}
+DEFINES = {"pages": {"PAGE": 64}}
 ARCHS = ["sm_80", "sm_90", "sm_100"]
 DIMS = [64, 80, 96, 128, 256]
 RETENTIONS = [0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5]
@@ -52,7 +53,8 @@ def name_of(*layouts: Graded) -> str:
 
 def costs(source: str, keys: Graded, values: Graded, arch: str) -> dict[str, Row]:
     """Compile a source; the cost of each kernel in it."""
-    found, binary = cubin.costs(SOURCES[source], attend_cuda.macros(keys, values, torch.bfloat16), arch)
+    defines = attend_cuda.macros(keys, values, torch.bfloat16, **DEFINES.get(source, {}))
+    found, binary = cubin.costs(SOURCES[source], defines, arch)
     codes = cubin.codes(binary)
     return {
         name: Row(
@@ -75,7 +77,9 @@ def table() -> dict[tuple[str, str, str], dict[str, Row]]:
 def main() -> None:
     """Compile everything, and print or write what it costs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("sources", nargs="*", choices=[*SOURCES, []], metavar="source", help="attend, pack; or both")
+    parser.add_argument(
+        "sources", nargs="*", choices=[*SOURCES, []], metavar="source", help="attend, pages, pack; or all"
+    )
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     options.sources = options.sources or [*SOURCES]

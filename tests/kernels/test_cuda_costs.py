@@ -11,7 +11,9 @@ pytestmark = [
     pytest.mark.skipif(cubin.disassembler() is None, reason="needs nvdisasm (in Triton's package)"),
 ]
 
-QUICK = {("attend", "sm_90", name) for name in list(advised())[1::9]} | {("pack", "sm_90", list(advised())[-12])}
+QUICK = {("attend", "sm_90", name) for name in list(advised())[1::9]} | {
+    (source, "sm_90", list(advised())[-12]) for source in ("pages", "pack")
+}
 CASES = [(source, arch, name) for source in SOURCES for arch in ARCHS for name in advised()]
 
 
