@@ -182,7 +182,9 @@ def store_in_pages(k: Tensor, v: Tensor, k_pages: Packed, v_pages: Packed, slots
     layouts = numbers_of(k_pages.format), numbers_of(v_pages.format)
     mixes = [matrix_of(k, k_pages.format), matrix_of(v, v_pages.format)]
     _operator("pack_pages", k)(k, v, *pages, *layouts, mixes, slots, page)
-    _changed(*k_pages.tensors, *v_pages.tensors)
+    if not torch.compiler.is_compiling():  # as in `take_in`
+        written = [*k_pages.tensors, *v_pages.tensors]
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
 def take_in(
@@ -229,7 +231,10 @@ def take_in(
         sinks,
         start,
     )
-    _changed(*recent, *k_history.tensors, *v_history.tensors)
+    if not torch.compiler.is_compiling():
+        # Who saved one of these for a backward pass is told that it changed, as torch's own functions tell.
+        written = [*recent, *k_history.tensors, *v_history.tensors]
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
 def restore(packed: Packed) -> Tensor:
@@ -253,12 +258,6 @@ def restore(packed: Packed) -> Tensor:
         return torch.cat([x if matrix is None else x @ matrix.mT for x, matrix in parts], dim=1)
     like = packed.planes[0].new_empty(0, dtype=packed.dtype)
     return _operator("unpack", like)(planes_of(packed), numbers_of(packed.format), packed.planes[0].shape[2], like)
-
-
-def _changed(*written: Tensor) -> None:
-    """Tell who saved one of these for a backward pass that it changed, as torch's own functions do."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
 def _operator(name: str, x: Tensor) -> Any:
