@@ -805,8 +805,8 @@ MUTANTS = [
     Mutant(
         "page-and-place-swapped",
         PAGES,
-        "pages[number[there], :, place[there]]",
-        "pages[number[there], :, place[there].flip(0)]",
+        "pages[number, :, place]",
+        "pages[number, :, place.flip(0)]",
         OF_PAGES,
     ),
     Mutant(

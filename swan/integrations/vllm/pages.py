@@ -10,6 +10,8 @@ Of the dense first tokens only those in the first page of a sequence are read: t
 because pages are alike, and a page does not know which of a sequence it is.
 """
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,9 +139,9 @@ class PackedPages:
         if (kernel := store_in_pages_kernel(k, v, self.keys.format, self.values.format)) is not None:
             kernel(k, v, self.keys, self.values, slots, self.tokens)
         else:
-            for stored, x in ((self.keys, k), (self.values, v)):
-                for to, rows in zip(stored.tensors, pack(x, stored.format).tensors, strict=True):
-                    _write(to, rows, slots, self.tokens)
+            stored = [*self.keys.tensors, *self.values.tensors]
+            packed = [*pack(k, self.keys.format).tensors, *pack(v, self.values.format).tensors]
+            _write([*zip(stored, packed, strict=True)], slots, self.tokens)
         if self.first is not None:
             self.first.write(slots, k, v, self.tokens)
 
@@ -192,14 +194,13 @@ class DensePages:
             page: tokens of a page, of which only the first are here; by default all are.
         """
         page = page or self.tokens
-        keys, values = (
-            Packed((x,), None, None, Graded(((x.shape[-1], 16),)), x.dtype) for x in (self.keys, self.values)
-        )
-        if (kernel := store_in_pages_kernel(k, v, keys.format, values.format)) is not None:
-            kernel(k, v, keys, values, slots, page)
+        pages = self.keys, self.values
+        layouts = [_whole(x.shape[-1]) for x in pages]
+        if (kernel := store_in_pages_kernel(k, v, *layouts)) is not None:
+            both = [Packed((x,), None, None, layout, x.dtype) for x, layout in zip(pages, layouts, strict=True)]
+            kernel(k, v, *both, slots, page)
         else:
-            for to, rows in ((self.keys, k), (self.values, v)):
-                _write(to, rows, slots, page)
+            _write([*zip(pages, (k, v), strict=True)], slots, page)
 
     def read(self, table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Copy keys and values ``[1, kv_heads, tokens, d]`` of one sequence, from column `start` to `stop`."""
@@ -222,8 +223,18 @@ class DensePages:
         return Recent(keys, values, rearrange(columns >= 0, "s t -> s 1 1 t"))
 
 
-def _write(pages: Tensor, rows: Tensor, slots: Tensor, page: int) -> None:
+@functools.cache
+def _whole(d: int) -> Graded:
+    """Return the layout in which kernels store dense vectors."""
+    return Graded(((d, 16),))
+
+
+def _write(pairs: Sequence[tuple[Tensor, Tensor]], slots: Tensor, page: int) -> None:
     """Write rows ``[1, heads, tokens, width]`` into those of their slots that pages have a place for."""
     number, place = slots // page, slots % page
-    there = (slots >= 0) & (place < pages.shape[2])
-    pages[number[there], :, place[there]] = rearrange(rows[:, :, there], "1 h t w -> t h w")
+    there = (slots >= 0) & (place < pairs[0][0].shape[2])
+    if not there.all():
+        pairs = [(pages, rows[:, :, there]) for pages, rows in pairs]
+        number, place = number[there], place[there]
+    for pages, rows in pairs:
+        pages[number, :, place] = rearrange(rows, "1 h t w -> t h w")
