@@ -180,7 +180,7 @@ def store_in_pages(k: Tensor, v: Tensor, k_pages: Packed, v_pages: Packed, slots
     """
     pages = [[*k_pages.tensors], [*v_pages.tensors]]
     layouts = numbers_of(k_pages.format), numbers_of(v_pages.format)
-    mixes = [matrix_of(k, k_pages.format), matrix_of(v, v_pages.format)]
+    mixes = [*matrices_of(k, k_pages.format), *matrices_of(v, v_pages.format)]
     _operator("pack_pages", k)(k, v, *pages, *layouts, mixes, slots, page)
     if not torch.compiler.is_compiling():  # as in `take_in`
         written = [*k_pages.tensors, *v_pages.tensors]

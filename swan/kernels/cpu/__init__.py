@@ -81,7 +81,10 @@ def variant() -> str:
 
 def attends(dtype: torch.dtype, *layouts: Layout) -> bool:
     """Tell if the kernel attends to layouts of keys and values, with queries of a dtype: to `ATTENDS`."""
-    return dtype != torch.float64 and all([numbers_of(layout) is not None for layout in layouts])
+    for layout in layouts:
+        if numbers_of(layout) is None:
+            return False
+    return dtype != torch.float64
 
 
 def attends_dense(_dtype: torch.dtype) -> bool:
