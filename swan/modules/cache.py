@@ -43,9 +43,9 @@ class KVCache(nn.Module):
         max_length: tokens that a static cache can hold.
         keep: share of the history's tokens that stay, from 0 to 1; None: all of them. After each page of 64 queries
             every KV head drops those that drew least attention: by a running mean of the attention that a token
-            received from the queries of a page (half of it from the newest page), times the length of its value. The
-            mean is stored in a byte a token, and the queries of the page are kept. At 1 tokens are scored only, so that
-            `evict` can choose.
+            received from the queries of a page (half of it from the newest page; of masks only padding counts), times
+            the length of its value. The mean is stored in a byte a token, and the queries of the page are kept. At 1
+            tokens are scored only, so that `evict` can choose.
 
     Raises:
         TypeError: `plan_layer` is neither a `LayerPlan` nor None.
@@ -173,10 +173,10 @@ class KVCache(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._check(k, v, padding)
-            checks.check_queries(q, k.shape[2])
+            checks.check_queries(q, k.shape[2], self.state)
             check_attention(q, k, v, None)
             checks.check_mask(mask, q, 0 if mask is None else self.length + k.shape[2])
-            self._check_choice(mask)
+            self._check_choices(mask, self.state.padding if padding is None else padding, self._pages(k.shape[2]))
         if impl != "auto":
             check_cache_impl(impl, q, v, self.plan_layer)
         if self.keep is None:
@@ -250,10 +250,10 @@ class KVCache(nn.Module):
             TypeError: the mask is not boolean.
         """
         if not torch.compiler.is_compiling():
-            checks.check_queries(q, visible.queries)
+            checks.check_queries(q, visible.queries, self.state)
             checks.check_latest(visible, self.state)
             checks.check_mask(mask, q, 0 if mask is None else self.length)
-            self._check_choice(mask)
+            self._check_choices(mask, self.state.padding, [visible.queries])
         out = attend(q, visible, mask, scale, impl)
         if self.keep is not None:
             self._observe(q, self.length - visible.queries, scale)
@@ -321,20 +321,15 @@ class KVCache(nn.Module):
         Raises:
             ValueError: `length` is negative or more than the cache holds, or tokens before it were dropped by score.
         """
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot crop to {length} tokens, the cache holds {self.length}")
+        checks.check_crop(length, self.state)
         if length == 0 and not self.static:
             return self.reset()
-        if length < self.state.chosen:
-            raise ValueError(
-                f"cannot crop to {length} tokens: of the first {self.state.chosen} some were dropped for the sake of "
-                "later ones; crop to no less than that, or to 0"
-            )
         first, left = int(self.state.first), self._columns_left()
         owed = max(self.state.dropped - left, 0)  # to be dropped of the next tokens that leave
         self.buffer.crop(length)
         self.history.crop(first)
         self.state.dropped = min(self.state.dropped, self._columns_left()) + owed
+        self.state.observed = min(self.state.observed, -(-length // PAGE) * PAGE)  # the page it cuts is not looked at
         if self.state.scores is not None:
             self.state.scores = self.state.scores[:, :, : self.history_length].clone()
 
@@ -371,18 +366,25 @@ class KVCache(nn.Module):
         if pages:
             keep_best(state, history, history.length - math.ceil(self.keep * (history.length + state.dropped)))
 
-    def _check_choice(self, mask: Tensor | None) -> None:
-        """Raise a ValueError if a mask says more than padding of a history of which tokens were dropped by score."""
-        chosen, padding = self.state.chosen, self.state.padding
-        if mask is None or not chosen:
+    def _check_choices(self, mask: Tensor | None, padding: Tensor | None, sizes: list[int]) -> None:
+        """Raise a ValueError if a mask hides tokens of a history that is, or by then will be, chosen by score.
+
+        Args:
+            mask: that of the new tokens.
+            padding: left padding of each row.
+            sizes: of the pieces in which the new tokens are taken in, with a choice after some of them.
+        """
+        if mask is None or self.keep is None:
             return
-        columns = torch.arange(self.buffer.sinks, chosen, device=mask.device)
-        real = columns >= 0 if padding is None else columns >= padding.view(-1, 1, 1, 1)
-        if bool((mask[..., self.buffer.sinks : chosen] != real).any()):
-            raise ValueError(
-                "tokens of the history were dropped by score, so it is no longer known which is which: a mask can hide "
-                f"left padding of its first {chosen} columns, and nothing else"
-            )
+        state, sinks, start, length = self.state, self.buffer.sinks, 0, self.length
+        chosen, dropped = state.chosen, state.dropped
+        for size in sizes:
+            checks.check_choice(mask[:, :, start : start + size], sinks, chosen, padding)
+            start, length = start + size, length + size
+            left = max(length - self.buffer.size, int(state.first)) - sinks
+            kept = math.ceil(self.keep * left)
+            if length % PAGE == 0 and length > state.observed and left - dropped > max(kept, 0):
+                chosen, dropped = left + sinks, left - kept
 
     def _take_in(self, k: Tensor, v: Tensor, padding: Tensor | None, impl: Impl = "auto") -> Visible:
         state, buffer, queries = self.state, self.buffer, k.shape[2]

@@ -11,6 +11,8 @@ from swan.storage import ByHead, LayerPlan, TopK
 from swan.storage.topk import check_positions
 
 __all__ = [
+    "check_choice",
+    "check_crop",
     "check_keep",
     "check_latest",
     "check_mask",
@@ -100,10 +102,39 @@ def check_new(k: Tensor, v: Tensor, padding: Tensor | None, plan_layer: LayerPla
         raise ValueError(f"padding counts each row's left padding, [{k.shape[0]}], got {list(padding.shape)}")
 
 
-def check_queries(q: Tensor, tokens: int) -> None:
-    """Raise a ValueError if queries are not those of so many new tokens."""
+def check_queries(q: Tensor, tokens: int, state: CacheState) -> None:
+    """Raise a ValueError if queries are not those of so many new tokens, or of other heads than those before them."""
     if q.ndim != 4 or q.shape[2] != tokens:
         raise ValueError(f"{tokens} tokens were taken in, so queries [batch, heads, {tokens}, d]; got {list(q.shape)}")
+    if state.queries is not None and state.queries.shape[1] != q.shape[1]:
+        raise ValueError(
+            f"the cache scores its tokens by the attention of {state.queries.shape[1]} query heads, got {q.shape[1]}; "
+            "reset() it for another number"
+        )
+
+
+def check_crop(length: int, state: CacheState) -> None:
+    """Raise a ValueError if a cache cannot go back to so many tokens."""
+    if not 0 <= length <= int(state.length):
+        raise ValueError(f"cannot crop to {length} tokens, the cache holds {int(state.length)}")
+    if 0 < length < state.chosen:
+        raise ValueError(
+            f"cannot crop to {length} tokens: of the first {state.chosen} some were dropped for the sake of "
+            "later ones; crop to no less than that, or to 0"
+        )
+
+
+def check_choice(mask: Tensor, sinks: int, chosen: int, padding: Tensor | None) -> None:
+    """Raise a ValueError if a mask hides more than padding before column `chosen`: some tokens there were dropped."""
+    if chosen <= sinks:
+        return
+    columns = torch.arange(sinks, chosen, device=mask.device)
+    real = columns >= 0 if padding is None else columns >= padding.view(-1, 1, 1, 1)
+    if bool((mask[..., sinks:chosen] != real).any()):
+        raise ValueError(
+            "tokens of the history were dropped by score, so it is no longer known which is which: a mask can hide "
+            f"left padding of its first {chosen} columns, and nothing else"
+        )
 
 
 def check_latest(visible: Visible, state: CacheState) -> None:

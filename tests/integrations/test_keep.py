@@ -93,6 +93,11 @@ def test_crop_and_masks_are_refused_with_a_reason(model):
     logits_of(model, cache, chunk=300, **TEXT)
     with pytest.raises(ValueError, match="some were dropped for the sake of later ones"):
         cache.crop(-150)
+    dense_too = kept(model, exclude=[0])
+    logits_of(model, dense_too, chunk=300, **TEXT)
+    with pytest.raises(ValueError, match="some were dropped for the sake of later ones"):
+        dense_too.crop(-150)
+    assert [int(layer.get_seq_length()) for layer in dense_too.layers] == [300, 300]
     cache.crop(-3)
     mask = torch.ones(2, 1, 9, 306, dtype=torch.bool).tril(297)
     mask[..., 40] = False

@@ -237,6 +237,16 @@ def test_crop_goes_back_to_the_last_choice():
     assert cache.length == 0 and cache.state.scores is None and cache.state.queries is None
 
 
+def test_pages_after_a_crop_are_looked_at():
+    """Going back far, the pages that come anew count as the first did."""
+    q, k, v = text(6 * PAGE)
+    cache = cache_of(keep=1.0)
+    run(cache, q, k, v, [q.shape[2]])
+    cache.crop(PAGE + 6)
+    run(cache, *(t[:, :, PAGE + 6 : 4 * PAGE] for t in (q, k, v)), [40, 3 * PAGE - 46])
+    assert cache.state.observed == 4 * PAGE and cache.state.scores.shape[2] == cache.history_length > 0
+
+
 def test_masks_may_hide_padding_only_once_tokens_were_chosen():
     q, k, v = text(3 * PAGE)
     cache = cache_of()
@@ -250,6 +260,30 @@ def test_masks_may_hide_padding_only_once_tokens_were_chosen():
     seen[..., 5] = True
     expected = copy.deepcopy(cache)(*one)
     torch.testing.assert_close(cache(*one, mask=seen), expected)
+
+
+def test_masks_of_a_call_that_drops_tokens_on_its_way():
+    q, k, v = text(4 * PAGE)
+    cache, causal = cache_of(), torch.ones(1, 1, 4 * PAGE, 4 * PAGE, dtype=torch.bool).tril()
+    torch.testing.assert_close(cache(q, k, v, mask=causal), run(cache_of(), q, k, v, [4 * PAGE]))
+    hiding, cache = causal.clone(), cache_of()
+    hiding[:, :, 2 * PAGE, 5] = False  # the first choice was at 2 * PAGE
+    with pytest.raises(ValueError, match="a mask can hide left padding of its first 64 columns, and nothing else"):
+        cache(q, k, v, mask=hiding)
+    assert cache.length == 0
+    earlier = causal.clone()
+    earlier[:, :, 2 * PAGE - 1, 5] = False
+    assert not torch.equal(cache(q, k, v, mask=earlier), run(cache_of(), q, k, v, [4 * PAGE]))
+
+
+def test_queries_of_another_number_of_heads_are_refused():
+    q, k, v = text(PAGE + 9)
+    cache = cache_of()
+    run(cache, q, k, v, [q.shape[2]])
+    fewer = [t[:, :KV_HEADS, :3] for t in (q, k, v)]
+    with pytest.raises(ValueError, match="by the attention of 6 query heads, got 2"):
+        cache(*fewer)
+    assert cache.length == q.shape[2]
 
 
 def test_update_stops_where_the_history_is_looked_at():

@@ -31,7 +31,7 @@ from swan.kernels import cuda
 from swan.kernels.calls import kernels_on
 from swan.modules import KVCache
 from swan.modules.cache import Prefill
-from swan.modules.checks import check_room
+from swan.modules.checks import check_crop, check_room
 
 __all__ = ["SwanCache"]
 
@@ -280,11 +280,14 @@ class SwanCache(Cache):
             tokens_to_remove: how many, as a negative number; a positive one is the length to keep.
 
         Raises:
-            ValueError: a layer of transformers cannot; nothing has changed then.
+            ValueError: a layer of transformers cannot, or tokens before it were dropped by score (`keep`); nothing has
+                changed then.
         """
         check_croppable(self.layers)
         if tokens_to_remove > 0:
             tokens_to_remove = min(tokens_to_remove - int(self.get_seq_length()), 0)
+        for kv in self.winnowed.values():
+            check_crop(max(kv.length + tokens_to_remove, 0), kv.state)
         super().crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
