@@ -1,6 +1,7 @@
 """`KVCache` under any order of operations, beside its oracle."""
 
 import copy
+import functools
 import io
 import pickle
 from typing import Any, ClassVar
@@ -11,15 +12,25 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from swan import Graded, KVCache, LayerPlan, TopK
-from tests.stateful.checked import assert_answer, assert_holds, assert_refused, follow_dtype, image
-from tests.stateful.oracle import Oracle
+from tests.stateful.checked import (
+    assert_answer,
+    assert_holds,
+    assert_refused,
+    assert_same,
+    follow_choice,
+    follow_dtype,
+    image,
+    product_error,
+)
+from tests.stateful.oracle import PAGE, Oracle
 from tests.strategies import coded_layouts, normal, seeds
 
-__all__ = ["BUFFERS", "CacheMachine"]
+__all__ = ["BUFFERS", "KEEPS", "CacheMachine"]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-LONGEST, COPIES = 150, 3
+LONGEST, LONGEST_CHOSEN, COPIES = 150, 500, 3
 BUFFERS = st.integers(1, 8) | st.sampled_from([12, 20, 33])  # the last ones grow, some of them more than once
+KEEPS = [0.3, 0.6, 0.9, 1.0]
 ROWS = st.lists(st.integers(0, 5), min_size=1, max_size=3)
 
 
@@ -59,15 +70,20 @@ class CacheMachine(RuleBasedStateMachine):
         self.prefill = data.draw(st.sampled_from(["chunk", "windowed"]))
         self.static = data.draw(st.booleans())
         self.longest = data.draw(st.integers(1, 80)) if self.static else LONGEST
+        self.keep = None
+        if plan_layer is not None and not self.static:
+            self.keep = data.draw(st.none() | st.sampled_from(KEEPS))
+            self.longest = LONGEST if self.keep is None else LONGEST_CHOSEN
         self.cache = self.new(plan_layer, buffer, sinks)
-        self.oracle = Oracle(buffer, sinks, windowed=self.prefill == "windowed", history=plan_layer is not None)
+        windowed, history = self.prefill == "windowed", plan_layer is not None
+        self.oracle = Oracle(buffer, sinks, windowed=windowed, history=history, keep=self.keep)
         self.seen_layouts = plan_layer
         self.batch = data.draw(st.integers(1, 3))
         self.copies = []
 
     def new(self, plan_layer, buffer, sinks) -> KVCache:
         room = {"static": True, "max_length": self.longest} if self.static else {}
-        return KVCache(plan_layer, buffer=buffer, sinks=sinks, prefill=self.prefill, **room)
+        return KVCache(plan_layer, buffer=buffer, sinks=sinks, prefill=self.prefill, keep=self.keep, **room)
 
     # Tokens ---------------------------------------------------------------------------------------
 
@@ -81,33 +97,68 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), seed=seeds, tokens=st.integers(1, 70))
     def many_tokens(self, data, seed, tokens):
-        self.take_in(data, seed, tokens)
+        self.take_in(data, seed, tokens if self.keep is None else 6 * tokens)
+
+    @rule(data=st.data(), seed=seeds, more=st.integers(-1, 1))
+    @precondition(lambda self: self.oracle.keep is not None)
+    def to_the_end_of_a_page(self, data, seed, more):
+        self.take_in(data, seed, PAGE - self.oracle.length % PAGE + more)
 
     def take_in(self, data, seed, tokens):
         oracle, cache = self.oracle, self.cache
-        before, left = oracle.length, oracle.left
+        before = oracle.length
         tokens = min(tokens, self.longest - before)
         if tokens == 0:
             return self.refuse_one_more(seed)
         q, k, v = self.qkv(seed, tokens)
         padding = self.draw_padding(data, before)
         mask = self.draw_mask(data, seed, tokens)
+        hides_chosen = False
+        if mask is not None and self.keep is not None:
+            shown = self.showing_chosen(mask, padding)
+            hides_chosen = bool((mask != shown).any()) and data.draw(st.integers(0, 3)) == 0
+            mask = mask if hides_chosen else shown
         scale = data.draw(st.sampled_from([None, 0.1, 0.5]))
         impls = ["auto", "auto", "compiled", "reference", *["sdpa"] * self.sdpa_serves()]
         impl = data.draw(st.sampled_from(impls))
         packer = data.draw(st.sampled_from(["auto", "compiled"]))
         given = None if padding is None else torch.tensor(padding)
+        settings = {"mask": mask, "scale": scale, "impl": impl}
+        if hides_chosen:
+            call = functools.partial(cache, q, k, v, padding=given, **settings)
+            return self.refused("a mask can hide left padding", call)
+        whole, watched = None, cache
         if packer == "auto":
-            found = cache(q, k, v, mask=mask, padding=given, scale=scale, impl=impl)
-        else:
-            visible = cache.update(k, v, padding=given, impl=packer)
-            found = cache.attend(q, visible, mask=mask, scale=scale, impl=impl)
-        oracle.append(k, v, padding)
-        self.look()
-        factor = self.d**-0.5 if scale is None else scale
-        answer = oracle.attend(q, before, left, factor, mask)
-        assert found.dtype == self.dtype
-        assert_answer(found, answer, cache.plan_layer, impl=impl, d=self.d)
+            watched = None if self.keep is None else copy.deepcopy(cache)
+            whole = cache(q, k, v, padding=given, **settings)
+        factor, outs = self.d**-0.5 if scale is None else scale, []
+        for size in oracle.pieces(tokens):
+            length, left = oracle.length, oracle.left
+            new = slice(length - before, length - before + size)
+            if mask is not None:
+                settings["mask"] = mask[:, :, new]
+            visible = (
+                None if watched is None else watched.update(k[:, :, new], v[:, :, new], padding=given, impl=packer)
+            )
+            oracle.append(k[:, :, new], v[:, :, new], padding)
+            self.look(watched)
+            if watched is None or visible is None:
+                assert whole is not None
+                found = whole
+            else:
+                found = watched.attend(q[:, :, new], visible, **settings)
+            outs.append(found)
+            assert found.dtype == self.dtype
+            answer = oracle.attend(q[:, :, new], length, left, factor, settings["mask"])
+            assert_answer(found, answer, cache.plan_layer, impl=impl, d=self.d)
+            drop = oracle.look_back(q[:, :, new], length, factor, self.product_error)
+            follow_choice(cache if watched is None else watched, oracle, drop)
+        if whole is not None and watched is not None:
+            assert torch.equal(whole, torch.cat(outs, dim=2)), "tokens in one call are those of its pages"
+            assert_same(cache, watched)
+
+    def product_error(self, largest) -> Tensor:
+        return product_error(largest, self.oracle.length, self.cache.plan_layer, self.dtype, self.d)
 
     def sdpa_serves(self) -> bool:
         return self.d == self.dv and self.dtype != torch.float64
@@ -131,6 +182,17 @@ class CacheMachine(RuleBasedStateMachine):
         columns = self.oracle.length + tokens + data.draw(st.integers(0, 3))
         return normal(seed + 3, batch, heads, tokens, columns) < 0.5
 
+    def showing_chosen(self, mask, padding) -> Tensor:
+        """Return a mask that hides padding only where it is no longer known which token is which."""
+        oracle, start, mask = self.oracle, 0, mask.expand(self.batch, -1, -1, -1).clone()
+        first = torch.tensor(padding or oracle.padding or [0] * self.batch)[:, None, None, None]
+        tokens = mask.shape[2]
+        for size, chosen in zip(oracle.pieces(tokens), oracle.choices(tokens), strict=True):
+            columns = torch.arange(oracle.sinks, max(chosen, oracle.sinks))
+            mask[:, :, start : start + size, oracle.sinks : max(chosen, oracle.sinks)] = columns >= first
+            start += size
+        return mask
+
     def refuse_one_more(self, seed):
         if self.static:
             self.refused("more do not fit", lambda: self.cache(*self.qkv(seed, 1)))
@@ -149,17 +211,21 @@ class CacheMachine(RuleBasedStateMachine):
         if self.static:
             return self.refused("keeps all its tokens", lambda: self.cache.evict(tokens))
         self.cache.evict(tokens)
+        if tokens <= self.oracle.scored:
+            return follow_choice(self.cache, self.oracle, tokens)
         self.oracle.evict(tokens)
 
     @rule(data=st.data())
     def crop(self, data):
-        length = data.draw(st.integers(0, self.oracle.length))
-        self.cache.crop(length)
-        self.oracle.crop(length)
+        self.crop_to(data.draw(st.integers(0, self.oracle.length)))
 
     @rule(tokens=st.integers(0, 6))
     def take_back(self, tokens):
-        length = max(self.oracle.length - tokens, 0)
+        self.crop_to(max(self.oracle.length - tokens, 0))
+
+    def crop_to(self, length):
+        if 0 < length < self.oracle.chosen:
+            return self.refused("were dropped for the sake of later ones", lambda: self.cache.crop(length))
         self.cache.crop(length)
         self.oracle.crop(length)
 
@@ -253,7 +319,7 @@ class CacheMachine(RuleBasedStateMachine):
             "must be one of": lambda: cache(q, k, v, impl="fast"),
         }
         if self.kv_heads == 2:
-            calls["heads a multiple"] = lambda: cache(torch.cat([q, q[:, :1]], 1), k, v)
+            calls["heads a multiple|query heads"] = lambda: cache(torch.cat([q, q[:, :1]], 1), k, v)
         if cache.plan_layer is not None:
             calls["NVIDIA GPU"] = lambda: cache.update(k, v, impl="cuda")
             calls["cannot read packed"] = lambda: cache(q, k, v, impl="flex")
@@ -261,6 +327,8 @@ class CacheMachine(RuleBasedStateMachine):
                 calls["gives a log-sum-exp"] = lambda: cache(q, k, v, impl="sdpa")
             calls["coordinates"] = lambda: cache.update(k[..., :-1], v)
             calls["the new layouts are for"] = lambda: cache.repack(LayerPlan(TopK(24, 3), TopK(24, 3)))
+        if self.keep is not None and length:
+            calls["query heads"] = lambda: cache(torch.cat([q, q], 1), k, v)
         if length:
             calls["the cache holds torch"] = lambda: cache(q.to(other), k.to(other), v.to(other))
             calls["of batch and heads"] = lambda: cache(*(torch.cat([t, t]) for t in (q, k, v)))
@@ -273,8 +341,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     # What can be seen -----------------------------------------------------------------------------
 
-    def look(self):
-        assert_holds(self.cache, self.oracle, self.seen_layouts)
+    def look(self, cache=None):
+        assert_holds(self.cache if cache is None else cache, self.oracle, self.seen_layouts)
         self.seen_layouts = self.cache.plan_layer
 
     @invariant()

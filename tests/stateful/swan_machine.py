@@ -18,10 +18,19 @@ from torch import Tensor
 
 from swan import Graded, LayerPlan, Plan, SwanCache, TopK
 from swan.calibration.capture import attention_layers
+from swan.functional import rotate
 from swan.integrations.transformers.attention import swan_attention_forward
-from tests.stateful.checked import assert_answer, assert_holds, assert_refused, image
+from tests.stateful.checked import (
+    assert_answer,
+    assert_holds,
+    assert_refused,
+    assert_same,
+    follow_choice,
+    image,
+    product_error,
+)
 from tests.stateful.layouts import U32, unit
-from tests.stateful.machine import BUFFERS
+from tests.stateful.machine import BUFFERS, KEEPS
 from tests.stateful.oracle import Oracle
 from tests.strategies import normal, seeds
 from tests.tiny import attached
@@ -63,11 +72,15 @@ class SwanMachine(RuleBasedStateMachine):
         self.static = kind == "levels" or (kind == "plan" and data.draw(st.booleans()))
         if self.static:
             settings |= {"static": True, "max_length": data.draw(st.integers(1, 90))}
+        self.keep = None
+        if kind in ("retention", "plan") and not self.static:
+            self.keep = data.draw(st.none() | st.sampled_from(KEEPS))
         match kind:
             case "retention":
-                settings["retention"] = data.draw(st.sampled_from(RETENTIONS))
+                settings |= {"retention": data.draw(st.sampled_from(RETENTIONS)), "keep": self.keep}
             case "plan":
-                settings["plan"] = Plan(data.draw(st.sampled_from(list(PLANS.values()))), buffer=buffer, sinks=sinks)
+                layers = data.draw(st.sampled_from(list(PLANS.values())))
+                settings["plan"] = Plan(layers, buffer=buffer, sinks=sinks, keep=self.keep)
             case "budget":
                 settings["budget"] = data.draw(st.integers(4_000, 60_000))
                 settings["on_full"] = data.draw(st.sampled_from(["raise", "evict"]))
@@ -80,7 +93,7 @@ class SwanMachine(RuleBasedStateMachine):
         # A layer that is excluded is one whose buffer never fills.
         sizes = [buffer if i in winnowed else 10**6 for i in range(LAYERS)]
         self.oracles = [
-            Oracle(size, sinks, windowed=self.prefill == "windowed", history=packs)
+            Oracle(size, sinks, windowed=self.prefill == "windowed", history=packs, keep=self.keep if packs else None)
             for size, packs in zip(sizes, history, strict=True)
         ]
         self.seen_layouts = self.layouts()
@@ -136,23 +149,49 @@ class SwanMachine(RuleBasedStateMachine):
                 return
             if index == 0:
                 self.follow_budget(shown)
-            left = oracle.left
             if index in cache.winnowed:
+                twin = None if oracle.keep is None else copy.deepcopy(cache.winnowed[index])
                 out, _ = swan_attention_forward(self.modules[index], q, keys, values, mask, scaling=0.3)
-                self.append(index, k, v, padding)
-                answer = oracle.attend(self.rotated(q, index, "key"), before, left, 0.3)
-                answer.out = answer.out @ self.basis(index, "value").mT
-                assert_answer(
-                    out.transpose(1, 2), answer, cache.winnowed[index].plan_layer, impl="auto", d=D, rotated=True
-                )
+                self.follow(index, (q, k, v), padding, mask, out.transpose(1, 2), twin)
             else:
                 oracle.append(k, v, padding or None)
                 assert torch.equal(keys.double(), oracle.keys) and torch.equal(values.double(), oracle.values)
 
-    def append(self, index, k, v, padding):
-        oracle = self.oracles[index]
-        oracle.append(self.rotated(k, index, "key"), self.rotated(v, index, "value"), padding or None)
-        self.look(index)
+    def follow(self, index, qkv, padding, mask, out, twin):
+        """Have the oracle take in what a layer has, and compare; a twin that drops tokens does it page by page."""
+        oracle, kv, start = self.oracles[index], self.cache.winnowed[index], 0
+        before, given = oracle.length, None
+        if any(padding):  # as far as the new tokens tell
+            given = torch.tensor(padding).clamp(max=before + qkv[0].shape[2])
+        for size in oracle.pieces(qkv[0].shape[2]):
+            length, left, new = oracle.length, oracle.left, slice(start, start + size)
+            q, k, v = (t[:, :, new] for t in qkv)
+            seen = None if twin is None else twin.update(*self.stored(k, v, index), padding=given)
+            oracle.append(self.rotated(k, index, "key"), self.rotated(v, index, "value"), padding or None)
+            self.look(index, twin)
+            answer = oracle.attend(self.rotated(q, index, "key"), length, left, 0.3)
+            answer.out = answer.out @ self.basis(index, "value").mT
+            assert_answer(out[:, :, new], answer, kv.plan_layer, impl="auto", d=D, rotated=True)
+            if twin is not None and seen is not None:
+                rows = None if mask is None else mask[:, :, new]
+                twin.attend(self.stored(q, v, index)[0], seen, mask=rows, scale=0.3)
+                drop = oracle.look_back(
+                    self.rotated(q, index, "key"), length, 0.3, functools.partial(self.product_error, index)
+                )
+                follow_choice(twin, oracle, drop)
+            start += size
+        if twin is not None:
+            assert_same(kv, twin)
+
+    def stored(self, k, v, index) -> list[Tensor]:
+        """Rotate as swan does, in the dtype."""
+        names = (k, "key"), (v, "value")
+        return [rotate(t, getattr(self.modules[index], f"swan_{name}_basis").to(self.dtype)) for t, name in names]
+
+    def product_error(self, index, largest) -> Tensor:
+        plan_layer, length = self.cache.winnowed[index].plan_layer, self.oracles[index].length
+        rotation = 2 * (unit(self.dtype) + D * U32) * largest
+        return product_error(largest, length, plan_layer, self.dtype, D) + rotation
 
     def basis(self, index, name) -> Tensor:
         return getattr(self.modules[index], f"swan_{name}_basis").double()[0]
@@ -206,6 +245,8 @@ class SwanMachine(RuleBasedStateMachine):
 
     @rule(tokens=st.integers(0, 30))
     def crop(self, tokens):
+        if 0 < self.length - tokens < max(oracle.chosen for oracle in self.oracles):
+            return self.refused("were dropped for the sake of later ones", lambda: self.cache.crop(-tokens))
         self.cache.crop(-tokens)
         for oracle in self.oracles:
             oracle.crop(max(oracle.length - tokens, 0))
@@ -293,8 +334,8 @@ class SwanMachine(RuleBasedStateMachine):
     def refused(self, message, call):
         assert_refused(call, message, self.shown)
 
-    def look(self, index):
-        kv = self.cache.winnowed[index]
+    def look(self, index, twin=None):
+        kv = self.cache.winnowed[index] if twin is None else twin
         uncertain = unit(self.dtype) + (D + 2) * U32 * D**0.5
         assert_holds(kv, self.oracles[index], self.seen_layouts[index], uncertain)
         self.seen_layouts[index] = kv.plan_layer
