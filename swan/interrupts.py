@@ -2,12 +2,15 @@
 
 While modules are imported there is nothing to tidy up, and an exception might be swallowed: the process ends at once.
 Afterwards the first Ctrl-C raises KeyboardInterrupt, so that scratch folders are removed; the second ends the process,
-and so do some seconds in which the first came to nothing.
+and so do some seconds in which the first came to nothing, and an exception that nobody catches: before and after a
+command there is nobody, and C code reports there what it cannot raise.
 """
 
+import atexit
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,8 @@ def during_imports() -> None:
 def during_work() -> None:
     """Raise KeyboardInterrupt at the first Ctrl-C, and end the process if that does not."""
     signal.signal(signal.SIGINT, _interrupt)
+    if hasattr(signal, "SIGALRM"):  # Python gives signals back before it unloads modules: the alarm would kill it then
+        atexit.register(signal.alarm, 0)
 
 
 def _interrupt(*_: Any) -> None:
@@ -42,7 +47,9 @@ def _interrupt(*_: Any) -> None:
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, _leave)
         signal.alarm(PATIENCE)
-    sys.unraisablehook = lambda _: None  # an exception in a finalizer would show its traceback
+    # Without these an exception in a finalizer, in another thread or outside of commands would show its traceback.
+    sys.unraisablehook = threading.excepthook = lambda _: None
+    sys.excepthook = _leave
     raise KeyboardInterrupt
 
 

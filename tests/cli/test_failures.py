@@ -370,6 +370,48 @@ def test_interrupted_where_the_exception_becomes_another(monkeypatch, tmp_path):
     assert (status, errors) == (interrupts.STATUS, "interrupted\n")
 
 
+PRESSED = """
+import os, signal, sys, threading, time, types
+from swan import interrupts
+from swan.cli import main
+
+def press():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+
+def caught():
+    try:
+        press()
+    except KeyboardInterrupt:
+        time.sleep(0.2)
+        sys.exit(interrupts.STATUS)
+
+def fail():
+    time.sleep(0.1)
+    raise OSError
+
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(2)
+
+sys.modules["swan.cli.app"] = commands = types.ModuleType("commands")
+"""
+WITHOUT_A_CATCHER = {
+    "before": ("commands.app = press; main()", "interrupted\n"),  # while typer makes the commands
+    "after": ("commands.app = lambda: None; main(); press()", "interrupted\n"),
+    "in a thread": ("commands.app = lambda: (threading.Thread(target=fail).start(), caught()); main()", ""),
+    "while modules are unloaded": ("interrupts.PATIENCE = 1; sys.slow = Slow(); commands.app = caught; main()", ""),
+}
+
+
+@pytest.mark.parametrize("place", WITHOUT_A_CATCHER)
+def test_interrupted_where_nobody_catches(place, tmp_path):
+    call, said = WITHOUT_A_CATCHER[place]
+    command = [sys.executable, "-c", PRESSED + call]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert (run.returncode, run.stderr) == (interrupts.STATUS, said)
+
+
 PROGRAM = "import sys; sys.argv[0] = 'swan'; from swan.cli import main; sys.exit(main())"
 
 
