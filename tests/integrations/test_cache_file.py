@@ -132,6 +132,16 @@ def test_other_files_are_refused(model, tmp_path):
         SwanCache.load(path, model)
 
 
+@pytest.mark.parametrize("fingerprint", [[[8, 8]], [], "text", 3, None])
+def test_a_fingerprint_that_is_none_is_refused(model, fingerprint, tmp_path):
+    path = tmp_path / "cache.safetensors"
+    filled(model, {"retention": 0.5}).save(path)
+    metadata, tensors = read_tensors(path, FORMATS, "cache", "")
+    write_tensors(tmp_path / "other", tensors, metadata | {"fingerprint": fingerprint})
+    with pytest.raises(ValueError, match=r"no whole cache of this model \(its fingerprint is no object\); fill"):
+        SwanCache.load(tmp_path / "other", model)
+
+
 def test_a_layer_that_holds_something_else_leaves_the_file_as_it_was(model, tmp_path):
     path = tmp_path / "cache.safetensors"
     cache = filled(model, {"retention": 0.5, "exclude": [0]})

@@ -44,6 +44,15 @@ esac
 """
 
 
+# A compiler in whose midst the process that builds is killed, with no moment to tidy up.
+KILLS = """#!/bin/sh
+case "$*" in
+*.cpp*) kill -9 "$(cat "$BUILDER")"; sleep 2 ;;
+*) exec c++ "$@" ;;
+esac
+"""
+
+
 def script(file, text):
     file.write_text(text)
     file.chmod(file.stat().st_mode | stat.S_IEXEC)
@@ -142,6 +151,22 @@ def test_two_processes_build_at_once(tmp_path):
     assert [process.returncode for process in both] == [0, 0], said
     assert [out.strip() for out, _ in said] == ["", ""]
     assert any("swan: compiled in" in err for _, err in said)
+    assert sorted(file.name for file in (tmp_path / "built").iterdir()) == [left.name, cpu.library().name]
+
+
+@needs_cxx
+def test_a_build_that_is_killed_does_not_hinder_the_next(tmp_path):
+    cpu.build()
+    pid = tmp_path / "pid"
+    killed = environment_of(tmp_path, CXX=script(tmp_path / "c++", KILLS), BUILDER=str(pid))
+    program = f"import os, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n" + DECODE
+    assert (
+        subprocess.run([sys.executable, "-c", program], env=killed, capture_output=True, check=False).returncode == -9
+    )
+    (left,) = (tmp_path / "built").iterdir()
+    assert left.name.startswith(cpu.BUILD) and (left / "lock").exists()
+    found = decode(tmp_path, CXX=script(tmp_path / "c++", COPIES), REAL=str(cpu.library()))
+    assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr
     assert sorted(file.name for file in (tmp_path / "built").iterdir()) == [left.name, cpu.library().name]
 
 

@@ -60,6 +60,8 @@ def load(cls: type["SwanCache"], path: str | Path, model: PreTrainedModel) -> "S
     attachment = attachment_of(model)
     metadata, tensors = read_tensors(path, FORMATS, "cache", AGAIN)
     expected, got = attachment.calibration.fingerprint, metadata.get("fingerprint", {})
+    if not isinstance(got, dict):
+        raise ValueError(f"{path} holds no whole cache of this model (its fingerprint is no object); {AGAIN}")
     if any(expected[name] != got[name] for name in expected.keys() & got):  # older files have other fields
         raise ValueError(f"{path} was filled by another model; load that one, or {AGAIN}")
     if attachment.bases != metadata.get("bases"):
