@@ -215,10 +215,15 @@ def assert_refused(call: Callable[[], object], message: str, shown: Callable[[],
 
 
 def assert_same(kv: KVCache, other: KVCache) -> None:
-    """Compare all that two caches would save, bit for bit."""
+    """Compare all that two caches would save, bit for bit.
+
+    But for the greatest padding, which only has to be large enough: it is counted anew when padding is given again.
+    """
     one, two = kv.state_dict(), other.state_dict()
     assert one.keys() == two.keys(), f"the caches hold {sorted(one)} and {sorted(two)}"
     for name, t in one.items():
+        if name == "padded":
+            continue
         assert torch.equal(t, two[name]), f"{name} of the caches differ"
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from swan import Graded, KVCache, LayerPlan, TopK
+from swan import ByHead, Graded, KVCache, LayerPlan, TopK
 from tests.stateful.checked import (
     assert_answer,
     assert_holds,
@@ -51,8 +51,15 @@ def layouts(d: int) -> st.SearchStrategy[Any]:
     return st.sampled_from(known) | coded_layouts(d)
 
 
-def plans(d: int, dv: int) -> st.SearchStrategy[LayerPlan]:
-    return st.builds(LayerPlan, layouts(d), layouts(dv))
+def plans(d: int, dv: int, kv_heads: int) -> st.SearchStrategy[LayerPlan]:
+    """Layouts of keys and values, of all heads or of each head."""
+
+    def sides(n: int) -> st.SearchStrategy[Any]:
+        graded = layouts(n).filter(lambda layout: isinstance(layout, Graded))
+        heads = st.lists(graded, min_size=kv_heads, max_size=kv_heads)
+        return layouts(n) | heads.map(lambda each: ByHead(tuple(each)))
+
+    return st.builds(LayerPlan, sides(d), sides(dv))
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -65,7 +72,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.d, self.dv = data.draw(st.sampled_from([(16, 16), (16, 8), (32, 32)]))
         self.heads, self.kv_heads = data.draw(st.sampled_from([(2, 1), (2, 2)]))
         self.dtype = data.draw(st.sampled_from(DTYPES))
-        plan_layer = data.draw(st.integers(0, 7).flatmap(lambda n: plans(self.d, self.dv) if n else st.none()))
+        plan_layer = data.draw(
+            st.integers(0, 7).flatmap(lambda n: plans(self.d, self.dv, self.kv_heads) if n else st.none())
+        )
         buffer, sinks = data.draw(BUFFERS), data.draw(st.integers(0, 3))
         self.prefill = data.draw(st.sampled_from(["chunk", "windowed"]))
         self.static = data.draw(st.booleans())
@@ -201,7 +210,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def repack(self, data):
-        plan_layer = data.draw(plans(self.d, self.dv))
+        plan_layer = data.draw(plans(self.d, self.dv, self.kv_heads))
         if self.cache.plan_layer is None:
             return self.refused("has none", lambda: self.cache.repack(plan_layer))
         self.cache.repack(plan_layer)

@@ -163,10 +163,13 @@ class SwanMachine(RuleBasedStateMachine):
         before, given = oracle.length, None
         if any(padding):  # as far as the new tokens tell
             given = torch.tensor(padding).clamp(max=before + qkv[0].shape[2])
+        # Rotated at once, as the cache has them: a product of fewer rows may differ in its last bit.
+        queries, _ = self.stored(qkv[0], qkv[2], index)
+        keys, values = self.stored(*qkv[1:], index)
         for size in oracle.pieces(qkv[0].shape[2]):
             length, left, new = oracle.length, oracle.left, slice(start, start + size)
             q, k, v = (t[:, :, new] for t in qkv)
-            seen = None if twin is None else twin.update(*self.stored(k, v, index), padding=given)
+            seen = None if twin is None else twin.update(keys[:, :, new], values[:, :, new], padding=given)
             oracle.append(self.rotated(k, index, "key"), self.rotated(v, index, "value"), padding or None)
             self.look(index, twin)
             answer = oracle.attend(self.rotated(q, index, "key"), length, left, 0.3)
@@ -174,7 +177,7 @@ class SwanMachine(RuleBasedStateMachine):
             assert_answer(out[:, :, new], answer, kv.plan_layer, impl="auto", d=D, rotated=True)
             if twin is not None and seen is not None:
                 rows = None if mask is None else mask[:, :, new]
-                twin.attend(self.stored(q, v, index)[0], seen, mask=rows, scale=0.3)
+                twin.attend(queries[:, :, new], seen, mask=rows, scale=0.3)
                 drop = oracle.look_back(
                     self.rotated(q, index, "key"), length, 0.3, functools.partial(self.product_error, index)
                 )
