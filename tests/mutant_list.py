@@ -62,6 +62,8 @@ OF_CUDA_HOST = ("kernels/test_cuda_host.py",)
 OF_CUDA_PAGES = ("kernels/test_attend_pages_cuda.py::test_pages_of_any_number_of_tokens",)
 OF_SLOTS = ("kernels/test_attend_pages_cuda.py::test_tokens_go_to_their_slots_and_nothing_else_changes",)
 OF_ONE_TILE = ("test_never_dense.py::test_steps_stay_within_a_tile[compiled-dynamic-decode-few bits]",)
+BY_HEAD, OF_BY_HEAD = "swan/storage/by_head.py", ("storage/test_by_head.py",)
+OF_CUDA_HEADS = ("kernels/test_cuda_host.py::test_a_cache_whose_heads_differ",)
 OF_KEEPING = ("modules/test_keeping.py",)
 OF_NUMERICS = ("functional/test_numerics.py",)
 OF_PAGES, OF_SERVERS = ("integrations/test_vllm_pages.py",), ("integrations/test_vllm_settings.py",)
@@ -251,8 +253,8 @@ MUTANTS = [
     Mutant(
         "retention-of-keys-twice",
         LAYOUT,
-        "tokens * self.values.d * itemsize",
-        "tokens * self.keys.d * itemsize",
+        "vectors * self.values.d * itemsize",
+        "vectors * self.keys.d * itemsize",
         OF_STORAGE,
     ),
     Mutant("another-hadamard", MIXING, "torch.kron(butterfly, matrix)", "torch.kron(matrix, butterfly)", OF_STORAGE),
@@ -762,15 +764,15 @@ MUTANTS = [
     Mutant(
         "only-errors-of-single-tokens-count",
         "swan/calibration/effects.py",
-        "(torch.stack(side).sum(0).amax(0) / tokens",
-        "(torch.stack(side).sum(0)[0] / tokens",
+        "torch.stack(side).sum(0).amax(0) / tokens",
+        "torch.stack(side).sum(0)[0] / tokens",
         ("calibration/test_effects.py",),
     ),
     Mutant(
         "keys-and-values-change-places-in-a-prediction",
         "swan/calibration/plan.py",
-        "found[index, side] = _effect_of(",
-        "found[index, 1 - side] = _effect_of(",
+        "found[index, : len(of_heads), side] =",
+        "found[index, : len(of_heads), 1 - side] =",
         ("calibration/test_effects.py",),
     ),
     Mutant(
@@ -779,6 +781,55 @@ MUTANTS = [
         'for pair in itertools.zip_longest(*both, fillvalue="") for page in pair)',
         "for side in both for page in side)",
         ("evaluation/test_texts.py",),
+    ),
+    # layouts by head ------------------------------------------------------------------------------
+    Mutant(
+        "heads-compete-as-one", "swan/calibration/plan.py", "RUNS if by_head else 1", "1", ("calibration/test_plan.py",)
+    ),
+    Mutant(
+        "runs-as-unlike-as-can-be",
+        "swan/calibration/plan.py",
+        "return min(([slice(*edge)",
+        "return max(([slice(*edge)",
+        ("calibration/test_plan.py",),
+    ),
+    Mutant(
+        "a-run-costs-as-much-as-a-layer",
+        "swan/calibration/plan.py",
+        "share = heads / _heads_of(table[index])",
+        "share = 1",
+        ("calibration/test_effects.py", "calibration/test_plan.py"),
+    ),
+    Mutant(
+        "a-rank-has-the-heads-of-the-first",
+        BY_HEAD,
+        "layout.layouts[rank * count : (rank + 1) * count]",
+        "layout.layouts[:count]",
+        OF_BY_HEAD,
+    ),
+    Mutant(
+        "scales-of-the-run-before", BY_HEAD, "packed.planes[stop] if coded", "packed.planes[1] if coded", OF_BY_HEAD
+    ),
+    Mutant(
+        "places-of-other-heads",
+        BY_HEAD,
+        "places[:, run.start : run.stop]",
+        "places[:, : run.stop - run.start]",
+        OF_BY_HEAD,
+    ),
+    Mutant(
+        "a-head-has-the-mask-of-another",
+        ATTENTION,
+        "mask[:, rows] if isinstance(mask, Tensor) and",
+        "mask[:, : rows.stop - rows.start] if isinstance(mask, Tensor) and",
+        OF_BY_HEAD,
+    ),
+    Mutant(
+        "a-run-on-a-gpu-has-the-mix-of-the-first",
+        CUDA + "runs.py",
+        "of_run, mixes[number] if mixes",
+        "of_run, mixes[0] if mixes",
+        OF_CUDA_HEADS,
     ),
     # pages of a server ----------------------------------------------------------------------------
     Mutant("window-one-token-longer", PAGED, "((behind < buffer) |", "((behind <= buffer) |", OF_PAGES),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swan import Graded, KVCache, LayerPlan, TopK, pack, packed_attention, swan_attention, unpack
+from swan import Graded, KVCache, LayerPlan, TopK, dense_attention, pack, packed_attention, swan_attention, unpack
 from swan.storage import ByHead
 from swan.storage.by_head import at_places, by_head, parts_of, share_of
 from tests.strategies import coded_layouts, normal, seeds
@@ -42,6 +42,18 @@ def test_each_head_is_stored_in_its_layout(layout, seed, dtype):
     places[1, 2:] = torch.tensor([1, 2, 3])
     chosen = unpack(at_places(packed, places))
     torch.testing.assert_close(chosen, unpack(packed).gather(2, places[..., None].expand(-1, -1, -1, 64)))
+
+
+@given(layouts(3), layouts(3), seeds, st.booleans())
+def test_tiles_are_attended_to_head_by_head(keys, values, seed, by_head):
+    """Tensor code mixes the queries of each run by themselves: as the reference, which attends to what is unpacked."""
+    q = normal(seed, 2, 6, 5, 64)
+    k, v = pack(normal(seed + 1, 2, 3, 70, 64), keys), pack(normal(seed + 2, 2, 3, 70, 64), values)
+    mask = normal(seed + 3, 1, 6 if by_head else 1, 5, 70) < 0.7
+    exact = dense_attention(q.double(), unpack(k).double(), unpack(v).double(), mask=mask, impl="reference")
+    for impl in ("compiled", "sdpa", "reference"):
+        found = packed_attention(q, k, v, mask=mask, impl=impl)
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-5)
 
 
 @given(layouts(3), layouts(3), seeds, st.sampled_from([torch.float32, torch.bfloat16]), st.integers(1, 4))
