@@ -305,6 +305,8 @@ class CacheMachine(RuleBasedStateMachine):
     def refuse(self, data, seed, tokens):
         cache, length = self.cache, self.oracle.length
         tokens = min(tokens, self.longest - length)
+        if self.keep is not None:  # more would be refused for the end of a page
+            tokens = min(tokens, PAGE - length % PAGE)
         if tokens == 0:
             return self.refuse_one_more(seed)
         q, k, v = self.qkv(seed, tokens)
