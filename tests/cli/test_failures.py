@@ -375,6 +375,8 @@ import os, signal, sys, threading, time, types
 from swan import interrupts
 from swan.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs tests in the background ignores it
+
 def press():
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(1)

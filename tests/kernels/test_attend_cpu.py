@@ -298,7 +298,9 @@ def test_what_it_cannot_read_is_refused():
     q, k, v = qkv(0, 1, (4, 2), 1, 9, 32, 32, torch.float32)
     indexed, fine = pack(k, TopK(32, 5, positions="index")), pack(v, TopK(32, 5))
     for keys, values in ((indexed, fine), (fine, indexed)):
-        with pytest.raises(ValueError, match=r"attends to Graded, and TopK with a bitmap, .* not .*; use impl='auto'"):
+        with pytest.raises(
+            ValueError, match=r"attends to Graded, also by head, and TopK with a bitmap, .* not .*; use impl='auto'"
+        ):
             packed_attention(q, keys, values, impl="cpp")
     exact = dataclasses.replace(fine, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"not to .* with torch\.float64;"):
