@@ -206,8 +206,8 @@ def take_in_kernel(impl: Impl, k: Tensor, v: Tensor, plan_layer: LayerPlan | Non
         RuntimeError: it is a kernel, and cannot be built.
     """
     keys, values = (None, None) if plan_layer is None else (plan_layer.keys, plan_layer.values)
-    impls = [pack_impl(impl, k, keys), pack_impl(impl, v, values)]
-    return calls.take_in if plan_layer is not None and all([is_kernel(each) for each in impls]) else None
+    of_keys, of_values = pack_impl(impl, k, keys), pack_impl(impl, v, values)
+    return calls.take_in if plan_layer is not None and of_keys in KERNELS and of_values in KERNELS else None
 
 
 def unpack_kernel(impl: Impl, packed: Packed) -> Callable[[Packed], Tensor]:
