@@ -28,16 +28,13 @@ def attend_to_runs(attend: Callable[..., tuple[Tensor, Tensor]]) -> Callable[...
         mixes: list[Tensor],
         recent: list[Tensor],
         recent_mask: Tensor | None,
-        first: Tensor | None,
-        end: Tensor | None,
-        start: int,
+        *seen: Any,
         **options: bool,
     ) -> tuple[Tensor, Tensor]:
         if BY_HEAD not in (k_layout[0], v_layout[0]):
             return attend(
-                q, k, k_layout, v, v_layout, tokens, mask, scale, mixes, recent, recent_mask, first, end, start,
-                **options,
-            )  # fmt: skip
+                q, k, k_layout, v, v_layout, tokens, mask, scale, mixes, recent, recent_mask, *seen, **options
+            )
         kv_heads, count = _heads_in(k_layout, v_layout), _runs_in(k_layout)
         sides = _cut(k_layout, kv_heads, k, mixes[:count], 4), _cut(v_layout, kv_heads, v, mixes[count:], 4)
         groups, outs, lses = q.shape[1] // kv_heads, list[Tensor](), list[Tensor]()
@@ -46,7 +43,7 @@ def attend_to_runs(attend: Callable[..., tuple[Tensor, Tensor]]) -> Callable[...
             masks = [each if each is None or each.shape[1] == 1 else each[:, rows] for each in (mask, recent_mask)]
             out, lse = attend(
                 q[:, rows], keys.tensors, keys.layout, values.tensors, values.layout, tokens, masks[0], scale,
-                [keys.mix, values.mix], [x[:, heads] for x in recent], masks[1], first, end, start, **options,
+                [keys.mix, values.mix], [x[:, heads] for x in recent], masks[1], *seen, **options,
             )  # fmt: skip
             outs.append(out)
             lses.append(lse)
