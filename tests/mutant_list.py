@@ -789,8 +789,8 @@ MUTANTS = [
     Mutant(
         "runs-as-unlike-as-can-be",
         "swan/calibration/plan.py",
-        "return min(([slice(*edge)",
-        "return max(([slice(*edge)",
+        "best = min(edges",
+        "best = max(edges",
         ("calibration/test_plan.py",),
     ),
     Mutant(

@@ -395,9 +395,10 @@ def _layers_by_effect(retention: float, dims: Dims, effects: Effects, by_head: b
     chosen: dict[tuple[int, int], list[Graded]] = {}  # by layer and side, for each KV head
     steps: list[_Step] = []
     for side, candidates, table in ((0, KEYS, effects.keys), (1, VALUES, effects.values)):
+        layouts_of = {d: [graded(d, groups) for groups in candidates] for d in {pair[side] for pair in dims}}
         of_heads = _cautious(torch.stack([table[index, run].mean(0) for index, run in runs])).tolist()
         for (index, run), of_head in zip(runs, of_heads, strict=True):
-            heads, layouts = run.stop - run.start, [graded(dims[index][side], groups) for groups in candidates]
+            heads, layouts = run.stop - run.start, layouts_of[dims[index][side]]
             share = heads / _heads_of(table[index])  # of the bytes of the layer
             hull = _hull([(share * x.vector_bytes(), heads * kl, x) for x, kl in zip(layouts, of_head, strict=True)])
             room -= hull[0][0]
@@ -426,14 +427,17 @@ class _Step(NamedTuple):
 def _runs(effects: Effects, index: int, most: int) -> list[slice]:
     """Divide the KV heads of a layer into a few runs of neighbours whose effects are as alike as can be."""
     heads = _heads_of(effects.keys[index])
+    if most == 1:
+        return [slice(0, heads)]
     logs = torch.cat([table[index, :heads].clamp(min=1e-30).log() for table in (effects.keys, effects.values)], dim=1)
-
-    def spread(runs: list[slice]) -> float:
-        return sum((logs[run] - logs[run].mean(0)).square().sum().item() for run in runs)
-
-    count = min(most, heads)
-    edges = [(0, *inner, heads) for inner in itertools.combinations(range(1, heads), count - 1)]
-    return min(([slice(*edge) for edge in itertools.pairwise(each)] for each in edges), key=spread)
+    # Squared distances from the mean of each run, from sums of all that begin with the first head.
+    sums, squares = (torch.nn.functional.pad(x.double().cumsum(0), (0, 0, 1, 0)) for x in (logs, logs.square()))
+    sizes = torch.arange(heads + 1) - torch.arange(heads + 1)[:, None]
+    spread = (squares - squares[:, None] - (sums - sums[:, None]).square() / sizes.clamp(min=1)[..., None]).sum(-1)
+    table = spread.tolist()
+    edges = [(0, *inner, heads) for inner in itertools.combinations(range(1, heads), min(most, heads) - 1)]
+    best = min(edges, key=lambda each: sum(table[start][stop] for start, stop in itertools.pairwise(each)))
+    return [slice(*edge) for edge in itertools.pairwise(best)]
 
 
 def _cautious(table: Tensor) -> Tensor:
