@@ -14,8 +14,9 @@ import warnings
 import pytest
 import torch
 
-from swan import Calibration, LayerPlan, Plan, SwanCache, TopK, attach, calibrate
+from swan import Calibration, Graded, LayerPlan, Plan, SwanCache, TopK, attach, calibrate
 from swan.calibration import files
+from swan.calibration.effects import KEYS, VALUES
 from swan.calibration.files import MOST_BYTES, check_place, parse_json, replacing, write_json, write_tensors
 from swan.integrations.transformers import cache_keyword
 from tests.fuzz import DATA, SMALL, artifacts, outcome
@@ -44,6 +45,20 @@ def test_effects_of_other_layouts_are_left_out():
     with pytest.warns(UserWarning, match="an older version of swan, which measured effects of other layouts"):
         found = Calibration.load(DATA / "calibration-3.safetensors")
     assert found.effects is None
+
+
+def test_effects_of_all_heads_are_shared_out():
+    """Files of before had the sum over the KV heads of a layer: plans are those of heads that are alike."""
+    with pytest.warns(UserWarning, match="measured effects of all heads: plans will be the same for all KV heads"):
+        found = Calibration.load(DATA / "calibration-5.safetensors")
+    heads = found.layers[0].key_basis.shape[0]
+    assert found.effects.keys.shape == (2, heads, len(KEYS))
+    assert found.effects.values.shape == (2, heads, len(VALUES))
+    assert (found.effects.keys == found.effects.keys[:, :1]).all()
+    assert found.effects.keys.isfinite().all()
+    assert Plan.for_retention(0.5, found).predicted_kl(found).nansum() > 0
+    alike = Plan.for_retention(0.5, found, by_head=False)
+    assert all(isinstance(layer.keys, Graded) for layer in alike.layers)
 
 
 def test_files_of_the_first_formats_load():
