@@ -819,9 +819,9 @@ MUTANTS = [
     ),
     Mutant(
         "a-head-has-the-mask-of-another",
-        ATTENTION,
-        "mask[:, rows] if isinstance(mask, Tensor) and",
-        "mask[:, : rows.stop - rows.start] if isinstance(mask, Tensor) and",
+        KERNELS,
+        "seen[:, rows] if isinstance(seen, Tensor) and",
+        "seen[:, : rows.stop - rows.start] if isinstance(seen, Tensor) and",
         OF_BY_HEAD,
     ),
     Mutant(

@@ -198,9 +198,9 @@ class Calibration:
             moments.append(Moments(*(tensors.pop(f"layers.{i}.moments.{name}") for name in MOMENTS), tokens=tokens))
         if "effects.keys" in tensors:
             measured = [tensors.pop(f"effects.{side}") for side in ("keys", "values")]
-            if metadata["format"] in FORMATS[-2:]:
-                heads = [layer.key_basis.shape[0] for layer in layers]
-                effects = Effects(*(_by_head(table, heads) if table.ndim == 2 else table for table in measured))
+            if metadata["format"] == FORMATS[-2]:
+                measured = [_by_head(table, layers) for table in measured]
+            effects = Effects(*measured) if metadata["format"] in FORMATS[-2:] else None
         if tensors:
             raise ValueError(f"unknown tensors, such as {next(iter(tensors))[:40]!r}")
         basis, seed, fingerprint = (metadata[name] for name in ("basis", "seed", "fingerprint"))
@@ -358,9 +358,12 @@ def _run_sample(
     return ([] if failure else gradients), failure
 
 
-def _by_head(table: Tensor, heads: Sequence[int]) -> Tensor:
+def _by_head(table: Tensor, layers: Sequence[LayerBases]) -> Tensor:
     """Divide effects of layers ``[layers, candidates]`` among their KV heads."""
-    head, count = torch.arange(max(heads)), torch.tensor(heads)
+    if table.ndim != 2 or len(table) != len(layers) or any(layer.key_basis.ndim != 3 for layer in layers):
+        raise ValueError("its effects are not those of its layers")
+    count = torch.tensor([layer.key_basis.shape[0] for layer in layers])
+    head = torch.arange(int(count.max()))
     return torch.where((head < count[:, None])[..., None], (table / count[:, None])[:, None], torch.nan)
 
 

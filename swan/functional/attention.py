@@ -20,9 +20,8 @@ from swan.functional.dispatch import (
     packed_impl,
     unpack_kernel,
 )
-from swan.kernels import Recent, Seen, calls
+from swan.kernels import Recent, Seen, attend_in_runs, calls
 from swan.storage import ByHead, Packed
-from swan.storage.by_head import in_runs
 from swan.storage.packed import mixing
 
 if TYPE_CHECKING:
@@ -197,8 +196,7 @@ def _in_tiles(
 ) -> tuple[Tensor, Tensor]:
     """Attend tile by tile to unpacked tokens; the output is at least in float32."""
     if isinstance(k.format, ByHead) or isinstance(v.format, ByHead):
-        parts = _by_run(q, k, v, mask, scale, impl)
-        return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
+        return attend_in_runs(lambda q, k, v, mask, _: _in_tiles(q, k, v, mask, scale, impl), q, k, v, mask)
     tokens, key_mix, value_mix = k.shape[2], mixing(k), mixing(v)
     q = q if key_mix is None else q @ key_mix
     if isinstance(mask, Seen):
@@ -217,18 +215,6 @@ def _in_tiles(
             outputs = [merge_attention(outputs)]
     out, lse = merge_attention(outputs or [_attention_to_nothing(q, v.format.d)])
     return out if value_mix is None else out @ value_mix.mT.to(out.dtype), lse
-
-
-def _by_run(
-    q: Tensor, k: Packed, v: Packed, mask: Tensor | Seen | None, scale: float | None, impl: Impl
-) -> list[tuple[Tensor, Tensor]]:
-    """Attend in tiles to each run of KV heads, which has its own mix of queries and outputs."""
-    group_size, found = q.shape[1] // k.shape[1], []
-    for heads, keys, values in in_runs(k, v):
-        rows = slice(heads.start * group_size, heads.stop * group_size)
-        seen = mask[:, rows] if isinstance(mask, Tensor) and mask.shape[1] > 1 else mask
-        found.append(_in_tiles(q[:, rows], keys, values, seen, scale, impl))
-    return found
 
 
 def merge_attention(

@@ -1,14 +1,14 @@
 """Fused kernels over `Packed`, compiled at the first use, and what they share: layouts as numbers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from swan.storage import ByHead, Graded, Layout, Packed, TopK
-from swan.storage.by_head import parts_of
+from swan.storage.by_head import in_runs, parts_of
 
 
 class Recent(NamedTuple):
@@ -114,6 +114,31 @@ def planes_of(packed: Packed) -> list[Tensor]:
             codes = plane
     scales, positions = packed.scales, packed.positions
     return [codes, whole, empty if scales is None else scales, empty if positions is None else positions]
+
+
+def attend_in_runs(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Packed,
+    v: Packed,
+    seen: Tensor | Seen | None,
+    recent: Recent | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend to each run of KV heads of a `ByHead` by itself: ``attend(q, k, v, seen, recent)`` of its heads.
+
+    Returns:
+        Outputs and log-sum-exps of all heads.
+    """
+    group_size, found = q.shape[1] // k.shape[1], list[tuple[Tensor, Tensor]]()
+    for heads, keys, values in in_runs(k, v):
+        rows = slice(heads.start * group_size, heads.stop * group_size)
+        mask = seen[:, rows] if isinstance(seen, Tensor) and seen.shape[1] > 1 else seen
+        beside = recent
+        if recent is not None:
+            near = recent.mask[:, rows] if recent.mask is not None and recent.mask.shape[1] > 1 else recent.mask
+            beside = Recent(recent.keys[:, heads], recent.values[:, heads], near)
+        found.append(attend(q[:, rows], keys, values, mask, beside))
+    return torch.cat([out for out, _ in found], dim=1), torch.cat([lse for _, lse in found], dim=1)
 
 
 def first_error(error: BaseException, pattern: str = r"\berror:") -> str:

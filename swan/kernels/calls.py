@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swan.kernels import Recent, Seen, cpu, cuda, matrices_of, numbers_of, planes_of
+from swan.kernels import Recent, Seen, attend_in_runs, cpu, cuda, matrices_of, numbers_of, planes_of
 from swan.storage import ByHead, Graded, Layout, Packed
 from swan.storage.by_head import parts_of
 from swan.storage.packed import mixing
@@ -63,6 +63,8 @@ def attend(
 
     Source: the split over the history is Dao et al., Flash-Decoding; the method arXiv:2511.18936.
     """
+    if (isinstance(k.format, ByHead) or isinstance(v.format, ByHead)) and not kernels_on(q.device).ATTENDS_TO_RUNS:
+        return attend_in_runs(lambda q, k, v, seen, recent: attend(q, k, v, seen, scale, recent), q, k, v, seen, recent)
     mask, span = (None, seen) if isinstance(seen, Seen) else (seen, Seen(None, None, 0))
     return _operator("attend", q)(
         q,

@@ -16,6 +16,7 @@ import torch
 
 from swan import Calibration, Graded, LayerPlan, Plan, SwanCache, TopK, attach, calibrate
 from swan.calibration import files
+from swan.calibration.artifact import FORMATS
 from swan.calibration.effects import KEYS, VALUES
 from swan.calibration.files import MOST_BYTES, check_place, parse_json, replacing, write_json, write_tensors
 from swan.integrations.transformers import cache_keyword
@@ -59,6 +60,16 @@ def test_effects_of_all_heads_are_shared_out():
     assert Plan.for_retention(0.5, found).predicted_kl(found).nansum() > 0
     alike = Plan.for_retention(0.5, found, by_head=False)
     assert all(isinstance(layer.keys, Graded) for layer in alike.layers)
+
+
+@pytest.mark.parametrize("name", ["effects.keys", "layers.1.key_basis"])
+def test_effects_of_all_heads_that_fit_no_layers_are_refused(name, tmp_path):
+    """Before heads are counted, so in a sentence."""
+    metadata, tensors = files.read_tensors(DATA / "calibration-5.safetensors", FORMATS, "calibration", "again")
+    tensors = {key: t.clone() for key, t in tensors.items()} | {name: torch.tensor(1.0)}
+    write_tensors(tmp_path / "file", tensors, metadata)
+    with pytest.raises(ValueError, match="holds no whole calibration"):
+        Calibration.load(tmp_path / "file")
 
 
 def test_files_of_the_first_formats_load():

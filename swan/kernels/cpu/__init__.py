@@ -23,12 +23,13 @@ from swan.storage import ByHead, Graded, Layout
 from swan.storage.codes import row_bytes
 
 __all__ = [
-    "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "attends_pages", "build", "built",
-    "instruction_sets", "library", "missing", "operator", "packs", "packs_pages", "require", "restores", "variant",
+    "ATTENDS", "ATTENDS_TO_RUNS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "attends_pages", "build",
+    "built", "instruction_sets", "library", "missing", "operator", "packs", "packs_pages", "require", "restores", "variant",
     "variants",
 ]  # fmt: skip
 
 IMPL = "cpp"
+ATTENDS_TO_RUNS = True  # of KV heads in other layouts, in one call
 MOST_ROWS = 16  # query rows of a KV head up to which the kernel is faster than tiles of tensor code
 ATTENDS = "Graded, also by head, and TopK with a bitmap, with queries of float32, bfloat16 or float16 on a CPU"
 PACKS = "Graded layouts, also by head, vectors of float32, bfloat16 or float16 on a CPU, without gradients"

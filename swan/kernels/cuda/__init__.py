@@ -12,11 +12,12 @@ from swan.kernels.cuda.build import folder, missing, not_built
 from swan.storage import ByHead, Graded, LayerPlan, Layout
 
 __all__ = [
-    "ATTENDS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "attends_pages", "built",
+    "ATTENDS", "ATTENDS_TO_RUNS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "attends_pages", "built",
     "compile_ahead", "folder", "missing", "operator", "packs", "packs_pages", "require", "restores", "say_slow",
 ]  # fmt: skip
 
 IMPL = "cuda"
+ATTENDS_TO_RUNS = False  # of KV heads in other layouts, in one call: each is a launch
 MOST_ROWS = 256  # query rows of a KV head up to which `auto` takes the kernel, which reads tokens anew for each 8
 ATTENDS = (
     "Graded layouts of groups of 16, 32, ... coordinates, with queries of bfloat16, float16 or, if no group has 16 "

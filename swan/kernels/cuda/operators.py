@@ -11,12 +11,12 @@ from swan.kernels import dim_of
 from swan.kernels.cuda.attend import attend, attend_pages
 from swan.kernels.cuda.layouts import empty_planes, groups_of
 from swan.kernels.cuda.pack import pack, pack_pages, take_in, unpack
-from swan.kernels.cuda.runs import attend_to_runs, take_in_runs
+from swan.kernels.cuda.runs import take_in_runs
 
 __all__ = ["FUNCTIONS", "LIBRARY", "OPERATORS"]
 
-FUNCTIONS = {function.__name__: function for function in (attend_pages, pack, pack_pages, unpack)}
-FUNCTIONS |= {"attend": attend_to_runs(attend), "take_in": take_in_runs(take_in)}
+FUNCTIONS = {function.__name__: function for function in (attend, attend_pages, pack, pack_pages, unpack)}
+FUNCTIONS["take_in"] = take_in_runs(take_in)
 
 LIBRARY = torch.library.Library("swan", "FRAGMENT")
 LIBRARY.define(

@@ -1,55 +1,15 @@
-"""The operators over layers whose KV heads have layouts of their own (`ByHead`): a launch for each run of heads."""
+"""Taking tokens into layers whose KV heads have layouts of their own (`ByHead`): a launch for each run of heads."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from swan.kernels.cuda.layouts import coded, groups_of
 from swan.storage.by_head import BY_HEAD
 
-__all__ = ["attend_to_runs", "pairs_of", "take_in_runs"]
-
-
-def attend_to_runs(attend: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return `swan.kernels.cuda.attend.attend` for layouts by head too: outputs of runs side by side."""
-
-    def attend_by_run(
-        q: Tensor,
-        k: list[Tensor],
-        k_layout: list[int],
-        v: list[Tensor],
-        v_layout: list[int],
-        tokens: int,
-        mask: Tensor | None,
-        scale: float,
-        mixes: list[Tensor],
-        recent: list[Tensor],
-        recent_mask: Tensor | None,
-        *seen: Any,
-        **options: bool,
-    ) -> tuple[Tensor, Tensor]:
-        if BY_HEAD not in (k_layout[0], v_layout[0]):
-            return attend(
-                q, k, k_layout, v, v_layout, tokens, mask, scale, mixes, recent, recent_mask, *seen, **options
-            )
-        kv_heads, count = _heads_in(k_layout, v_layout), _runs_in(k_layout)
-        sides = _cut(k_layout, kv_heads, k, mixes[:count], 4), _cut(v_layout, kv_heads, v, mixes[count:], 4)
-        groups, outs, lses = q.shape[1] // kv_heads, list[Tensor](), list[Tensor]()
-        for keys, values in _meeting(*sides):
-            heads, rows = slice(keys.start, keys.stop), slice(keys.start * groups, keys.stop * groups)
-            masks = [each if each is None or each.shape[1] == 1 else each[:, rows] for each in (mask, recent_mask)]
-            out, lse = attend(
-                q[:, rows], keys.tensors, keys.layout, values.tensors, values.layout, tokens, masks[0], scale,
-                [keys.mix, values.mix], [x[:, heads] for x in recent], masks[1], *seen, **options,
-            )  # fmt: skip
-            outs.append(out)
-            lses.append(lse)
-        return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
-
-    return attend_by_run
+__all__ = ["pairs_of", "take_in_runs"]
 
 
 def take_in_runs(take_in: Callable[..., None]) -> Callable[..., None]:
@@ -98,8 +58,7 @@ class _Part(NamedTuple):
 
     def of_heads(self, start: int, stop: int) -> "_Part":
         heads = slice(start - self.start, stop - self.start)
-        tensors = [x if x.ndim == 1 else x[:, heads] for x in self.tensors]
-        return self._replace(start=start, stop=stop, tensors=tensors)
+        return self._replace(start=start, stop=stop, tensors=[x[:, heads] for x in self.tensors])
 
 
 def _numbers(layout: list[int]) -> Iterator[tuple[int, list[int]]]:
@@ -111,16 +70,14 @@ def _numbers(layout: list[int]) -> Iterator[tuple[int, list[int]]]:
         place += 2 + count
 
 
-def _cut(
-    layout: list[int], heads: int, tensors: Sequence[Tensor] = (), mixes: Sequence[Tensor] = (), each: int = 0
-) -> list[_Part]:
-    """Cut keys or values into runs, of which each has so many tensors; 0: as many as its layout stores."""
+def _cut(layout: list[int], heads: int, tensors: Sequence[Tensor] = (), mixes: Sequence[Tensor] = ()) -> list[_Part]:
+    """Cut keys or values into runs, of which each has as many tensors as its layout stores."""
     if layout[0] != BY_HEAD:
         return [_Part(0, heads, layout, list(tensors), mixes[0] if mixes else None)]
     parts, start, left = list[_Part](), 0, iter(tensors)
     for number, (size, numbers) in enumerate(_numbers(layout)):
         groups = groups_of(numbers)
-        count = each or 2 * bool(coded(groups)) + any(bits == 16 for _, bits in groups)
+        count = 2 * bool(coded(groups)) + any(bits == 16 for _, bits in groups)
         of_run = list(itertools.islice(left, count))
         parts.append(_Part(start, start + size, numbers, of_run, mixes[number] if mixes else None))
         start += size
