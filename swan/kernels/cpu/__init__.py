@@ -24,8 +24,8 @@ from swan.storage.codes import row_bytes
 
 __all__ = [
     "ATTENDS", "ATTENDS_TO_RUNS", "IMPL", "MOST_ROWS", "PACKS", "attends", "attends_dense", "attends_pages", "build",
-    "built", "instruction_sets", "library", "missing", "operator", "packs", "packs_pages", "require", "restores", "variant",
-    "variants",
+    "built", "instruction_sets", "library", "missing", "operator", "packs", "packs_pages", "require", "restores",
+    "variant", "variants",
 ]  # fmt: skip
 
 IMPL = "cpp"
