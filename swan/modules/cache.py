@@ -44,7 +44,7 @@ class KVCache(nn.Module):
         keep: share of the history's tokens that stay, from 0 to 1; None: all of them. After each page of 64 queries
             every KV head drops those that drew least attention: by a running mean of the attention that a token
             received from the queries of a page (half of it from the newest page; of masks only padding counts), times
-            the length of its value. The mean is stored in a byte a token, and the queries of the page are kept. At 1
+            the length of its value. A page with a token whose query never attended (`update` alone) is not looked at. The mean is stored in a byte a token, and the queries of the page are kept. At 1
             tokens are scored only, so that `evict` can choose.
 
     Raises:
@@ -330,6 +330,7 @@ class KVCache(nn.Module):
         self.history.crop(first)
         self.state.dropped = min(self.state.dropped, self._columns_left()) + owed
         self.state.observed = min(self.state.observed, -(-length // PAGE) * PAGE)  # the page it cuts is not looked at
+        self.state.asked = min(self.state.asked, length)
         if self.state.scores is not None:
             self.state.scores = self.state.scores[:, :, : self.history_length].clone()
 
@@ -377,13 +378,13 @@ class KVCache(nn.Module):
         if mask is None or self.keep is None:
             return
         state, sinks, start, length = self.state, self.buffer.sinks, 0, self.length
-        chosen, dropped = state.chosen, state.dropped
+        chosen, dropped, observed = state.chosen, state.dropped, state.observed_from()
         for size in sizes:
             checks.check_choice(mask[:, :, start : start + size], sinks, chosen, padding)
             start, length = start + size, length + size
             left = max(length - self.buffer.size, int(state.first)) - sinks
             kept = math.ceil(self.keep * left)
-            if length % PAGE == 0 and length > state.observed and left - dropped > max(kept, 0):
+            if length % PAGE == 0 and length > observed and left - dropped > max(kept, 0):
                 chosen, dropped = left + sinks, left - kept
 
     def _take_in(self, k: Tensor, v: Tensor, padding: Tensor | None, impl: Impl = "auto") -> Visible:
@@ -391,6 +392,8 @@ class KVCache(nn.Module):
         if self.static and state.k_recent is None:
             self.allocate(k, v)
         windowed = self.prefill == "windowed"
+        if self.keep is not None:
+            state.observed = state.observed_from()
         length, first = state.before()
         recent: tuple[Tensor, Tensor, Tensor | None] | None = None
         if queries > 1:

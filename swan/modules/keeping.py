@@ -37,7 +37,7 @@ def remember(state: CacheState, q: Tensor, first_query: int) -> list[tuple[int, 
     """
     if state.queries is None:
         state.queries = q.new_zeros(*q.shape[:2], PAGE, q.shape[3])
-    begun = first_query % PAGE
+    begun, state.asked = first_query % PAGE, first_query + q.shape[2]
     if begun + q.shape[2] < PAGE:
         state.queries[:, :, begun : begun + q.shape[2]] = q
         return []

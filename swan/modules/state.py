@@ -42,6 +42,7 @@ class CacheState:
         scores: score of each token of the history that a page has seen, ``[batch, kv_heads, tokens]``, uint8.
         observed: columns whose queries are in the scores.
         chosen: the history before this column was chosen from: it is no longer that of all tokens.
+        asked: the column after the newest query in `queries`.
 
     Example:
         >>> import swan
@@ -64,6 +65,7 @@ class CacheState:
     scores: Tensor | None = None
     observed: int = 0
     chosen: int = 0
+    asked: int = 0
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -75,6 +77,11 @@ class CacheState:
     def is_empty(self) -> bool:
         """Tell if there are surely no tokens."""
         return int(self.length) == 0
+
+    def observed_from(self) -> int:
+        """Return the column from which pages of queries are looked at: those after a token that nobody asked for."""
+        length = int(self.length)
+        return self.observed if self.asked >= length else max(self.observed, -(-length // PAGE) * PAGE)
 
     def before(self) -> tuple[int | Tensor, int | Tensor]:
         """Return `length` and `first` as they are now; later counting does not change them."""
@@ -105,6 +112,8 @@ class CacheState:
             return {}
         counters = COUNTERS if self.queries is None else (*COUNTERS, *KEPT)
         tensors: dict[str, Tensor | None] = {name: torch.as_tensor(getattr(self, name)) for name in counters}
+        if self.queries is not None:
+            tensors["observed"] = torch.as_tensor(self.observed_from())
         tensors |= {name: getattr(self, field) for name, field in RECENT.items()}
         for side, field in HISTORIES.items():
             if (history := getattr(self, field)) is not None:
@@ -119,6 +128,7 @@ class CacheState:
         counters = tensors.keys() & {*COUNTERS, *KEPT}
         for name in counters:
             setattr(self, name, int(tensors[name]))
+        self.asked = int(self.length)
         copies = {name: t.clone() for name, t in tensors.items() if name not in counters}
         for name, field in RECENT.items():
             setattr(self, field, copies.get(name))
@@ -147,6 +157,11 @@ class StaticState(CacheState):
     def is_empty(self) -> bool:
         """Tell if there are surely no tokens. Compiled code cannot read the counter, so there this returns False."""
         return not torch.compiler.is_compiling() and super().is_empty()
+
+    def observed_from(self) -> int:
+        """Return the column from which pages of queries are looked at: those after a token that nobody asked for."""
+        length = int(self.length)
+        return self.observed if self.asked >= length else max(self.observed, -(-length // PAGE) * PAGE)
 
     def before(self) -> tuple[int | Tensor, int | Tensor]:
         """Return copies of `length` and `first`, because counting changes those in place."""

@@ -247,6 +247,26 @@ def test_pages_after_a_crop_are_looked_at():
     assert cache.state.observed == 4 * PAGE and cache.state.scores.shape[2] == cache.history_length > 0
 
 
+@pytest.mark.parametrize("saved", [False, True], ids=["goes on", "saved"])
+@pytest.mark.parametrize("lonely", [1, 10])
+def test_a_page_with_a_token_that_nobody_asked_for_is_not_looked_at(lonely, saved):
+    """Its old queries would count a second time; the page after it counts whole."""
+    q, k, v = text(4 * PAGE)
+    cache, at = cache_of(), 2 * PAGE + 20
+    run(cache, *(t[:, :, :at] for t in (q, k, v)), [at])
+    scores = cache.state.scores.clone()
+    cache.update(k[:, :, at : at + lonely], v[:, :, at : at + lonely])
+    if saved:
+        tensors, cache = cache.state_dict(), cache_of()
+        cache.load_state_dict(tensors)
+    rest = [t[:, :, at + lonely :] for t in (q, k, v)]
+    run(cache, *(t[:, :, : 44 - lonely] for t in rest), [10, 34 - lonely])
+    assert cache.length == 3 * PAGE and torch.equal(cache.state.scores, scores)
+    run(cache, *(t[:, :, -PAGE:] for t in rest), [PAGE])
+    assert cache.state.observed == 4 * PAGE and not torch.equal(cache.state.scores, scores)
+    assert cache.history_length == math.ceil(0.5 * (3 * PAGE - 2))
+
+
 def test_masks_may_hide_padding_only_once_tokens_were_chosen():
     q, k, v = text(3 * PAGE)
     cache = cache_of()
