@@ -44,8 +44,9 @@ class KVCache(nn.Module):
         keep: share of the history's tokens that stay, from 0 to 1; None: all of them. After each page of 64 queries
             every KV head drops those that drew least attention: by a running mean of the attention that a token
             received from the queries of a page (half of it from the newest page; of masks only padding counts), times
-            the length of its value. A page with a token whose query never attended (`update` alone) is not looked at. The mean is stored in a byte a token, and the queries of the page are kept. At 1
-            tokens are scored only, so that `evict` can choose.
+            the length of its value. A page with a token whose query never attended (`update` alone) is not looked at.
+            The mean is stored in a byte a token, and the queries of the page are kept. At 1 tokens are scored only, so
+            that `evict` can choose.
 
     Raises:
         TypeError: `plan_layer` is neither a `LayerPlan` nor None.

@@ -2,6 +2,7 @@
 
 from swan.modules.cache import KVCache
 from swan.modules.history import grown
+from swan.modules.state import PAGE
 from swan.storage import LayerPlan
 
 __all__ = ["history_after", "nbytes_after"]
@@ -18,12 +19,21 @@ def history_after(cache: KVCache, tokens: int, drop: int = 0) -> int:
 
 
 def nbytes_after(
-    cache: KVCache, tokens: int, plan_layer: LayerPlan, *, rows: int, kv_heads: int, itemsize: int, drop: int = 0
+    cache: KVCache,
+    tokens: int,
+    plan_layer: LayerPlan,
+    *,
+    rows: int,
+    kv_heads: int,
+    itemsize: int,
+    drop: int = 0,
+    group: int = 1,
 ) -> list[int]:
     """Count the bytes that each piece of a cache will hold.
 
     The sum of the pieces is `KVCache.nbytes` after ``evict(drop)``, ``repack(plan_layer)`` and an `update` with so many
-    tokens, or up to ``8 * rows`` bytes of padding more. Growing, repeating rows, lowering the layouts and dropping
+    tokens, or up to ``8 * rows`` bytes of padding more; with `KVCache.keep` at most that, before the tokens with the
+    least scores are dropped. Growing, repeating rows, lowering the layouts and dropping
     tokens copy piece by piece: while they run, at most the largest piece exists twice.
 
     Args:
@@ -33,11 +43,12 @@ def nbytes_after(
         rows: batch size.
         kv_heads: heads of keys and values.
         itemsize: bytes of a number in the cache's dtype.
-        drop: oldest tokens of the history to drop before.
+        drop: tokens of the history to drop before.
+        group: query heads for each KV head.
 
     Returns:
         Bytes of the keys and of the values of the history, of the recent keys and of the recent values, and the
-        most that padding takes.
+        most that padding takes; with `KVCache.keep` also those of the queries and of the scores.
 
     Example:
         >>> import torch, swan
@@ -56,4 +67,7 @@ def nbytes_after(
         capacity = grown(stored)
     slots, vectors = cache.buffer.sinks + cache.buffer.slots_after(tokens), rows * kv_heads
     history = plan_layer.nbytes(vectors * capacity, itemsize)
-    return [*history, *plan_layer.dense_nbytes(vectors * slots, itemsize), COLUMN_BYTES * rows]
+    pieces = [*history, *plan_layer.dense_nbytes(vectors * slots, itemsize), COLUMN_BYTES * rows]
+    if cache.keep is None:
+        return pieces
+    return [*pieces, vectors * group * PAGE * plan_layer.keys.d * itemsize, vectors * stored]

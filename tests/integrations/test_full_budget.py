@@ -32,7 +32,7 @@ def test_a_full_budget_raises_and_changes_nothing(architecture, chunk):
     step(model, cache, TEXT["input_ids"][:, :200])
     message = (
         rf"the budget of {cache.budget} bytes is full: 1 x \d+ tokens need \d+ bytes at the least retention, 0.188; "
-        r"give a larger budget, on_full='evict', which drops the oldest tokens, a shorter text"
+        r"give a larger budget, on_full='evict', which drops tokens, a shorter text"
     )
     with pytest.raises(ValueError, match=message):
         for _ in range(400):
@@ -53,6 +53,12 @@ def test_a_budget_below_the_buffer(model):
         with pytest.raises(ValueError, match=message):
             step(model, cache, TEXT["input_ids"][:, :length])
         assert (cache.nbytes, cache.retention) == (0, 1.0)
+
+
+def scored(model, tokens=40, keep=1.0):
+    """A cache with room for so many dense tokens beside its queries, which chooses what it drops."""
+    queries = 2 * 4 * 64 * 16 * 4
+    return budgeted(model, queries * 3 // 2 + tokens * DENSE, on_full="evict", keep=keep)
 
 
 def sixteen_bits_only(cache):
@@ -112,6 +118,42 @@ def test_eviction_moves_memory_once_in_64_steps(model):
     still, with_evictions = [False] * 199, [a != b for a, b in itertools.pairwise(dropped)]
     assert all(one in (still, with_evictions) for one in moved)
     assert with_evictions in moved
+
+
+@pytest.mark.parametrize("keep", [1, 0.6])
+@pytest.mark.parametrize("chunks", [[1] * 300, [260, *[1] * 40], [130, 170]], ids=["steps", "prompt", "chunks"])
+def test_eviction_by_score_fits_in_the_budget(model, keep, chunks, tmp_path):
+    """Queries and scores count; saved, it is the same cache."""
+    cache, start = scored(model, tokens=40 if keep == 1 else 25, keep=keep), 0
+    with watched(model, cache), pytest.warns(UserWarning, match="the tokens that drew least attention are dropped"):
+        for chunk in chunks:
+            step(model, cache, TEXT["input_ids"][:, start : start + chunk])
+            start += chunk
+            assert cache.nbytes <= cache.budget
+    assert cache.dropped > (1 - keep) * 300 and cache.get_seq_length() == 300
+    cache.save(tmp_path / "cache.safetensors")
+    found = SwanCache.load(tmp_path / "cache.safetensors", model)
+    settings = [(each.on_full, each.budget, each.plan, each.dropped) for each in (found, cache)]
+    assert settings[0] == settings[1]
+
+
+def test_eviction_by_score_drops_what_each_layer_would_drop_next(model):
+    cache, start = scored(model), 0
+    with pytest.warns(UserWarning, match="the tokens that drew least attention"):
+        while cache.dropped == 0:
+            twins, start = copy.deepcopy(cache.winnowed), start + 1
+            cache.byte_budget.make_room(cache, 1, 1, 4)
+            if cache.dropped == 0:
+                step(model, cache, TEXT["input_ids"][:, start - 1 : start])
+    for index, kv in cache.winnowed.items():
+        expected, oldest = twins[index], copy.deepcopy(twins[index])
+        oldest.state.scores = None
+        for each in (expected, oldest):
+            each.evict(64)
+            each.repack(kv.plan_layer)
+        assert torch.equal(kv.state.scores, expected.state.scores)
+        keys, same, other = (x.state.k_history.tokens(0, kv.history_length).planes[0] for x in (kv, expected, oldest))
+        assert torch.equal(keys, same) and not torch.equal(keys, other)
 
 
 def test_one_warning_for_each_cache(model):

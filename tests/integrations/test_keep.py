@@ -109,7 +109,6 @@ def test_crop_and_masks_are_refused_with_a_reason(model):
     ("settings", "reason"),
     [
         ({"retention": None, "levels": [0.5], "static": True, "max_length": 99}, "a static cache keeps all its tokens"),
-        ({"retention": None, "budget": "1MB"}, "a budget lowers the dial"),
         ({"keep": 1.5}, "above 0 and at most 1, got 1.5"),
     ],
 )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from swan import Graded, LayerPlan, Plan, SwanCache, TopK
+from swan import Graded, KVCache, LayerPlan, Plan, SwanCache, TopK
 from swan.calibration.capture import attention_layers
 from swan.functional import rotate
 from swan.integrations.transformers.attention import swan_attention_forward
@@ -62,7 +62,7 @@ class SwanMachine(RuleBasedStateMachine):
     def build(self, data):
         self.dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
         self.model = model_of(self.dtype)
-        self.modules = attention_layers(self.model)
+        self.modules, self.batch = attention_layers(self.model), data.draw(st.integers(1, 3))
         kind = data.draw(st.sampled_from(["retention", "plan", "budget", "budget", "levels"]))
         buffer, sinks = data.draw(BUFFERS), data.draw(st.integers(0, 3))
         self.prefill = data.draw(st.sampled_from(["chunk", "windowed"]))
@@ -73,7 +73,7 @@ class SwanMachine(RuleBasedStateMachine):
         if self.static:
             settings |= {"static": True, "max_length": data.draw(st.integers(1, 90))}
         self.keep = None
-        if kind in ("retention", "plan") and not self.static:
+        if not self.static:
             self.keep = data.draw(st.none() | st.sampled_from(KEEPS))
         match kind:
             case "retention":
@@ -82,8 +82,11 @@ class SwanMachine(RuleBasedStateMachine):
                 layers = data.draw(st.sampled_from(list(PLANS.values())))
                 settings["plan"] = Plan(layers, buffer=buffer, sinks=sinks, keep=self.keep)
             case "budget":
-                settings["budget"] = data.draw(st.integers(4_000, 60_000))
-                settings["on_full"] = data.draw(st.sampled_from(["raise", "evict"]))
+                most = st.integers(4_000, 60_000)
+                if self.keep is not None:  # queries take much: at the least level some more tokens than these fit
+                    most |= st.integers(13_000, 20_000).map(lambda n: n * self.batch * self.dtype.itemsize // 2)
+                settings["budget"] = data.draw(most)
+                settings |= {"on_full": data.draw(st.sampled_from(["raise", "evict"])), "keep": self.keep}
             case "levels":
                 settings["levels"] = data.draw(st.lists(st.sampled_from(RETENTIONS), min_size=1, max_size=3))
         self.longest = settings.get("max_length", LONGEST)
@@ -97,7 +100,7 @@ class SwanMachine(RuleBasedStateMachine):
             for size, packs in zip(sizes, history, strict=True)
         ]
         self.seen_layouts = self.layouts()
-        self.batch, self.copies = data.draw(st.integers(1, 3)), []
+        self.copies = []
 
     def layouts(self) -> list[LayerPlan | None]:
         return [self.cache.winnowed[i].plan_layer if i in self.cache.winnowed else None for i in range(LAYERS)]
@@ -136,7 +139,7 @@ class SwanMachine(RuleBasedStateMachine):
                 data.draw(st.lists(st.integers(0, 12), min_size=self.batch, max_size=self.batch)) if padded else []
             )
         mask = self.mask(padding, before, tokens) if any(padding) else None
-        shown = self.shown()
+        shown, twins = self.shown(), self.budget_twins()
         for index, oracle in enumerate(self.oracles):
             q, k, v = self.qkv(seed + 10 * index, tokens, index)
             try:
@@ -148,7 +151,7 @@ class SwanMachine(RuleBasedStateMachine):
                 )
                 return
             if index == 0:
-                self.follow_budget(shown)
+                self.follow_budget(shown, twins)
             if index in cache.winnowed:
                 twin = None if oracle.keep is None else copy.deepcopy(cache.winnowed[index])
                 out, _ = swan_attention_forward(self.modules[index], q, keys, values, mask, scaling=0.3)
@@ -214,8 +217,12 @@ class SwanMachine(RuleBasedStateMachine):
         queries = torch.arange(before, before + tokens)[:, None]
         return ((columns <= queries) & (columns >= torch.tensor(padding)[:, None, None]))[:, None]
 
-    def follow_budget(self, shown):
-        """A budget may have lowered the level, and at the least level dropped old tokens."""
+    def budget_twins(self) -> dict[int, KVCache]:
+        """Copies in which is seen what a budget drops by score, before the history moves to another level."""
+        return copy.deepcopy(self.cache.winnowed) if self.cache.budget is not None and self.keep is not None else {}
+
+    def follow_budget(self, shown, twins):
+        """A budget may have lowered the level, and at the least level dropped tokens."""
         if self.cache.budget is None:
             return
         _, retention, dropped, *_ = shown
@@ -223,8 +230,13 @@ class SwanMachine(RuleBasedStateMachine):
         assert self.cache.retention <= retention and self.cache.dropped >= dropped
         if self.cache.dropped > dropped:
             assert self.cache.on_full == "evict" and self.cache.plan == levels[-1]
-            for index in self.cache.winnowed:
-                self.oracles[index].evict(self.cache.dropped - dropped)
+            drop = self.cache.dropped - dropped
+            for index, oracle in ((index, self.oracles[index]) for index in self.cache.winnowed):
+                if drop <= oracle.scored:
+                    twins[index].evict(drop)
+                    follow_choice(twins[index], oracle, drop)
+                else:
+                    oracle.evict(drop)
 
     # Storage --------------------------------------------------------------------------------------
 
@@ -270,7 +282,7 @@ class SwanMachine(RuleBasedStateMachine):
         rows = [row % self.batch for row in rows]
         if kind == "reverse":
             rows, kind = list(reversed(range(self.batch))), "reorder"
-        shown = self.shown()
+        shown, twins = self.shown(), self.budget_twins()
         if kind == "repeat":
             repeats = 2 if self.batch == 1 else 1
             rows = [row for row in range(self.batch) for _ in range(repeats)]
@@ -286,7 +298,7 @@ class SwanMachine(RuleBasedStateMachine):
             assert self.cache.budget is not None and "the budget of" in str(error), f"{error}"
             assert self.shown() == shown, "refused rows have changed something"
             return
-        self.follow_budget(shown)
+        self.follow_budget(shown, twins)
         for oracle in self.oracles:
             oracle.rows(rows)
         # What a budget packed anew was packed before the rows moved; each row is the same vector.

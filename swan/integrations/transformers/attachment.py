@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from swan.calibration import Calibration, Plan
 from swan.calibration.capture import unwrapped
 
-__all__ = ["Attachment", "attachment_of", "head_shape", "is_attached"]
+__all__ = ["Attachment", "attachment_of", "head_shape", "is_attached", "query_group"]
 
 
 @dataclass
@@ -39,6 +39,11 @@ def attachment_of(model: nn.Module) -> Attachment:
     if not isinstance(attachment, Attachment):
         raise ValueError("this model is not attached; call swan.attach(model, calibration) first")
     return attachment
+
+
+def query_group(attention: nn.Module) -> int:
+    """Return the query heads for each KV head, as transformers' own attention functions find them."""
+    return int(getattr(attention, "num_key_value_groups", 1))
 
 
 def head_shape(attention: nn.Module) -> tuple[int, int, int]:

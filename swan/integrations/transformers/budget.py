@@ -17,11 +17,11 @@ OnFull = Literal["raise", "evict"]
 
 
 class Budget:
-    """Lowers the level of a cache, and then drops old tokens, before tokens come that would not fit.
+    """Lowers the level of a cache, and then drops tokens, before tokens come that would not fit.
 
     Args:
         nbytes: the most bytes that the cache may hold.
-        on_full: the response at the least level: ``"raise"`` a ValueError, or ``"evict"`` the oldest tokens.
+        on_full: the response at the least level: ``"raise"`` a ValueError, or ``"evict"`` tokens.
         warned: True once the one warning that tokens are dropped was given.
     """
 
@@ -49,7 +49,7 @@ class Budget:
             self.make_room(cache, 0, rows, stored.element_size())
 
     def make_room(self, cache: "SwanCache", tokens: int, rows: int, itemsize: int) -> None:
-        """Lower the level, then drop old tokens, until the budget holds so many more tokens in so many rows.
+        """Lower the level, then drop tokens, until the budget holds so many more tokens in so many rows.
 
         Raises:
             ValueError: there is no room to make, or `on_full` is ``"raise"``; nothing has changed.
@@ -69,10 +69,10 @@ class Budget:
             raise ValueError(self._full(cache, tokens, rows, itemsize, history if drop is None else None))
         if not self.warned:
             self.warned = True
+            which = "oldest tokens outside the sinks" if least.keep is None else "tokens that drew least attention"
             warnings.warn(
                 f"the budget of {self.nbytes} bytes is full at the least retention, {least.retention:.3g}: from now on "
-                "the oldest tokens outside the sinks are dropped; a larger budget keeps them, on_full='raise' stops "
-                "instead",
+                f"the {which} are dropped; a larger budget keeps them, on_full='raise' stops instead",
                 stacklevel=2,
             )
         for kv in cache.winnowed.values():
@@ -86,7 +86,7 @@ class Budget:
             layer = cache.layers[index]
             if isinstance(layer, SwanLayer):
                 assert plan_layer is not None
-                sizes = {"rows": rows, "kv_heads": kv_heads, "itemsize": itemsize}
+                sizes = {"rows": rows, "kv_heads": kv_heads, "itemsize": itemsize, "group": cache.groups[index]}
                 pieces += nbytes_after(layer.kv, tokens, plan_layer, **sizes, drop=drop)
             else:
                 vector_bytes = kv_heads * (d + dv) * (self.dense_itemsize or itemsize)
@@ -100,7 +100,7 @@ class Budget:
         text = f"{rows} x {cache.get_seq_length() + tokens} tokens"
         content = text if history is None else f"buffer and sinks of {text} alone"
         content += f" with {len(cache.exclude)} dense layers" if cache.exclude else ""
-        evict = "on_full='evict', which drops the oldest tokens, a shorter text, " if history is None else ""
+        evict = "on_full='evict', which drops tokens, a shorter text, " if history is None else ""
         return (
             f"the budget of {self.nbytes} bytes is full: {content} need {needed} bytes at the least retention, "
             f"{least.retention:.3g}; give a larger budget, {evict}fewer rows or a smaller buffer"

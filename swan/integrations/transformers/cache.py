@@ -14,7 +14,7 @@ from swan.calibration.capture import attention_layers, tensor_parallel, unwrappe
 from swan.compiling import outside_inference_mode
 from swan.integrations.sizes import byte_count
 from swan.integrations.transformers import report, saving
-from swan.integrations.transformers.attachment import attachment_of, head_shape
+from swan.integrations.transformers.attachment import attachment_of, head_shape, query_group
 from swan.integrations.transformers.attention import computed_dtype
 from swan.integrations.transformers.budget import Budget, OnFull
 from swan.integrations.transformers.layers import (
@@ -65,7 +65,8 @@ class SwanCache(Cache):
             `Plan.for_retention` with the calibration that the model was attached with.
         budget: the most bytes that the cache may hold: a number, or text like ``"64MiB"``, ``"1.5GB"``, ``"500kB"``.
         on_full: the response to tokens that do not fit in the budget at the least level: ``"raise"`` a ValueError and
-            leave the cache as it was, or ``"evict"`` the oldest tokens of the history, 64 at a time, with one warning.
+            leave the cache as it was, or ``"evict"`` the oldest tokens of the history, 64 at a time, with one warning;
+            with `keep`, also ``keep=1``, each KV head drops those that drew least attention instead.
             Sinks stay, and so do positions: `get_seq_length` goes on counting the tokens seen.
         buffer: newest tokens kept dense (a plan has its own).
         sinks: first tokens kept dense (likewise).
@@ -133,12 +134,13 @@ class SwanCache(Cache):
                 f"on_full must be 'raise', or 'evict' with a budget; got {on_full!r} and budget={budget!r}"
             )
         check_static(static, max_length, budget, levels)
-        check_keep(keep, budget, plan)
+        check_keep(keep, plan)
         self.prefill, self.static, self.max_length = prefill, static, max_length
         self.exclude = tuple(sorted(set(exclude)))
         self.set_budget(None if budget is None else byte_count(budget), on_full)
         attention = attention_layers(model)
         self.shapes = {index: head_shape(attention[index]) for index in sorted(attention)}
+        self.groups = {index: query_group(attention[index]) for index in self.shapes}
         excluded = [row for row, index in enumerate(self.shapes) if index in self.exclude]
         self.dial = Dial(attachment.calibration, excluded, buffer, sinks, keep, tensor_parallel(model))
         self.dial.start(origin)

@@ -52,13 +52,9 @@ def origin_of(
     return Origin(plan, tuple(retentions), budget is not None)
 
 
-def check_keep(keep: float | None, budget: object, plan: object) -> None:
-    """Raise a ValueError if a share of tokens that stay is given beside a budget, or a plan, which has its own."""
-    if keep is None:
-        return
-    if budget is not None:
-        raise ValueError(f"a budget lowers the dial, and has on_full='evict'; leave keep={keep} out, or give retention")
-    if isinstance(plan, Plan):
+def check_keep(keep: float | None, plan: object) -> None:
+    """Raise a ValueError if a share of tokens that stay is given beside a plan, which has its own."""
+    if keep is not None and isinstance(plan, Plan):
         raise ValueError(f"the plan says which tokens stay (keep={plan.keep}): leave keep={keep} out")
 
 
@@ -113,6 +109,7 @@ class Dial:
             self.buffer, self.sinks, self.keep = origin.plan.buffer, origin.plan.sinks, origin.plan.keep
         elif origin.budgeted:
             plans = Plan.levels(self._competing, buffer=self.buffer, sinks=self.sinks)
+            plans = [dataclasses.replace(plan, keep=self.keep) for plan in plans]
         else:
             plans = [self.plan(retention) for retention in origin.retentions]
         plans[0].check_dims(self.calibration.dims)
