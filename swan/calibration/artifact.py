@@ -43,9 +43,8 @@ from swan.storage.layout import MAX_DIM
 
 __all__ = ["Calibration", "calibrate"]
 
-# Formats that are read. The newest has effects by KV head, of the candidates of effects.py; that before it had the sums
-# over heads; the effects of older ones are of other candidates, and left out.
-FORMATS = ("swan-calibration-3", "swan-calibration-4", "swan-calibration-5", "swan-calibration-6")
+# Formats that are read. Only the effects of the newest are of the candidates of effects.py.
+FORMATS = tuple(f"swan-calibration-{n}" for n in range(3, 8))
 AGAIN = "run swan.calibrate again"
 MOMENTS = ("q", "k", "v", "o")
 
@@ -167,8 +166,7 @@ class Calibration:
     def load(cls, path: str | Path) -> "Calibration":
         """Read a file that `save` wrote.
 
-        Effects in a file of an older version are of other layouts, and left out, or sums over KV heads, which are taken
-        for alike; with a warning.
+        Effects in a file of an older version are of other layouts, and left out with a warning.
 
         Raises:
             ValueError: the file is not a whole calibration, or its tensors are not finite or not orthogonal.
@@ -180,12 +178,9 @@ class Calibration:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no whole calibration ({reason_of(error)}); {AGAIN}") from error
         if metadata["format"] != FORMATS[-1] and "effects.keys" in tensors:
-            what, alike = (
-                ("of other layouts", "layers") if calibration.effects is None else ("of all heads", "KV heads")
-            )
             warnings.warn(
-                f"{path} was written by an older version of swan, which measured effects {what}: plans will be the "
-                f"same for all {alike} until you {AGAIN}",
+                f"{path} was written by an older version of swan, which measured effects of other layouts: plans will "
+                f"be the same for all layers until you {AGAIN}",
                 stacklevel=2,
             )
         return calibration
@@ -198,9 +193,7 @@ class Calibration:
             moments.append(Moments(*(tensors.pop(f"layers.{i}.moments.{name}") for name in MOMENTS), tokens=tokens))
         if "effects.keys" in tensors:
             measured = [tensors.pop(f"effects.{side}") for side in ("keys", "values")]
-            if metadata["format"] == FORMATS[-2]:
-                measured = [_by_head(table, layers) for table in measured]
-            effects = Effects(*measured) if metadata["format"] in FORMATS[-2:] else None
+            effects = Effects(*measured) if metadata["format"] == FORMATS[-1] else None
         if tensors:
             raise ValueError(f"unknown tensors, such as {next(iter(tensors))[:40]!r}")
         basis, seed, fingerprint = (metadata[name] for name in ("basis", "seed", "fingerprint"))
@@ -356,15 +349,6 @@ def _run_sample(
                     continue
         run(batch)
     return ([] if failure else gradients), failure
-
-
-def _by_head(table: Tensor, layers: Sequence[LayerBases]) -> Tensor:
-    """Divide effects of layers ``[layers, candidates]`` among their KV heads."""
-    if table.ndim != 2 or len(table) != len(layers) or any(layer.key_basis.ndim != 3 for layer in layers):
-        raise ValueError("its effects are not those of its layers")
-    count = torch.tensor([layer.key_basis.shape[0] for layer in layers])
-    head = torch.arange(int(count.max()))
-    return torch.where((head < count[:, None])[..., None], (table / count[:, None])[:, None], torch.nan)
 
 
 def _from_moments(moments: tuple[Moments, ...], basis: Basis, seed: int, fingerprint: dict[str, Any]) -> Calibration:

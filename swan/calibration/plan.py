@@ -47,6 +47,7 @@ LADDER: tuple[tuple[Groups, Groups], ...] = (
     (((16, 8),), ((16, 8),)),
 )
 
+LOW_LEVELS = (0.15, 0.125, 0.1)  # of a byte budget, below the ladder; past the last, fewer tokens do better
 RUNS = 3  # of neighbouring KV heads in a layer that have a layout of their own
 FORMAT = "swan-plan-1"
 MOST_TOKENS = 2**31  # of a buffer or of sinks that are read
@@ -172,7 +173,9 @@ class Plan:
         sinks: int = 4,
         by_head: bool = True,
     ) -> list["Plan"]:
-        """Make plans of `for_retention` from 1 down to the least, some 20: the levels of a byte budget.
+        """Make plans of `for_retention` from 1 down to a tenth, some 20: the levels of a byte budget.
+
+        Without effects they end where those of `for_retention` do.
 
         Args:
             calibration: calibration of the model.
@@ -195,7 +198,8 @@ class Plan:
         dims, effects = _dims_and_effects(calibration, dims)
         least = _least(dims, effects)
         steps = [step.retention for d, dv in set(dims) for step in _steps(d, dv)]
-        retentions = sorted({1.0, least, *(r for r in steps if least < r < 1)}, reverse=True)
+        last = max(least, LOW_LEVELS[-1])
+        retentions = sorted({1.0, last, *(r for r in (*steps, *LOW_LEVELS) if last < r < 1)}, reverse=True)
         settings: dict[str, Any] = {"dims": dims, "buffer": buffer, "sinks": sinks, "by_head": by_head}
         plans = [cls.for_retention(r, calibration, **settings) for r in retentions]
         return list(dict.fromkeys(plans))

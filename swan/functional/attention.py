@@ -199,15 +199,15 @@ def _in_tiles(
         return attend_in_runs(lambda q, k, v, mask, _: _in_tiles(q, k, v, mask, scale, impl), q, k, v, mask)
     tokens, key_mix, value_mix = k.shape[2], mixing(k), mixing(v)
     q = q if key_mix is None else q @ key_mix
-    if isinstance(mask, Seen):
-        mask = mask.mask(tokens).expand(-1, -1, q.shape[2], -1)
     tile = max(tokens, 1) if impl == "reference" else TILE
     wide = torch.promote_types(q.dtype, torch.float32)
     outputs: list[tuple[Tensor, Tensor]] = []
     unpack_keys, unpack_values = unpack_kernel(impl, k), unpack_kernel(impl, v)
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
-        tile_mask = None if mask is None else mask[..., start:stop]
+        tile_mask, seen = _mask_of_tile(mask, start, stop, q)
+        if not seen:
+            continue
         keys, values = unpack_keys(k.tokens(start, stop)), unpack_values(v.tokens(start, stop))
         out, lse = dense_attention(q, keys, values, mask=tile_mask, scale=scale, impl=impl, return_lse=True)
         outputs.append((out.to(wide), lse))
@@ -215,6 +215,22 @@ def _in_tiles(
             outputs = [merge_attention(outputs)]
     out, lse = merge_attention(outputs or [_attention_to_nothing(q, v.format.d)])
     return out if value_mix is None else out @ value_mix.mT.to(out.dtype), lse
+
+
+def _mask_of_tile(mask: Tensor | Seen | None, start: int, stop: int, q: Tensor) -> tuple[Tensor | None, bool]:
+    """Return the mask of some tokens, None where all queries see all of them, and whether some query may see one."""
+    if not isinstance(mask, Seen):
+        return None if mask is None else mask[..., start:stop], True
+    here = Seen(mask.first, mask.end, mask.start + start)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere one would wait for the numbers
+        begin, end = here.start, here.start + stop - start
+        first = [begin] if here.first is None else here.first.flatten().tolist()
+        last = [end] if here.end is None else here.end.flatten().tolist()
+        if begin >= max(first) and end <= min(last):
+            return None, True
+        if end <= min(first) or begin >= max(last):
+            return None, False
+    return here.mask(stop - start).expand(-1, -1, q.shape[2], -1), True
 
 
 def merge_attention(

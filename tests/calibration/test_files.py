@@ -14,10 +14,8 @@ import warnings
 import pytest
 import torch
 
-from swan import Calibration, Graded, LayerPlan, Plan, SwanCache, TopK, attach, calibrate
+from swan import Calibration, LayerPlan, Plan, SwanCache, TopK, attach, calibrate
 from swan.calibration import files
-from swan.calibration.artifact import FORMATS
-from swan.calibration.effects import KEYS, VALUES
 from swan.calibration.files import MOST_BYTES, check_place, parse_json, replacing, write_json, write_tensors
 from swan.integrations.transformers import cache_keyword
 from tests.fuzz import DATA, SMALL, artifacts, outcome
@@ -48,30 +46,6 @@ def test_effects_of_other_layouts_are_left_out():
     assert found.effects is None
 
 
-def test_effects_of_all_heads_are_shared_out():
-    """Files of before had the sum over the KV heads of a layer: plans are those of heads that are alike."""
-    with pytest.warns(UserWarning, match="measured effects of all heads: plans will be the same for all KV heads"):
-        found = Calibration.load(DATA / "calibration-5.safetensors")
-    heads = found.layers[0].key_basis.shape[0]
-    assert found.effects.keys.shape == (2, heads, len(KEYS))
-    assert found.effects.values.shape == (2, heads, len(VALUES))
-    assert (found.effects.keys == found.effects.keys[:, :1]).all()
-    assert found.effects.keys.isfinite().all()
-    assert Plan.for_retention(0.5, found).predicted_kl(found).nansum() > 0
-    alike = Plan.for_retention(0.5, found, by_head=False)
-    assert all(isinstance(layer.keys, Graded) for layer in alike.layers)
-
-
-@pytest.mark.parametrize("name", ["effects.keys", "layers.1.key_basis"])
-def test_effects_of_all_heads_that_fit_no_layers_are_refused(name, tmp_path):
-    """Before heads are counted, so in a sentence."""
-    metadata, tensors = files.read_tensors(DATA / "calibration-5.safetensors", FORMATS, "calibration", "again")
-    tensors = {key: t.clone() for key, t in tensors.items()} | {name: torch.tensor(1.0)}
-    write_tensors(tmp_path / "file", tensors, metadata)
-    with pytest.raises(ValueError, match="holds no whole calibration"):
-        Calibration.load(tmp_path / "file")
-
-
 def test_files_of_the_first_formats_load():
     plan = Plan.from_json((DATA / "plan-1.json").read_text())
     assert (OLD.basis, OLD.seed, OLD.tokens, OLD.dims) == ("joint", 0, 200, [(8, 8)] * 2)
@@ -88,7 +62,7 @@ def test_files_written_now_have_a_checksum_and_a_format(tmp_path):
     OLD.save(tmp_path / "file")
     header = json.loads((tmp_path / "file").read_bytes()[8:].partition(b"}}")[0] + b"}}")["__metadata__"]
     assert len(header["sha256"]) == 64
-    assert json.loads(header["swan"])["format"] == "swan-calibration-6"
+    assert json.loads(header["swan"])["format"] == "swan-calibration-7"
     assert json.loads(Plan.for_retention(0.5, OLD).to_json())["format"] == "swan-plan-1"
 
 
