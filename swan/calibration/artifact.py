@@ -1,5 +1,6 @@
 """`calibrate` and its result, `Calibration`: bases of every layer, saved as one safetensors file."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -221,8 +222,8 @@ def calibrate(
     ``"joint"`` are the eigenvectors, largest eigenvalue first, of $M_q / \mathrm{tr}\, M_q + M_k / \mathrm{tr}\, M_k$
     for keys, and of the same sum of $M_v$ and $\sum_h W_{O,h}^\top W_{O,h}$ for values. Some 8,000 tokens of ordinary
     text do. Up to 4 windows of 1024 tokens are run backward too, which predicts the KL divergence that each layer adds
-    in each of some layouts; their keys, values and gradients stay in memory until the bases are known. No other
-    activation is kept.
+    in each of some layouts (from 8 batches on in bases of the other batches, since bases fit the text that they come
+    from); their keys, values and gradients stay in memory until the bases are known. No other activation is kept.
     `Plan.for_retention` spends bytes accordingly.
 
     Args:
@@ -291,6 +292,7 @@ def calibrate(
             if measures_effects and (place := rng.randrange(count)) < WINDOWS:  # all batches are equally likely
                 batch, sample[place] = sample[place], batch
             run(batch)
+        moments_of_others = copy.deepcopy(moments)
         gradients, failure = _run_sample(model, sample, run, observe, seed, progress)
     if count == 0:
         raise ValueError("no batch came; give calibrate at least one")
@@ -308,7 +310,11 @@ def calibrate(
             warnings.warn(reason, stacklevel=2)
     if not gradients:
         return calibration
-    bases = {index: (x.key_basis, x.value_basis) for index, x in zip(ordered, calibration.layers, strict=True)}
+    layers = calibration.layers
+    if count >= 2 * len(sample):  # on a text that a basis was fitted to, what it prunes seems less than it is
+        others = tuple(moments_of_others[index] for index in ordered)
+        layers = _from_moments(others, basis, seed, calibration.fingerprint).layers
+    bases = {index: (x.key_basis, x.value_basis) for index, x in zip(ordered, layers, strict=True)}
     windows = [beginning(batch, TOKENS) for batch in sample]
     tokens = sum(rows_of(window) * tokens_of(window) for window in windows)
     device = device_of(model)

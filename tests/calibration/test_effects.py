@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from swan import Calibration, Graded, LayerPlan, Plan, SwanAttention, calibrate, pack, random_rotation, rotate, unpack
+from swan.calibration.artifact import _run_sample
 from swan.calibration.capture import Observed
 from swan.calibration.effects import (
     BUFFER,
@@ -246,6 +247,30 @@ def test_each_batch_counts_once_in_the_moments(rows):
     for a, b in zip(both.moments, alone.moments, strict=True):
         for name in "qkv":
             torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [7, 8])
+def test_bases_are_those_of_other_batches_where_there_are_enough(count, monkeypatch):
+    model, ids, seen = tiny(), [tokens(1, 2 * BUFFER, seed) for seed in range(count)], {}
+
+    def run_sample(model, sample, *rest):
+        seen["sample"] = [*sample]
+        return _run_sample(model, sample, *rest)
+
+    def measured(gradients, bases, *rest):
+        seen["bases"] = bases
+        return effects_of(gradients, bases, *rest)
+
+    monkeypatch.setattr("swan.calibration.artifact._run_sample", run_sample)
+    monkeypatch.setattr("swan.calibration.artifact.effects_of", measured)
+    found = calibrate(model, ids)
+    sample = {id(batch) for batch in seen["sample"]}
+    others = [batch for batch in ids if id(batch) not in sample]
+    assert len(sample) == 4
+    expected = calibrate(model, others, effects=False) if count == 8 else found
+    for layer, (key_basis, value_basis) in zip(expected.layers, seen["bases"].values(), strict=True):
+        torch.testing.assert_close(layer.key_basis, key_basis)
+        torch.testing.assert_close(layer.value_basis, value_basis)
 
 
 def test_a_failing_backward_pass_leaves_the_moments(monkeypatch):

