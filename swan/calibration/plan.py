@@ -259,8 +259,8 @@ class Plan:
         r"""Predict what keys and values of each KV head add to the KL divergence from the dense model.
 
         The sum of all, $\sum_{l,h} (\mathrm{KL}_{k,l,h} + \mathrm{KL}_{v,l,h})$, is a low estimate: it takes heads one
-        by one, errors as small, and the text of the calibration. On text of another kind 1.4 to 2.3 times as much was
-        measured at retentions of 0.26 and 0.20, and 2.3 to 4 times at 0.15 and 0.10.
+        by one, errors as small, and the text of the calibration. On text of another kind 1.4 to 1.6 times as much was
+        measured at retentions of 0.26 and 0.20, and about twice as much at 0.15 and 0.10.
 
         Args:
             calibration: calibration of the model, with effects.

@@ -72,7 +72,7 @@ class SwanCache(Cache):
         sinks: first tokens kept dense (likewise).
         keep: share of the history's tokens that stay (likewise): after each 64 tokens every KV head drops those that
             drew least attention. The history then takes ``keep * retention`` of its bf16 bytes, and a byte of score for
-            each token. Below a fifth of the bytes that is better than fewer bits for all, but what is dropped can no
+            each token. In a tenth of the bytes that is better than fewer bits for all, but what is dropped can no
             longer be asked about. Then no mask but one of left padding is taken, and `crop` goes back no further than
             the last choice.
         prefill: ``"chunk"``: tokens given at once see each other dense; ``"windowed"``: the same as token
