@@ -735,7 +735,7 @@ MUTANTS = [
     Mutant(
         "a-query-of-nan-is-what-torch-makes-of-it",
         DENSE,
-        'return out if q.device.type == "cuda" else torch.where(q.isfinite().all(-1, keepdim=True), out, math.nan)',
+        'return out if q.device.type == "cuda" else out + (q * 0).sum(-1, keepdim=True)',
         "return out",
         OF_NUMERICS,
     ),

@@ -226,9 +226,9 @@ def _mask_of_tile(mask: Tensor | Seen | None, start: int, stop: int, q: Tensor) 
         begin, end = here.start, here.start + stop - start
         first = [begin] if here.first is None else here.first.flatten().tolist()
         last = [end] if here.end is None else here.end.flatten().tolist()
-        if begin >= max(first) and end <= min(last):
+        if all(n <= begin for n in first) and all(n >= end for n in last):
             return None, True
-        if end <= min(first) or begin >= max(last):
+        if all(n >= end for n in first) or all(n <= begin for n in last):
             return None, False
     return here.mask(stop - start).expand(-1, -1, q.shape[2], -1), True
 
