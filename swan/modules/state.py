@@ -158,11 +158,6 @@ class StaticState(CacheState):
         """Tell if there are surely no tokens. Compiled code cannot read the counter, so there this returns False."""
         return not torch.compiler.is_compiling() and super().is_empty()
 
-    def observed_from(self) -> int:
-        """Return the column from which pages of queries are looked at: those after a token that nobody asked for."""
-        length = int(self.length)
-        return self.observed if self.asked >= length else max(self.observed, -(-length // PAGE) * PAGE)
-
     def before(self) -> tuple[int | Tensor, int | Tensor]:
         """Return copies of `length` and `first`, because counting changes those in place."""
         length, first = self.length, self.first
