@@ -54,7 +54,7 @@ PRESSES: tuple[type[ScorerPress], ...] = (
     KnormPress,
     StreamingLLMPress,
 )
-KEPT = (0.5, 0.26, 0.15)  # share of the prompt's tokens
+KEPT = (0.5, 0.26, 0.15, 0.1)  # share of the prompt's tokens
 TOLERANCE = 1e-3  # of a logit, in float32
 
 
