@@ -292,7 +292,8 @@ def calibrate(
             if measures_effects and (place := rng.randrange(count)) < WINDOWS:  # all batches are equally likely
                 batch, sample[place] = sample[place], batch
             run(batch)
-        moments_of_others = copy.deepcopy(moments)
+        # On a text that a basis was fitted to, what it prunes seems less than it is.
+        of_others = copy.deepcopy(moments) if sample and count >= 2 * len(sample) else None
         gradients, failure = _run_sample(model, sample, run, observe, seed, progress)
     if count == 0:
         raise ValueError("no batch came; give calibrate at least one")
@@ -311,9 +312,8 @@ def calibrate(
     if not gradients:
         return calibration
     layers = calibration.layers
-    if count >= 2 * len(sample):  # on a text that a basis was fitted to, what it prunes seems less than it is
-        others = tuple(moments_of_others[index] for index in ordered)
-        layers = _from_moments(others, basis, seed, calibration.fingerprint).layers
+    if of_others is not None:
+        layers = _from_moments(tuple(of_others[i] for i in ordered), basis, seed, calibration.fingerprint).layers
     bases = {index: (x.key_basis, x.value_basis) for index, x in zip(ordered, layers, strict=True)}
     windows = [beginning(batch, TOKENS) for batch in sample]
     tokens = sum(rows_of(window) * tokens_of(window) for window in windows)

@@ -203,11 +203,17 @@ def _in_tiles(
     wide = torch.promote_types(q.dtype, torch.float32)
     outputs: list[tuple[Tensor, Tensor]] = []
     unpack_keys, unpack_values = unpack_kernel(impl, k), unpack_kernel(impl, v)
+    by_some, by_all = _tokens_seen(mask, tokens, q)
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
-        tile_mask, seen = _mask_of_tile(mask, start, stop, q)
-        if not seen:
+        if stop <= by_some.start or start >= by_some.stop:
             continue
+        if mask is None or (by_all.start <= start and stop <= by_all.stop):
+            tile_mask = None
+        elif isinstance(mask, Seen):
+            tile_mask = mask._replace(start=mask.start + start).mask(stop - start).expand(-1, -1, q.shape[2], -1)
+        else:
+            tile_mask = mask[..., start:stop]
         keys, values = unpack_keys(k.tokens(start, stop)), unpack_values(v.tokens(start, stop))
         out, lse = dense_attention(q, keys, values, mask=tile_mask, scale=scale, impl=impl, return_lse=True)
         outputs.append((out.to(wide), lse))
@@ -217,20 +223,18 @@ def _in_tiles(
     return out if value_mix is None else out @ value_mix.mT.to(out.dtype), lse
 
 
-def _mask_of_tile(mask: Tensor | Seen | None, start: int, stop: int, q: Tensor) -> tuple[Tensor | None, bool]:
-    """Return the mask of some tokens, None where all queries see all of them, and whether some query may see one."""
-    if not isinstance(mask, Seen):
-        return None if mask is None else mask[..., start:stop], True
-    here = Seen(mask.first, mask.end, mask.start + start)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere one would wait for the numbers
-        begin, end = here.start, here.start + stop - start
-        first = [begin] if here.first is None else here.first.flatten().tolist()
-        last = [end] if here.end is None else here.end.flatten().tolist()
-        if all(n <= begin for n in first) and all(n >= end for n in last):
-            return None, True
-        if all(n >= end for n in first) or all(n <= begin for n in last):
-            return None, False
-    return here.mask(stop - start).expand(-1, -1, q.shape[2], -1), True
+def _tokens_seen(mask: Tensor | Seen | None, tokens: int, q: Tensor) -> tuple[range, range]:
+    """Return tokens outside which no query sees one, and tokens that all see, as far as numbers tell at once."""
+    if mask is None:
+        return range(tokens), range(tokens)
+    waits = q.device.type != "cpu" or torch.compiler.is_compiling()  # for the numbers
+    if not isinstance(mask, Seen) or waits:
+        return range(tokens), range(0)
+    first = [0] if mask.first is None else (mask.first.flatten() - mask.start).tolist()
+    end = [tokens] if mask.end is None else (mask.end.flatten() - mask.start).tolist()
+    if not first or not end:  # no rows
+        return range(0), range(0)
+    return range(min(first), max(end)), range(max(first), min(end))
 
 
 def merge_attention(

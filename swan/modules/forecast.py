@@ -33,8 +33,8 @@ def nbytes_after(
 
     The sum of the pieces is `KVCache.nbytes` after ``evict(drop)``, ``repack(plan_layer)`` and an `update` with so many
     tokens, or up to ``8 * rows`` bytes of padding more; with `KVCache.keep` at most that, before the tokens with the
-    least scores are dropped. Growing, repeating rows, lowering the layouts and dropping
-    tokens copy piece by piece: while they run, at most the largest piece exists twice.
+    least scores are dropped. Growing, repeating rows, lowering the layouts and dropping tokens copy piece by piece:
+    while they run, at most the largest piece exists twice.
 
     Args:
         cache: of one layer, dynamic.
