@@ -792,8 +792,36 @@ MUTANTS = [
     Mutant(
         "only-errors-of-single-tokens-count",
         "swan/calibration/effects.py",
-        "torch.stack(side).sum(0).amax(0) / tokens",
-        "torch.stack(side).sum(0)[0] / tokens",
+        "side.amax(0) / tokens",
+        "side[0] / tokens",
+        ("calibration/test_effects.py",),
+    ),
+    Mutant(
+        "texts-are-not-recalled",
+        "swan/calibration/artifact.py",
+        "for window in recalled if window is not None",
+        "for window in recalled if window is None",
+        ("calibration/test_effects.py",),
+    ),
+    Mutant(
+        "recalled-in-the-same-order",
+        "swan/calibration/batches.py",
+        "rng.sample(range(first, count, PIECE), pieces)",
+        "range(first, count, PIECE)",
+        ("calibration/test_batches.py",),
+    ),
+    Mutant(
+        "padding-is-recalled",
+        "swan/calibration/batches.py",
+        "if pieces * PIECE < 2 * distance or is_padded or",
+        "if pieces * PIECE < 2 * distance or",
+        ("calibration/test_batches.py",),
+    ),
+    Mutant(
+        "the-last-text-counts-alone",
+        "swan/calibration/effects.py",
+        "[a + b for a, b in zip(sums[index], of_text, strict=True)] if index in sums else [*of_text]",
+        "[*of_text]",
         ("calibration/test_effects.py",),
     ),
     Mutant(

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import random
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swan.calibration.bases import Basis, LayerBases, layer_bases
-from swan.calibration.batches import beginning, check_batch, check_batches, rows_of, tokens_of
+from swan.calibration.batches import beginning, check_batch, check_batches, recalling, rows_of, tokens_of
 from swan.calibration.capture import (
     Observed,
     call,
@@ -32,7 +32,6 @@ from swan.calibration.effects import (
     TOKENS,
     WINDOWS,
     Effects,
-    LayerGradients,
     effects_of,
     run_backward,
 )
@@ -223,8 +222,8 @@ def calibrate(
     for keys, and of the same sum of $M_v$ and $\sum_h W_{O,h}^\top W_{O,h}$ for values. Some 8,000 tokens of ordinary
     text do. Up to 4 windows of 1024 tokens are run backward too, which predicts the KL divergence that each layer adds
     in each of some layouts (from 8 batches on in bases of the other batches, since bases fit the text that they come
-    from); their keys, values and gradients stay in memory until the bases are known. No other activation is kept.
-    `Plan.for_retention` spends bytes accordingly.
+    from): once as they are, and once half of each followed by that half in another order, in pieces of 32 tokens, so
+    that the model looks far back. One window at a time is in memory. `Plan.for_retention` spends bytes accordingly.
 
     Args:
         model: a model of your own built from `SwanAttention`, or a transformers decoder.
@@ -294,7 +293,8 @@ def calibrate(
             run(batch)
         # On a text that a basis was fitted to, what it prunes seems less than it is.
         of_others = copy.deepcopy(moments) if sample and count >= 2 * len(sample) else None
-        gradients, failure = _run_sample(model, sample, run, observe, seed, progress)
+        for batch in sample:
+            run(batch)
     if count == 0:
         raise ValueError("no batch came; give calibrate at least one")
     if not moments:
@@ -303,58 +303,44 @@ def calibrate(
     for row, layer in enumerate(ordered.values()):
         layer.check(f"layer {row}")
     calibration = _from_moments(tuple(ordered.values()), basis, seed, json.loads(json.dumps(identity)))
-    if failure is not None:
+    if not sample:
+        return calibration
+    if max(map(tokens_of, sample)) <= BUFFER:
         if effects:
-            raise failure
-        if not isinstance(failure, ValueError):
-            reason = f"plans will be the same for all layers, their effects were not measured: {failure}"
-            warnings.warn(reason, stacklevel=2)
-    if not gradients:
+            raise ValueError(
+                f"effects are measured on tokens beyond the buffer: give texts of more than {BUFFER} tokens"
+            )
         return calibration
     layers = calibration.layers
     if of_others is not None:
         layers = _from_moments(tuple(of_others[i] for i in ordered), basis, seed, calibration.fingerprint).layers
     bases = {index: (x.key_basis, x.value_basis) for index, x in zip(ordered, layers, strict=True)}
-    windows = [beginning(batch, TOKENS) for batch in sample]
-    tokens = sum(rows_of(window) * tokens_of(window) for window in windows)
-    device = device_of(model)
-    return dataclasses.replace(calibration, effects=effects_of(gradients, bases, tokens, device))
+    try:
+        with evaluating(model):
+            measured = _measure(model, sample, bases, seed, progress)
+    except RuntimeError as error:
+        if effects:
+            raise
+        warnings.warn(f"plans will be the same for all layers, their effects were not measured: {error}", stacklevel=2)
+        return calibration
+    return dataclasses.replace(calibration, effects=measured)
 
 
-def _run_sample(
+def _measure(
     model: nn.Module,
-    batches: Sequence[Any],
-    run: Callable[[Any], None],
-    observe: Callable[[int, Observed], None],
+    sample: Sequence[Any],
+    bases: Mapping[int, tuple[Tensor, Tensor]],
     seed: int,
     progress: bool,
-) -> tuple[list[dict[int, LayerGradients]], Exception | None]:
-    """Run batches forward, all of them observed once, and the beginning of each backward.
-
-    Returns:
-        For each batch the gradients of each layer, nothing where a backward pass failed, and the error of that.
-    """
-    generator, gradients = torch.Generator().manual_seed(seed), []
-    failure: Exception | None = None
-    if batches and max(map(tokens_of, batches)) <= BUFFER:
-        failure = ValueError(
-            f"effects are measured on tokens beyond the buffer: give texts of more than {BUFFER} tokens"
-        )
-    for batch in track(batches, "measuring effects", show=progress):
-        window = beginning(batch, TOKENS)
-        if failure is None:
-            try:
-                layers, layer_gradients = run_backward(model, window, generator)
-            except RuntimeError as error:
-                failure = error.with_traceback(None)  # the traceback would keep the activations
-            else:
-                gradients.append(layer_gradients)
-                if window is batch:
-                    for index, observed in layers.items():
-                        observe(index, observed)
-                    continue
-        run(batch)
-    return ([] if failure else gradients), failure
+) -> Effects:
+    """Measure effects on the beginning of each batch, and once more where its second half recalls its first."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    windows = [beginning(batch, TOKENS) for batch in sample]
+    recalled = [recalling(window, BUFFER, rng) for window in windows]
+    windows += [window for window in recalled if window is not None]
+    tokens = sum(rows_of(window) * tokens_of(window) for window in windows)
+    texts = (run_backward(model, w, generator) for w in track(windows, "measuring effects", show=progress))
+    return effects_of(texts, bases, tokens, device_of(model))
 
 
 def _from_moments(moments: tuple[Moments, ...], basis: Basis, seed: int, fingerprint: dict[str, Any]) -> Calibration:

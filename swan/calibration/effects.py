@@ -1,7 +1,7 @@
 """Effects of packing a layer on the predictions of a model, measured by gradients for a catalogue of layouts."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,9 +141,7 @@ class LayerGradients:
     scale: float
 
 
-def run_backward(
-    model: nn.Module, batch: Any, generator: torch.Generator
-) -> tuple[dict[int, Observed], dict[int, LayerGradients]]:
+def run_backward(model: nn.Module, batch: Any, generator: torch.Generator) -> dict[int, LayerGradients]:
     """Run a model forward and backward.
 
     Args:
@@ -152,7 +150,7 @@ def run_backward(
         generator: generator of the draws, on the CPU.
 
     Returns:
-        The forward pass of each layer, by its index, and the gradients of each layer without a sliding window.
+        The gradients of each layer without a sliding window, by its index.
 
     Raises:
         RuntimeError: every layer has a sliding window, or there is no backward pass through the model.
@@ -168,10 +166,10 @@ def run_backward(
             raise RuntimeError(f"{type(model).__name__} has no head: its output has no logits")
         out = [observed.out for observed in full.values()]
         by_out = torch.autograd.grad(logits, out, _likelihood_gradient(logits, generator, full))
-    gradients = {}
-    for (index, observed), gradient in zip(full.items(), by_out, strict=True):
-        gradients[index] = _layer_gradients(observed, gradient)
-    return layers, gradients
+    return {
+        index: _layer_gradients(observed, gradient)
+        for (index, observed), gradient in zip(full.items(), by_out, strict=True)
+    }
 
 
 def _layer_gradients(observed: Observed, gradient: Tensor) -> LayerGradients:
@@ -205,7 +203,7 @@ def _likelihood_gradient(logits: Tensor, generator: torch.Generator, layers: Map
 
 
 def effects_of(
-    texts: Sequence[dict[int, LayerGradients]],
+    texts: Iterable[Mapping[int, LayerGradients]],
     bases: Mapping[int, tuple[Tensor, Tensor]],
     tokens: int,
     device: torch.device,
@@ -219,7 +217,7 @@ def effects_of(
     of different tokens are not: what pruning takes from all of them adds up in an output. One backward pass serves all.
 
     Args:
-        texts: for each text the gradients of each layer, from `run_backward`.
+        texts: for each text the gradients of each layer, from `run_backward`; looked at one by one.
         bases: key and value basis of each layer by its index (of hybrids not all layers have one).
         tokens: tokens in all texts.
         device: where to compute.
@@ -229,13 +227,15 @@ def effects_of(
     """
     heads = max(key_basis.shape[0] for key_basis, _ in bases.values())
     effects = Effects(*(torch.full((len(bases), heads, len(side)), torch.nan) for side in (KEYS, VALUES)))
+    sums: dict[int, list[Tensor]] = {}
+    for layers in texts:
+        for index, layer in layers.items():
+            of_text = _both_sums(layer, *bases[index], device)
+            sums[index] = [a + b for a, b in zip(sums[index], of_text, strict=True)] if index in sums else [*of_text]
     for row, index in enumerate(sorted(bases)):
-        observed = [layers[index] for layers in texts if index in layers]
-        if observed:
-            sums = [_both_sums(layer, *bases[index], device) for layer in observed]
-            for table, side in zip((effects.keys, effects.values), zip(*sums, strict=True), strict=True):
-                found = torch.stack(side).sum(0).amax(0) / tokens
-                table[row, : len(found)] = found
+        for table, side in zip((effects.keys, effects.values), sums.get(index, ()), strict=False):
+            found = side.amax(0) / tokens
+            table[row, : len(found)] = found
     return effects
 
 

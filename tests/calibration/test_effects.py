@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from swan import Calibration, Graded, LayerPlan, Plan, SwanAttention, calibrate, pack, random_rotation, rotate, unpack
-from swan.calibration.artifact import _run_sample
+from swan.calibration.artifact import _measure
 from swan.calibration.capture import Observed
 from swan.calibration.effects import (
     BUFFER,
@@ -24,6 +24,7 @@ from swan.calibration.effects import (
     _stored,
     effects_of,
     graded,
+    run_backward,
     sensitivities,
 )
 from swan.evaluation.perplexity import Setting, evaluate
@@ -253,16 +254,11 @@ def test_each_batch_counts_once_in_the_moments(rows):
 def test_bases_are_those_of_other_batches_where_there_are_enough(count, monkeypatch):
     model, ids, seen = tiny(), [tokens(1, 2 * BUFFER, seed) for seed in range(count)], {}
 
-    def run_sample(model, sample, *rest):
-        seen["sample"] = [*sample]
-        return _run_sample(model, sample, *rest)
+    def measure(model, sample, bases, *rest):
+        seen["sample"], seen["bases"] = sample, bases
+        return _measure(model, sample, bases, *rest)
 
-    def measured(gradients, bases, *rest):
-        seen["bases"] = bases
-        return effects_of(gradients, bases, *rest)
-
-    monkeypatch.setattr("swan.calibration.artifact._run_sample", run_sample)
-    monkeypatch.setattr("swan.calibration.artifact.effects_of", measured)
+    monkeypatch.setattr("swan.calibration.artifact._measure", measure)
     found = calibrate(model, ids)
     sample = {id(batch) for batch in seen["sample"]}
     others = [batch for batch in ids if id(batch) not in sample]
@@ -271,6 +267,23 @@ def test_bases_are_those_of_other_batches_where_there_are_enough(count, monkeypa
     for layer, (key_basis, value_basis) in zip(expected.layers, seen["bases"].values(), strict=True):
         torch.testing.assert_close(layer.key_basis, key_basis)
         torch.testing.assert_close(layer.value_basis, value_basis)
+
+
+@pytest.mark.parametrize("length, runs", [(4 * BUFFER, 3), (4 * BUFFER + 1, 6)])
+def test_long_texts_are_measured_again_where_they_recall(length, runs, monkeypatch):
+    model, ids, seen = tiny(), [tokens(1, length, seed) for seed in range(3)], []
+
+    def backward(model, window, generator):
+        seen.append(window)
+        return run_backward(model, window, generator)
+
+    monkeypatch.setattr("swan.calibration.artifact.run_backward", backward)
+    found = calibrate(model, ids)
+    assert len(seen) == runs and all(a is b for a, b in zip(seen, ids, strict=False))
+    assert found.tokens == 3 * length  # bases are those of the texts
+    for window, text in zip(seen[3:], ids, strict=False):
+        assert torch.equal(window[0, : 2 * BUFFER + 1], torch.cat([text[0, :1], text[0, -2 * BUFFER :]]))
+        assert torch.equal(window[0, 2 * BUFFER + 1 :].sort().values, text[0, -2 * BUFFER :].sort().values)
 
 
 def test_a_failing_backward_pass_leaves_the_moments(monkeypatch):

@@ -196,8 +196,11 @@ def test_models_that_cannot_be_read(tiny, how, tmp_path):
 @pytest.mark.parametrize("how", BROKEN)
 @pytest.mark.parametrize("path", named)
 def test_models_that_no_command_can_read(tiny, how, path, tmp_path):
-    said = "loading" if path == ("demo",) else ""
-    assert_one_line(invoke(*arguments_of(path, broken_model(tiny, how, tmp_path))), 1, said)
+    result = invoke(*arguments_of(path, broken_model(tiny, how, tmp_path)))
+    if path == ("capacity",) and ("weights" in how or "tokenizer" in how):
+        assert result.exit_code == 0, result.output  # it counts bytes, and reads the configuration alone
+    else:
+        assert_one_line(result, 1, "loading" if path == ("demo",) else "")
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\3\0\0\0" + b"\xff" * 64, b"\0" * 1000])
