@@ -785,7 +785,7 @@ MUTANTS = [
     Mutant(
         "effects-in-bases-of-their-own-text",
         "swan/calibration/artifact.py",
-        "if sample and count >= 2 * len(sample) else None",
+        "if sample and others >= WINDOWS else None",
         "if count < 0 else None",
         ("calibration/test_effects.py::test_bases_are_those_of_other_batches_where_there_are_enough",),
     ),
@@ -801,6 +801,13 @@ MUTANTS = [
         "swan/calibration/artifact.py",
         "for window in recalled if window is not None",
         "for window in recalled if window is None",
+        ("calibration/test_effects.py",),
+    ),
+    Mutant(
+        "recalled-are-those-that-are-measured-anyway",
+        "swan/calibration/artifact.py",
+        "for window in windows[-WINDOWS:]",
+        "for window in windows[:WINDOWS]",
         ("calibration/test_effects.py",),
     ),
     Mutant(

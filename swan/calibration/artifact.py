@@ -219,11 +219,12 @@ def calibrate(
 
     Sums second moments $M_x = \sum_t x_t x_t^\top$ of q, k (after RoPE) and v in float64. The columns of the basis
     ``"joint"`` are the eigenvectors, largest eigenvalue first, of $M_q / \mathrm{tr}\, M_q + M_k / \mathrm{tr}\, M_k$
-    for keys, and of the same sum of $M_v$ and $\sum_h W_{O,h}^\top W_{O,h}$ for values. Some 8,000 tokens of ordinary
-    text do. Up to 4 windows of 1024 tokens are run backward too, which predicts the KL divergence that each layer adds
-    in each of some layouts (from 8 batches on in bases of the other batches, since bases fit the text that they come
-    from): once as they are, and once half of each followed by that half in another order, in pieces of 32 tokens, so
-    that the model looks far back. One window at a time is in memory. `Plan.for_retention` spends bytes accordingly.
+    for keys, and of the same sum of $M_v$ and $\sum_h W_{O,h}^\top W_{O,h}$ for values. Some 12,000 tokens of ordinary
+    text do. Windows of up to 1024 tokens are run backward too, which predicts the KL divergence that each layer adds in
+    each of some layouts, and `Plan.for_retention` spends bytes accordingly: 4 as they are and 4 with one half followed
+    by the same half in another order, in pieces of 32 tokens, so that the model looks far back. From 12 batches on all
+    8 are different ones, from 8 on bases of the batches that are not run backward are taken for that, since bases fit
+    the text that they come from.
 
     Args:
         model: a model of your own built from `SwanAttention`, or a transformers decoder.
@@ -285,15 +286,19 @@ def calibrate(
         for batch in track(batches, "calibrating", show=progress):
             check_batch(batch, model if is_transformers else None)
             count += 1
-            if measures_effects and count <= WINDOWS:
+            if measures_effects and count <= 2 * WINDOWS:
                 sample.append(batch)
                 continue
-            if measures_effects and (place := rng.randrange(count)) < WINDOWS:  # all batches are equally likely
+            if measures_effects and (place := rng.randrange(count)) < 2 * WINDOWS:  # all batches are equally likely
                 batch, sample[place] = sample[place], batch
             run(batch)
+        others = max(count - 2 * WINDOWS, min(count - WINDOWS, WINDOWS), 0)  # batches that are not run backward
+        spare = [sample.pop(rng.randrange(len(sample))) for _ in range(len(sample) + others - count)]
+        for batch in track(spare, "calibrating", show=progress):
+            run(batch)
         # On a text that a basis was fitted to, what it prunes seems less than it is.
-        of_others = copy.deepcopy(moments) if sample and count >= 2 * len(sample) else None
-        for batch in sample:
+        of_others = copy.deepcopy(moments) if sample and others >= WINDOWS else None
+        for batch in track(sample, "calibrating", show=progress):
             run(batch)
     if count == 0:
         raise ValueError("no batch came; give calibrate at least one")
@@ -333,11 +338,11 @@ def _measure(
     seed: int,
     progress: bool,
 ) -> Effects:
-    """Measure effects on the beginning of each batch, and once more where its second half recalls its first."""
+    """Measure effects on the first windows as they are, and on the last where their second half recalls the first."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     windows = [beginning(batch, TOKENS) for batch in sample]
-    recalled = [recalling(window, BUFFER, rng) for window in windows]
-    windows += [window for window in recalled if window is not None]
+    recalled = [recalling(window, BUFFER, rng) for window in windows[-WINDOWS:]]
+    windows = windows[:WINDOWS] + [window for window in recalled if window is not None]
     tokens = sum(rows_of(window) * tokens_of(window) for window in windows)
     texts = (run_backward(model, w, generator) for w in track(windows, "measuring effects", show=progress))
     return effects_of(texts, bases, tokens, device_of(model))

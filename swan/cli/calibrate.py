@@ -22,7 +22,7 @@ from swan.cli.common import (
     print_result,
 )
 from swan.cli.tables import Columns, Row, number, percent, print_table
-from swan.evaluation.calibrations import calibration_of
+from swan.evaluation.calibrations import TOKENS, calibration_of
 from swan.evaluation.frontier import RETENTIONS
 from swan.evaluation.texts import CALIBRATION_TEXT
 
@@ -33,7 +33,7 @@ def calibrate(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("swan-calibration.safetensors"),
     basis: BasisOption = BasisName.joint,
-    tokens: Annotated[int, typer.Option(min=64, help="Tokens of text to run.")] = 8192,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of text to run.")] = TOKENS,
     text: Annotated[str, typer.Option(help="mixed, python-topics, jargon, or a text file.")] = CALIBRATION_TEXT,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,

@@ -13,7 +13,7 @@ from swan.calibration import Plan
 from swan.cli.common import Dtype, DtypeOption, JsonOption, check_outputs, console, load, print_json
 from swan.cli.generate import encode, stream
 from swan.cli.tables import Columns, Row, mebibytes, number, percent, print_table
-from swan.evaluation.calibrations import calibration_of
+from swan.evaluation.calibrations import TOKENS, calibration_of
 from swan.evaluation.dtypes import dtype_name
 from swan.evaluation.figures import save
 from swan.evaluation.perplexity import Setting
@@ -40,7 +40,7 @@ def demo(
     begun = time.perf_counter()
     with _step(show, f"loading {model}"):
         network, tokenizer = load(model, dtype)
-    with _step(show, "calibrating on 8192 tokens of Python's language reference"):
+    with _step(show, f"calibrating on {TOKENS} tokens of English"):
         calibration = calibration_of(model, network, tokenizer)
     with _step(show, "reading research papers"):
         text = evaluation_text("qasper")

@@ -13,9 +13,10 @@ from swan.evaluation.texts import CALIBRATION_TEXT, calibration_text, token_wind
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["calibration_of"]
+__all__ = ["TOKENS", "calibration_of"]
 
 WINDOW = 1024  # tokens of a calibration window
+TOKENS = 12 * WINDOW
 
 
 def calibration_of(
@@ -25,7 +26,7 @@ def calibration_of(
     *,
     path: Path | None = None,
     basis: Basis = "joint",
-    tokens: int = 8192,
+    tokens: int = TOKENS,
     text: str = CALIBRATION_TEXT,
 ) -> Calibration:
     """Return a calibration from a file, from the cache folder (embedded models), or made now."""

@@ -250,9 +250,9 @@ def test_each_batch_counts_once_in_the_moments(rows):
             torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [7, 8])
-def test_bases_are_those_of_other_batches_where_there_are_enough(count, monkeypatch):
-    model, ids, seen = tiny(), [tokens(1, 2 * BUFFER, seed) for seed in range(count)], {}
+@pytest.mark.parametrize("count, measured", [(3, 3), (7, 4), (8, 4), (11, 7), (12, 8), (15, 8)])
+def test_bases_are_those_of_other_batches_where_there_are_enough(count, measured, monkeypatch):
+    model, ids, seen = tiny(), [tokens(1, BUFFER + 8, seed) for seed in range(count)], {}
 
     def measure(model, sample, bases, *rest):
         seen["sample"], seen["bases"] = sample, bases
@@ -262,28 +262,30 @@ def test_bases_are_those_of_other_batches_where_there_are_enough(count, monkeypa
     found = calibrate(model, ids)
     sample = {id(batch) for batch in seen["sample"]}
     others = [batch for batch in ids if id(batch) not in sample]
-    assert len(sample) == 4
-    expected = calibrate(model, others, effects=False) if count == 8 else found
+    assert len(sample) == measured and found.tokens == count * (BUFFER + 8)
+    expected = calibrate(model, others, effects=False) if count >= 8 else found
     for layer, (key_basis, value_basis) in zip(expected.layers, seen["bases"].values(), strict=True):
         torch.testing.assert_close(layer.key_basis, key_basis)
         torch.testing.assert_close(layer.value_basis, value_basis)
 
 
-@pytest.mark.parametrize("length, runs", [(4 * BUFFER, 3), (4 * BUFFER + 1, 6)])
-def test_long_texts_are_measured_again_where_they_recall(length, runs, monkeypatch):
-    model, ids, seen = tiny(), [tokens(1, length, seed) for seed in range(3)], []
+@pytest.mark.parametrize("length, count, plain, recalled", [(256, 3, 3, 0), (257, 3, 3, 3), (257, 12, 4, 4)])
+def test_long_texts_are_measured_where_they_recall_too(length, count, plain, recalled, monkeypatch):
+    model, ids, seen = tiny(), [tokens(1, length, seed) for seed in range(count)], []
 
     def backward(model, window, generator):
         seen.append(window)
         return run_backward(model, window, generator)
 
     monkeypatch.setattr("swan.calibration.artifact.run_backward", backward)
-    found = calibrate(model, ids)
-    assert len(seen) == runs and all(a is b for a, b in zip(seen, ids, strict=False))
-    assert found.tokens == 3 * length  # bases are those of the texts
-    for window, text in zip(seen[3:], ids, strict=False):
-        assert torch.equal(window[0, : 2 * BUFFER + 1], torch.cat([text[0, :1], text[0, -2 * BUFFER :]]))
-        assert torch.equal(window[0, 2 * BUFFER + 1 :].sort().values, text[0, -2 * BUFFER :].sort().values)
+    assert calibrate(model, ids).tokens == count * length
+    assert len(seen) == plain + recalled
+    places = [next(i for i, text in enumerate(ids) if text is window) for window in seen[:plain]]
+    for window in seen[plain:]:
+        halves = [torch.cat([text[0, :1], text[0, -2 * BUFFER :]]) for text in ids]
+        place = next(i for i, half in enumerate(halves) if torch.equal(window[0, : 2 * BUFFER + 1], half))
+        assert (place in places) is (count < 12)
+        assert torch.equal(window[0, 2 * BUFFER + 1 :].sort().values, halves[place][1:].sort().values)
 
 
 def test_a_failing_backward_pass_leaves_the_moments(monkeypatch):
