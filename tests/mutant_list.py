@@ -449,7 +449,7 @@ MUTANTS = [
         "ring_columns(self.first_query - 1, tokens",
         OF_CACHE,
     ),
-    Mutant("window-forgets-a-crop", VISIBLE, "return max(start, int(first))", "return start", OF_CROP),
+    Mutant("a-window-before-the-first-token", VISIBLE, "return max(start, int(first))", "return start", OF_CACHE),
     Mutant("static-window-forgets-a-crop", VISIBLE, "else torch.maximum(start, first)", "else start", OF_CROP),
     # modules: state, checks, forecast -------------------------------------------------------------
     Mutant(
@@ -701,7 +701,6 @@ MUTANTS = [
     Mutant(
         "forgotten-history-stays", HISTORY, "max(first - self.start, 0)].zero_()", "max(first - self.start, 0)]", OF_NAN
     ),
-    Mutant("the-slot-of-empty-slots-stays", HISTORY, "t[:, :, self.room :].zero_()", "pass", OF_NAN),
     Mutant(
         "threads-build-the-kernels-each",
         "swan/kernels/cpu/__init__.py",

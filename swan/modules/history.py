@@ -194,12 +194,12 @@ class StaticHistory(History):
     def crop(self, first: int) -> None:
         """Write zeros over the tokens that the buffer's `crop` has uncounted, up to column `first`.
 
-        All room is read, with weights of 0 where there is no token; the slot for the contents of empty slots too.
+        All room is read, with weights of 0 where there is no token. The slot for the contents of empty slots takes those
+        of a cleared one before it is read again.
         """
         for history in (self.state.k_history, self.state.v_history):
             for t in () if history is None else history.tensors:
                 t[:, :, self.length : max(first - self.start, 0)].zero_()
-                t[:, :, self.room :].zero_()
 
     def evict(self, tokens: int) -> None:
         """Refuse: the memory would not shrink."""

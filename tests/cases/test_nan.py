@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from swan import KVCache, LayerPlan, Plan, TopK
+from swan import Graded, KVCache, LayerPlan, Plan, TopK
 from swan.integrations.transformers import cache_keyword
 from tests.tiny import attached, everything, tokens
 
@@ -90,3 +90,15 @@ def test_padded_rows_whose_sinks_are_forgotten(static):
         found.append(cache(*torch.randn(3, 2, 2, 12, 16), padding=padding))
     assert found[0][:, :, 1:].isfinite().all()
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("layout", [TopK(16, 9), Graded(((16, 8),))], ids=["top-k", "graded"])
+def test_what_a_mask_reads_is_forgotten(layout):
+    """With a mask all room of a static cache is read, and the slot that takes sinks when they leave the ring."""
+    cache = KVCache(LayerPlan(layout, layout), buffer=4, sinks=3, static=True, max_length=40)
+    cache(torch.full((1, 4, 20, 16), torch.nan), *torch.full((2, 1, 2, 20, 16), torch.nan))
+    cache.crop(0)
+    mask = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+    for part in range(0, 12, 6):
+        q, k, v = torch.randn(1, 4, 6, 16), torch.randn(1, 2, 6, 16), torch.randn(1, 2, 6, 16)
+        assert cache(q, k, v, mask=mask[:, :, part : part + 6, : part + 6]).isfinite().all()

@@ -260,6 +260,23 @@ def test_attach_looks_at_what_comes_out(wrong, dtype, architecture, monkeypatch)
     assert_unchanged(model, before)
 
 
+def test_attach_looks_at_what_layers_after_the_first_make_of_it():
+    """In float32: the attention of the first layer is right, and that of the next is not."""
+    model = tiny()
+    calibration, before = calibration_of(model), snapshot(model)
+
+    def wrong(_, given, more, output):
+        uses_swan = isinstance(more[cache_keyword(model)], SwanCache)
+        return (2 * output[0], *output[1:]) if uses_swan else None
+
+    hook = model.model.layers[1].self_attn.register_forward_hook(wrong, with_kwargs=True)
+    with pytest.raises(ValueError, match="it computes something else than on its own cache"):
+        attach(model, calibration)
+    assert_unchanged(model, before)
+    hook.remove()
+    attach(model, calibration)
+
+
 def test_a_cache_belongs_to_the_bases_of_its_model():
     """With another model it would store vectors in one basis and read them in another."""
     model, ids = attached(), {"input_ids": tokens(1, 20)}
