@@ -194,8 +194,8 @@ class StaticHistory(History):
     def crop(self, first: int) -> None:
         """Write zeros over the tokens that the buffer's `crop` has uncounted, up to column `first`.
 
-        All room is read, with weights of 0 where there is no token. The slot for the contents of empty slots takes those
-        of a cleared one before it is read again.
+        All room is read, with weights of 0 where there is no token. The slot behind it takes the contents of a cleared
+        slot of the ring before it is read again.
         """
         for history in (self.state.k_history, self.state.v_history):
             for t in () if history is None else history.tensors:
