@@ -344,7 +344,7 @@ def tokens_of(layout, seed, tokens, dtype):
 def test_compiles_without_spills(case):
     pytest.importorskip("cuda.core")
     found, _ = cubin.costs(SOURCE, case.defines, "sm_90")
-    assert found.keys() == {"pack", "unpack", "take_in", "take_in_many"}
+    assert found.keys() == {"pack", "pack_pages", "unpack", "take_in", "take_in_many"}
     for cost in found.values():
         assert cost.stack == cost.spill_stores == cost.spill_loads == 0
         assert cost.registers * case.threads <= 65536

@@ -226,14 +226,14 @@ __device__ void take_in_some(const Side& side, const TakeInArguments& a) {
 }
 
 // [batch, heads, tokens, d] to a layout. Programs: tokens / MANY rounded up, heads, batch.
-extern "C" __global__ void __launch_bounds__(THREADS) pack(const PackArguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) pack(const PackArguments a) {
   const Tokens tokens{static_cast<int>(blockIdx.x) * MANY, 0, a.tokens, 0};
   if (a.values) pack_some<Values, MANY>(a.x, a.to, blockIdx.z, tokens);
   else pack_some<Keys, MANY>(a.x, a.to, blockIdx.z, tokens);
 }
 
 // [1, heads, tokens, d] to slots of pages. Programs: tokens / MANY rounded up, heads, 2.
-extern "C" __global__ void __launch_bounds__(THREADS) pack_pages(const PackPagesArguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) pack_pages(const PackPagesArguments a) {
   const Packed& to = blockIdx.z ? a.values : a.keys;
   const Slots tokens{static_cast<int>(blockIdx.x) * MANY, a.tokens, a.slots, static_cast<uint32_t>(a.page), to.room};
   if (blockIdx.z) pack_some<Values, MANY>(a.v, to, 0, tokens);
@@ -247,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) take_in(const TakeInArg
 }
 
 // The same, for many new tokens. Programs: tokens / MANY rounded up, heads, 2 batch.
-extern "C" __global__ void __launch_bounds__(THREADS) take_in_many(const TakeInArguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) take_in_many(const TakeInArguments a) {
   if (blockIdx.z % 2) take_in_some<Values, MANY>(a.values, a);
   else take_in_some<Keys, MANY>(a.keys, a);
 }
@@ -286,7 +286,7 @@ __device__ void unpack_one(const UnpackArguments& a) {
 }
 
 // Stored vectors back to numbers. Programs: tokens / WARPS rounded up, heads, batch.
-extern "C" __global__ void __launch_bounds__(THREADS) unpack(const UnpackArguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) unpack(const UnpackArguments a) {
   if (a.values) unpack_one<Values>(a);
   else unpack_one<Keys>(a);
 }
