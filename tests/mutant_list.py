@@ -819,8 +819,8 @@ MUTANTS = [
     Mutant(
         "padding-is-recalled",
         "swan/calibration/batches.py",
-        "if pieces * PIECE < 2 * distance or is_padded or",
-        "if pieces * PIECE < 2 * distance or",
+        "if pieces * PIECE < least or is_padded or",
+        "if pieces * PIECE < least or",
         ("calibration/test_batches.py",),
     ),
     Mutant(

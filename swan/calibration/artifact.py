@@ -341,7 +341,7 @@ def _measure(
     """Measure effects on the first windows as they are, and on the last where their second half recalls the first."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     windows = [beginning(batch, TOKENS) for batch in sample]
-    recalled = [recalling(window, BUFFER, rng) for window in windows[-WINDOWS:]]
+    recalled = [recalling(window, 2 * BUFFER, rng) for window in windows[-WINDOWS:]]
     windows = windows[:WINDOWS] + [window for window in recalled if window is not None]
     tokens = sum(rows_of(window) * tokens_of(window) for window in windows)
     texts = (run_backward(model, w, generator) for w in track(windows, "measuring effects", show=progress))

@@ -88,12 +88,12 @@ def beginning(batch: Any, tokens: int) -> Any:
     return window if isinstance(batch, Mapping) else window["input_ids"]
 
 
-def recalling(batch: Any, distance: int, rng: random.Random) -> Any | None:
+def recalling(batch: Any, least: int, rng: random.Random) -> Any | None:
     """Make a batch whose second half repeats its first in another order, so that a model looks far back to predict it.
 
     Args:
         batch: an input of a model.
-        distance: tokens that an original has to be away from what repeats it.
+        least: tokens to repeat at least.
         rng: of the order.
 
     Returns:
@@ -105,7 +105,7 @@ def recalling(batch: Any, distance: int, rng: random.Random) -> Any | None:
     mask = tensors.get("attention_mask")
     is_padded = mask is not None and not (mask.ndim == 2 and bool(mask.all()))
     pieces = (count - 1) // (2 * PIECE)
-    if pieces * PIECE < 2 * distance or is_padded or not set(tensors) <= {*INPUTS, "attention_mask"}:
+    if pieces * PIECE < least or is_padded or not set(tensors) <= {*INPUTS, "attention_mask"}:
         return None
     first = count - pieces * PIECE
     starts = rng.sample(range(first, count, PIECE), pieces)
