@@ -425,6 +425,7 @@ PROGRAM = "import sys; sys.argv[0] = 'swan'; from swan.cli import main; sys.exit
 def test_interrupted_at_any_second(path, tiny, tmp_path):
     """In a process of its own, while it imports too."""
     small = ["--lengths", "200"] if path[0] == "bench" and path[1] != "model" else []
+    small += ["--calibration", str(tiny / "calibration")] if path == ("serve",) else []
     arguments = [*arguments_of(path, str(tiny)), *small]
     environment = os.environ | {"TMPDIR": str(tmp_path), "SWAN_CACHE": os.environ.get("SWAN_CACHE", "")}
     for tenths in range(1, 100, 9):
