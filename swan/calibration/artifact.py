@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swan.calibration.bases import Basis, LayerBases, layer_bases
-from swan.calibration.batches import beginning, check_batch, check_batches, recalling, rows_of, tokens_of
+from swan.calibration.batches import beginning, check_batch, check_batches, rows_of, tokens_of
 from swan.calibration.capture import (
     Observed,
     call,
@@ -29,6 +29,7 @@ from swan.calibration.capture import (
 from swan.calibration.checks import check_calibration
 from swan.calibration.effects import (
     BUFFER,
+    OTHERS,
     TOKENS,
     WINDOWS,
     Effects,
@@ -220,11 +221,10 @@ def calibrate(
     Sums second moments $M_x = \sum_t x_t x_t^\top$ of q, k (after RoPE) and v in float64. The columns of the basis
     ``"joint"`` are the eigenvectors, largest eigenvalue first, of $M_q / \mathrm{tr}\, M_q + M_k / \mathrm{tr}\, M_k$
     for keys, and of the same sum of $M_v$ and $\sum_h W_{O,h}^\top W_{O,h}$ for values. Some 12,000 tokens of ordinary
-    text do. Windows of up to 1024 tokens are run backward too, which predicts the KL divergence that each layer adds in
-    each of some layouts, and `Plan.for_retention` spends bytes accordingly: 4 as they are and 4 with one half followed
-    by the same half in another order, in pieces of 32 tokens, so that the model looks far back. From 12 batches on all
-    8 are different ones, from 8 on bases of the batches that are not run backward are taken for that, since bases fit
-    the text that they come from.
+    text do. Up to 8 windows of 1024 tokens are run backward too, which predicts the KL divergence that each layer adds
+    in each of some layouts (from 8 batches on in bases of batches that are not run backward, at least 4, since bases
+    fit the text that they come from). One of these windows at a time is in memory. `Plan.for_retention` spends bytes
+    accordingly.
 
     Args:
         model: a model of your own built from `SwanAttention`, or a transformers decoder.
@@ -286,18 +286,18 @@ def calibrate(
         for batch in track(batches, "calibrating", show=progress):
             check_batch(batch, model if is_transformers else None)
             count += 1
-            if measures_effects and count <= 2 * WINDOWS:
+            if measures_effects and count <= WINDOWS:
                 sample.append(batch)
                 continue
-            if measures_effects and (place := rng.randrange(count)) < 2 * WINDOWS:  # all batches are equally likely
+            if measures_effects and (place := rng.randrange(count)) < WINDOWS:  # all batches are equally likely
                 batch, sample[place] = sample[place], batch
             run(batch)
-        others = max(count - 2 * WINDOWS, min(count - WINDOWS, WINDOWS), 0)  # batches that are not run backward
+        others = max(count - WINDOWS, min(count - OTHERS, OTHERS), 0)  # batches that are not run backward
         spare = [sample.pop(rng.randrange(len(sample))) for _ in range(len(sample) + others - count)]
         for batch in track(spare, "calibrating", show=progress):
             run(batch)
         # On a text that a basis was fitted to, what it prunes seems less than it is.
-        of_others = copy.deepcopy(moments) if sample and others >= WINDOWS else None
+        of_others = copy.deepcopy(moments) if sample and others >= OTHERS else None
         for batch in track(sample, "calibrating", show=progress):
             run(batch)
     if count == 0:
@@ -338,11 +338,9 @@ def _measure(
     seed: int,
     progress: bool,
 ) -> Effects:
-    """Measure effects on the first windows as they are, and on the last where their second half recalls the first."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    """Measure effects on the beginning of each batch, one at a time."""
+    generator = torch.Generator().manual_seed(seed)
     windows = [beginning(batch, TOKENS) for batch in sample]
-    recalled = [recalling(window, 2 * BUFFER, rng) for window in windows[-WINDOWS:]]
-    windows = windows[:WINDOWS] + [window for window in recalled if window is not None]
     tokens = sum(rows_of(window) * tokens_of(window) for window in windows)
     texts = (run_backward(model, w, generator) for w in track(windows, "measuring effects", show=progress))
     return effects_of(texts, bases, tokens, device_of(model))

@@ -1,16 +1,14 @@
 """Inputs of `calibrate`: what a batch is, how many tokens it has, and its beginning."""
 
-import random
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["beginning", "check_batch", "check_batches", "check_ids", "recalling", "rows_of", "tokens_of"]
+__all__ = ["beginning", "check_batch", "check_batches", "check_ids", "rows_of", "tokens_of"]
 
 INPUTS = ("input_ids", "inputs_embeds")  # arguments of a transformers model that hold its text
-PIECE = 32  # tokens that `recalling` keeps together
 TOKENIZE = 'tokenizer(text, return_tensors="pt")'
 
 
@@ -86,33 +84,6 @@ def beginning(batch: Any, tokens: int) -> Any:
         return batch
     window = named | {name: t[_axes(t, shape, tokens)] for name, t in tensors.items()}
     return window if isinstance(batch, Mapping) else window["input_ids"]
-
-
-def recalling(batch: Any, least: int, rng: random.Random) -> Any | None:
-    """Make a batch whose second half repeats its first in another order, so that a model looks far back to predict it.
-
-    Args:
-        batch: an input of a model.
-        least: tokens to repeat at least.
-        rng: of the order.
-
-    Returns:
-        A batch of the same kind: the first token, the last tokens (half of all at most), and these again in pieces of
-        `PIECE` tokens, shuffled. None where it is too short, or has other tensors than tokens that can be reordered.
-    """
-    named, count = _named(batch), tokens_of(batch)
-    tensors = {name: t for name, t in named.items() if isinstance(t, Tensor)}
-    mask = tensors.get("attention_mask")
-    is_padded = mask is not None and not (mask.ndim == 2 and bool(mask.all()))
-    pieces = (count - 1) // (2 * PIECE)
-    if pieces * PIECE < least or is_padded or not set(tensors) <= {*INPUTS, "attention_mask"}:
-        return None
-    first = count - pieces * PIECE
-    starts = rng.sample(range(first, count, PIECE), pieces)
-    places = [0, *range(first, count), *(place for start in starts for place in range(start, start + PIECE))]
-    index = torch.tensor(places, device=_text(batch).device)
-    made = named | {name: t.index_select(1, index) for name, t in tensors.items()}
-    return made if isinstance(batch, Mapping) else made["input_ids"]
 
 
 def _axes(t: Tensor, shape: tuple[int, ...], tokens: int = 0) -> tuple[slice, ...] | None:

@@ -67,7 +67,8 @@ VALUES: tuple[Groups, ...] = (
 )
 BLOCK = 16  # coordinates
 BUFFER, SINKS = 64, 4  # recent tokens, which a query sees dense
-WINDOWS, TOKENS = 4, 1024  # `calibrate` measures on so many texts as they are, and so many that recall; tokens at most
+WINDOWS, TOKENS = 8, 1024  # `calibrate` measures on so many texts of so many tokens, at most
+OTHERS = 4  # texts that it leaves for bases, where there are eight or more
 STRIDE = 8  # one query in so many is looked at
 QUERIES = 32  # queries whose scores are computed at a time
 DRAWN = 64  # tokens for which words are drawn at a time

@@ -24,7 +24,6 @@ from swan.calibration.effects import (
     _stored,
     effects_of,
     graded,
-    run_backward,
     sensitivities,
 )
 from swan.evaluation.perplexity import Setting, evaluate
@@ -267,25 +266,6 @@ def test_bases_are_those_of_other_batches_where_there_are_enough(count, measured
     for layer, (key_basis, value_basis) in zip(expected.layers, seen["bases"].values(), strict=True):
         torch.testing.assert_close(layer.key_basis, key_basis)
         torch.testing.assert_close(layer.value_basis, value_basis)
-
-
-@pytest.mark.parametrize("length, count, plain, recalled", [(256, 3, 3, 0), (257, 3, 3, 3), (257, 12, 4, 4)])
-def test_long_texts_are_measured_where_they_recall_too(length, count, plain, recalled, monkeypatch):
-    model, ids, seen = tiny(), [tokens(1, length, seed) for seed in range(count)], []
-
-    def backward(model, window, generator):
-        seen.append(window)
-        return run_backward(model, window, generator)
-
-    monkeypatch.setattr("swan.calibration.artifact.run_backward", backward)
-    assert calibrate(model, ids).tokens == count * length
-    assert len(seen) == plain + recalled
-    places = [next(i for i, text in enumerate(ids) if text is window) for window in seen[:plain]]
-    for window in seen[plain:]:
-        halves = [torch.cat([text[0, :1], text[0, -2 * BUFFER :]]) for text in ids]
-        place = next(i for i, half in enumerate(halves) if torch.equal(window[0, : 2 * BUFFER + 1], half))
-        assert (place in places) is (count < 12)
-        assert torch.equal(window[0, 2 * BUFFER + 1 :].sort().values, halves[place][1:].sort().values)
 
 
 def test_a_failing_backward_pass_leaves_the_moments(monkeypatch):
