@@ -798,8 +798,8 @@ MUTANTS = [
     Mutant(
         "the-last-text-counts-alone",
         "swan/calibration/effects.py",
-        "[a + b for a, b in zip(sums[index], of_text, strict=True)] if index in sums else [*of_text]",
-        "[*of_text]",
+        "sums[index] = keys + more_keys, values + more_values",
+        "sums[index] = more_keys, more_values",
         ("calibration/test_effects.py",),
     ),
     Mutant(

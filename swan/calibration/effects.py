@@ -228,15 +228,17 @@ def effects_of(
     """
     heads = max(key_basis.shape[0] for key_basis, _ in bases.values())
     effects = Effects(*(torch.full((len(bases), heads, len(side)), torch.nan) for side in (KEYS, VALUES)))
-    sums: dict[int, list[Tensor]] = {}
+    sums: dict[int, tuple[Tensor, Tensor]] = {}
     for layers in texts:
         for index, layer in layers.items():
-            of_text = _both_sums(layer, *bases[index], device)
-            sums[index] = [a + b for a, b in zip(sums[index], of_text, strict=True)] if index in sums else [*of_text]
+            keys, values = sums.get(index, (0, 0))
+            more_keys, more_values = _both_sums(layer, *bases[index], device)
+            sums[index] = keys + more_keys, values + more_values
     for row, index in enumerate(sorted(bases)):
-        for table, side in zip((effects.keys, effects.values), sums.get(index, ()), strict=False):
-            found = side.amax(0) / tokens
-            table[row, : len(found)] = found
+        if index in sums:
+            for table, side in zip((effects.keys, effects.values), sums[index], strict=True):
+                found = side.amax(0) / tokens
+                table[row, : len(found)] = found
     return effects
 
 

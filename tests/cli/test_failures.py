@@ -246,12 +246,14 @@ def forked(*arguments, stdout=None, prepare=lambda: None, interrupt=None, folder
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             sys.argv = ["swan", *map(str, arguments)]
             os.environ["TMPDIR"] = str(scratch)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            interrupts.during_imports()  # as it is in a process of its own
             prepare()
             try:
                 cli.main()
             except SystemExit as error:
                 status = error.code or 0
+            except KeyboardInterrupt:
+                sys.excepthook(*sys.exc_info())
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
         os._exit(status)
