@@ -144,6 +144,7 @@ MUTANTS = [
         "lse = torch.where(mask.any(-1), lse, 0)",
         OF_ATTENTION,
     ),
+    Mutant("coordinates-are-taken-to-lie-side-by-side", DENSE, "if x.stride(-1) == 1 else", "if True else", OF_ATTENTION),
     Mutant("value-mix-not-transposed", ATTENTION, "value_mix.mT.to", "value_mix.to", OF_STORAGE),
     Mutant(
         "mixes-of-keys-and-values-swapped",

@@ -58,19 +58,25 @@ def sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
     if not sdpa_gives_lse(q, v, mask is not None):
         raise ValueError(NO_LSE.format(device=q.device.type, d=q.shape[-1], dv=v.shape[-1], dtype=q.dtype))
     if q.device.type == "cuda":
+        q, k, v = map(_in_a_row, (q, k, v))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
         return out, lse
     bias, row_mask = None, _group_mask(mask, q, k.shape[1])
     if row_mask is not None:
         bias = torch.zeros_like(row_mask, dtype=q.dtype).masked_fill(~row_mask, -math.inf)
     rows, lse_rows = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _group_rows(q, k.shape[1]), k, v, attn_mask=bias, scale=scale
+        *map(_in_a_row, (_group_rows(q, k.shape[1]), k, v)), attn_mask=bias, scale=scale
     )
     out = _spoilt(rearrange(rows, "b h (g q) d -> b (h g) q d", q=q.shape[2]), q)
     lse = _spoilt(rearrange(lse_rows, "b h (g q) -> b (h g) q 1", q=q.shape[2]), q).squeeze(-1)
     if mask is not None:  # the kernel returns 0 for a query that sees nothing
         lse = torch.where(mask.any(-1), lse, -math.inf)
     return out, lse
+
+
+def _in_a_row(x: Tensor) -> Tensor:
+    """Copy vectors whose coordinates do not lie side by side: torch's kernels read them as if they did."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _spoilt(out: Tensor, q: Tensor) -> Tensor:

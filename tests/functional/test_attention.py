@@ -92,6 +92,31 @@ def test_odd_sizes_and_other_values(head_counts, queries, tokens, dv, dtype, imp
     assert_within(found, expected, attention_bound(q, k, v))
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("which", ["q", "k", "v", "mask"])
+def test_tensors_may_lie_in_memory_in_any_order(which, return_lse, impl):
+    q, k, v = qkv(0, 2, (4, 2), 5, 40, 16, 16, torch.float32)
+    tensors = {"q": q, "k": k, "v": v, "mask": mask_of("random", 0, 2, 1, 5, 40)[0]}
+    expected, expected_lse = reference.dense_attention(*double(q, k, v), mask=tensors["mask"])
+    x = tensors[which]
+    for order in ((3, 2, 1, 0), (0, 3, 1, 2)):
+        back = [order.index(axis) for axis in range(4)]
+        moved = tensors | {which: x.permute(order).contiguous().permute(back)}
+        found = dense_attention(**moved, impl=impl, return_lse=return_lse)
+        assert_within(found[0] if return_lse else found, expected, attention_bound(q, k, v))
+        if return_lse:
+            assert_lse_within(found[1], expected_lse, lse_bound(q, k))
+
+
+def test_coordinates_that_are_one_number_in_memory():
+    q, k, v = qkv(0, 2, (4, 2), 5, 40, 16, 16, torch.float32)
+    same = [t[..., :1].expand(t.shape) for t in (q, k, v)]
+    expected, _ = reference.dense_attention(*double(*same))
+    found, _ = dense_attention(*same, return_lse=True)
+    assert_within(found, expected, attention_bound(*same))
+
+
 @every_impl
 def test_rows_that_see_nothing(impl):
     q, k, v = qkv(0, 1, (4, 2), 5, 3, 16, 16, torch.float32)  # causal: the first two of five see none of three

@@ -21,7 +21,6 @@ from tests.strategies import (
     attention_bound,
     coded_layouts,
     dtypes,
-    ids,
     largest_score,
     lse_bound,
     normal,
@@ -57,13 +56,13 @@ def is_exact(dtype) -> bool:
     return (dtype == torch.float32 and cpu.variant() != "avx2") or cpu.variant() == "generic"
 
 
-def bounds(q, k, v):
+def bounds(q, keys, values):
     """Bound output and log-sum-exp: the bounds of other implementations, and the roundings that only the kernel does.
 
     Queries are rounded to 2**-15 of their largest coordinate, weights times scales to 2**-15 of their largest in 64
     tokens, and a scale is at most 2**(1/8) times the largest coordinate.
     """
-    keys, values = wide(k).to(q.dtype), wide(v).to(q.dtype)
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
     score = lse_bound(q, keys) + q.shape[-1] ** -0.5 * float(q.abs().max()) * 2.0**-15 * float(keys.abs().sum(-1).max())
     own = 0.0 if is_exact(q.dtype) else 2 * (score - lse_bound(q, keys)) + 64 * 2.0**-15 * 2 ** (1 / 8)
     largest = float(values.double().abs().max())
@@ -78,21 +77,23 @@ def check(seed, dtype, head_counts, queries, tokens, keys, values, kind):
         mask = torch.rand(2, head_counts[0], queries, tokens, generator=torch.Generator().manual_seed(seed)) > 0.5
         mask[0, 0, 0] = False
         mask = mask[:, :1] if kind == "same for all heads" else mask
-    mixed = q.double() @ mix(k)
-    expected, expected_lse = reference.dense_attention(mixed, wide(k), wide(v), mask=mask)
+    mixed, stored = q.double() @ mix(k), (wide(k), wide(v))
+    expected, expected_lse = reference.dense_attention(mixed, *stored, mask=mask)
     out, lse = calls.attend(q, k, v, mask, q.shape[-1] ** -0.5)
     assert out.dtype == torch.float32
-    limit, lse_limit = bounds(mixed.to(dtype), k, v)
+    limit, lse_limit = bounds(mixed.to(dtype), *stored)
     assert_within(out.double() @ mix(v), expected, limit)  # in the coordinates in which values are stored
     assert_lse_within(lse, expected_lse, lse_limit)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in (1, 2))])
 @pytest.mark.parametrize("tokens", [1, 17, 330])
 @pytest.mark.parametrize("d", [16, 40, 64, 128, pytest.param(256, marks=pytest.mark.slow)])
-def test_every_layout(d, tokens, dtype):
+def test_every_layout(d, tokens, turn):
+    """Each layout in each dtype, at three lengths in turn; `make test-all` takes all dtypes at each."""
     layouts = layouts_of(d)
     for i, keys in enumerate(layouts):
+        dtype = DTYPES[(i + tokens + turn) % len(DTYPES)]
         values = layouts[(5 * i + 3) % len(layouts)]
         check(i, dtype, (6, 2), 1, tokens, keys, values, "none")
         check(i, dtype, (2, 2), 3, tokens, keys, values, "by head")
@@ -134,17 +135,17 @@ def test_history_and_recent_tokens_together(seed, dtype, head_counts, queries, t
     recent_mask[0] = False
     mask, recent_mask = (mask, recent_mask) if masked else (None, None)
 
-    mixed = q.double() @ mix(k)
+    mixed, stored = q.double() @ mix(k), (wide(k), wide(v))
     parts = [
-        reference.dense_attention(mixed, wide(k), wide(v) @ mix(v).mT, mask=mask),
+        reference.dense_attention(mixed, stored[0], stored[1] @ mix(v).mT, mask=mask),
         reference.dense_attention(q.double(), k_recent.double(), v_recent.double(), mask=recent_mask),
     ]
     expected, expected_lse = reference.merge_attention(parts)
 
     out, lse = calls.attend(q, k, v, mask, keys.d**-0.5, Recent(k_recent, v_recent, recent_mask))
-    limit, lse_limit = bounds(mixed.to(dtype), k, v) if tokens else (0.0, 0.0)
+    limit, lse_limit = bounds(mixed.to(dtype), *stored) if tokens else (0.0, 0.0)
     lse_limit += lse_bound(q, k_recent)
-    largest = max(float(v_recent.abs().max()), values.d**0.5 * float(wide(v).abs().max()) if tokens else 0.0)
+    largest = max(float(v_recent.abs().max()), values.d**0.5 * float(stored[1].abs().max()) if tokens else 0.0)
     limit = values.d**0.5 * limit + attention_bound(q, k_recent, v_recent) + 2 * lse_limit * largest
     assert_within(out, expected, limit)
     assert_lse_within(lse, expected_lse, lse_limit)
@@ -268,11 +269,11 @@ def test_large_scores():
     """Scores of hundreds, of which one token has all the weight."""
     q, k, v = qkv(0, 1, (4, 2), 1, 300, 64, 64, torch.float32)
     k, v = pack(30 * k, Graded(((64, 8),))), pack(v, Graded(((64, 4),)))
-    mixed = q.double() @ mix(k)
-    assert largest_score(mixed, wide(k)) > 200
-    expected, _ = reference.dense_attention(mixed, wide(k), wide(v))
+    mixed, stored = q.double() @ mix(k), (wide(k), wide(v))
+    assert largest_score(mixed, stored[0]) > 200
+    expected, _ = reference.dense_attention(mixed, *stored)
     out, _ = calls.attend(q, k, v, None, 64**-0.5)
-    assert_within(out.double() @ mix(v), expected, bounds(mixed.float(), k, v)[0])
+    assert_within(out.double() @ mix(v), expected, bounds(mixed.float(), *stored)[0])
 
 
 def test_views_of_a_larger_history():

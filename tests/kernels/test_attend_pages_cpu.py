@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from swan import Graded, pack
 from swan.kernels import Recent, calls
-from tests.kernels.test_attend_cpu import bounds, layouts_of
+from tests.kernels.test_attend_cpu import bounds, layouts_of, wide
 from tests.strategies import dtypes, normal, seeds
 
 pytestmark = pytest.mark.usefixtures("cpu_variant")
@@ -53,7 +53,7 @@ def check(seed, dtype, keys, values, page, lengths, queries, heads, beside, firs
         seen = (columns >= first) & (columns < ends[b][:, None])
         recent = Recent(near[0][one], near[1][one], mask[one])
         expected, expected_lse = calls.attend(q[one], *stored, seen[None, None], D**-0.5, recent)
-        most, score = bounds(q[one], *stored)
+        most, score = bounds(q[one], *map(wide, stored))
         assert (out[one] - expected).abs().max() <= 2 * most
         assert (lse[one] - expected_lse).abs().max() <= 2 * score
 

@@ -26,7 +26,7 @@ TARGETS = {
     "aarch64": ("aarch64-linux-gnu-g++", ("-static",), ("qemu-aarch64",)),
     "here": ("c++", (), ()),
     "here, avx2": ("c++", ("-march=x86-64-v3",), ()),
-    "here, avx2, memory checked": ("c++", ("-march=x86-64-v3", "-g", "-fsanitize=address,undefined"), ()),
+    "here, avx2, memory checked": ("c++", ("-march=x86-64-v3", "-O1", "-fsanitize=address,undefined"), ()),
 }
 
 
