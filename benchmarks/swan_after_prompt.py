@@ -5,8 +5,8 @@
 The prompt, the first half of a window, goes in at once; the second half follows in chunks, in windowed form (the same
 as token by token). Unlike a press, swan goes on to pack the tokens after the prompt as they leave its buffer.
 `share_at_prompt` and `share_at_end` are the bytes held after the prompt and at the end over those of a dense cache, by
-count: buffer and sinks dense, the rest at the share of the plan. Where that is small, a plan of more bytes for fewer
-tokens is scored, too.
+count: buffer and sinks dense, the rest at the share of the plan. Presses were given the same shares of the prompt.
+Where these are small, plans with a buffer of 16 tokens, and plans of more bytes for fewer tokens are scored, too.
 """
 
 import argparse
@@ -29,25 +29,22 @@ from swan.evaluation.models import load_model
 from swan.integrations import attached
 from swan.integrations.transformers import SwanCache, cache_keyword
 
-BUFFER, SINKS, CHUNK = 64, 4, 64
-SHARES = (
-    0.5,
-    0.26,
-    0.207,
-    0.15,
-    0.0896,
-    0.036,
-)  # the last and 0.0896, 0.207 hold 0.1, 0.15, 0.26 of the prompt's bytes
+SINKS, CHUNK = 4, 64
+BUFFER, SMALL_BUFFER = 64, 16
+SHARES = (0.5, 0.26, 0.15, 0.1)  # of the prompt's bytes
 
 
-def plans_at(share: float, calibration: Calibration) -> list[Plan]:
-    """The default plan at a share of the bytes, if there is one, and one for fewer tokens, if the share is small."""
-    recent: Any = {"buffer": BUFFER, "sinks": SINKS}
+def plans_at(share: float, half: int, calibration: Calibration) -> list[Plan]:
+    """The plans that hold a share of a prompt's bytes: the default one, if there is one, and others if it is small."""
     plans = []
-    with contextlib.suppress(ValueError):
-        plans.append(Plan.for_retention(share, calibration, **recent))
-    if share < KEPT:
-        plans.append(fewer_tokens(share, calibration, **recent))
+    for buffer in (BUFFER, SMALL_BUFFER) if share < KEPT else (BUFFER,):
+        recent: Any = {"buffer": buffer, "sinks": SINKS}
+        dense = buffer + SINKS
+        left = (share * half - dense) / (half - dense)
+        with contextlib.suppress(ValueError):
+            plans.append(Plan.for_retention(left, calibration, **recent))
+        if share < KEPT:
+            plans.append(fewer_tokens(left, calibration, **recent))
     return plans
 
 
@@ -64,10 +61,11 @@ def scored(model: Any, window: Tensor, plan: Plan) -> Tensor:
 
 def row_of(plan: Plan, half: int, differences: Sequence[float], kl: Sequence[float], agreement: Sequence[float]) -> Any:
     ratio, count = math.exp(statistics.fmean(differences)), len(kl)
-    dense = BUFFER + SINKS
+    dense = plan.buffer + plan.sinks
     return {
         "form": "swan",
         "retention": plan.share,
+        "buffer": plan.buffer,
         "keep": plan.keep,
         "kl": statistics.fmean(kl),
         "kl_error": statistics.stdev(kl) / math.sqrt(count),
@@ -91,7 +89,7 @@ def main() -> None:
     half = windows.shape[1] // 2
     model, tokenizer = load_model(arguments.model)
     calibration = calibration_of(arguments.model, model, tokenizer)
-    plans = [plan for share in arguments.share for plan in plans_at(share, calibration)]
+    plans = [plan for share in arguments.share for plan in plans_at(share, half, calibration)]
     scores: list[list[tuple[float, float, float]]] = [[] for _ in plans]
     for window in windows.split(1):
         targets = window[0, half + 1 :, None]
@@ -103,7 +101,7 @@ def main() -> None:
                 kl = torch.linalg.vecdot(dense.exp(), dense - log_p).double().mean().item()
                 rows.append((difference, kl, (log_p.argmax(-1) == dense.argmax(-1)).double().mean().item()))
         print(f"{len(scores[0])} of {len(windows)} windows", flush=True)
-    settings = {"model": arguments.model, "windows": len(windows), "prompt": half, "buffer": BUFFER, "sinks": SINKS}
+    settings = {"model": arguments.model, "windows": len(windows), "prompt": half, "sinks": SINKS}
     rows = [row_of(plan, half, *zip(*found, strict=True)) for plan, found in zip(plans, scores, strict=True)]
     arguments.out.write_text(json.dumps(envelope(settings, rows), indent=2) + "\n")
 
