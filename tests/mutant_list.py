@@ -144,7 +144,7 @@ MUTANTS = [
         "lse = torch.where(mask.any(-1), lse, 0)",
         OF_ATTENTION,
     ),
-    Mutant("coordinates-are-taken-to-lie-side-by-side", DENSE, "if x.stride(-1) == 1 else", "if True else", OF_ATTENTION),
+    Mutant("coordinates-are-taken-side-by-side", DENSE, "if x.stride(-1) == 1 else", "if True else", OF_ATTENTION),
     Mutant("value-mix-not-transposed", ATTENTION, "value_mix.mT.to", "value_mix.to", OF_STORAGE),
     Mutant(
         "mixes-of-keys-and-values-swapped",
@@ -867,17 +867,17 @@ MUTANTS = [
         OF_CUDA_HEADS,
     ),
     # pages of a server ----------------------------------------------------------------------------
-    Mutant("window-one-token-longer", PAGED, "((behind < buffer) |", "((behind <= buffer) |", OF_PAGES),
     Mutant(
         "packed-and-dense-at-once",
         PAGED,
-        "Seen(after_sinks, columns - buffer + 1, begin)",
-        "Seen(after_sinks, columns, begin)",
+        "torch.arange(before, before + queries.shape[2],",
+        "torch.arange(before + 1, before + 1 + queries.shape[2],",
         OF_PAGES,
     ),
-    Mutant(
-        "the-last-query-sees-less", PAGED, "queries.shape[2] - buffer  #", "queries.shape[2] - buffer - 1  #", OF_PAGES
-    ),
+    Mutant("the-last-query-sees-less", PAGED, "queries.shape[2] - 1  #", "queries.shape[2] - 2  #", OF_PAGES),
+    Mutant("window-one-token-longer", PAGED, "(j < i + buffer)", "(j <= i + buffer)", OF_PAGES),
+    Mutant("windows-before-the-first-token", PAGED, " & (first + j >= 0)", "", OF_PAGES),
+    Mutant("sinks-twice-in-a-prompt", PAGED, "< first + i)", "<= first + i)", OF_PAGES),
     Mutant(
         "decoding-sees-a-token-less",
         PAGED,

@@ -61,9 +61,9 @@ def sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
         q, k, v = map(_in_a_row, (q, k, v))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
         return out, lse
-    bias, row_mask = None, _group_mask(mask, q, k.shape[1])
-    if row_mask is not None:
-        bias = torch.zeros_like(row_mask, dtype=q.dtype).masked_fill(~row_mask, -math.inf)
+    bias = None
+    if mask is not None:
+        bias = _group_mask(torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf), q, k.shape[1])
     rows, lse_rows = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *map(_in_a_row, (_group_rows(q, k.shape[1]), k, v)), attn_mask=bias, scale=scale
     )

@@ -19,6 +19,7 @@ from swan.kernels import Seen
 __all__ = ["Batch", "Decoding", "batch_attention", "windowed_attention"]
 
 QUERIES = 512  # queries at a time
+BLOCK = 64  # the least queries that are attended to their windows together
 TOKENS = 4096  # packed tokens that are copied out of their pages at a time, or those of a larger page
 
 
@@ -140,37 +141,54 @@ def windowed_attention(
     Returns:
         Output in rotated coordinates ``[1, heads, queries, dv]``.
     """
-    outputs = []
-    length, buffer, packed_table = batch.lengths[index], batch.buffer, batch.packed_table[index]
+    length, packed_table = batch.lengths[index], batch.packed_table[index]
     after_sinks = torch.tensor([batch.sinks], device=q.device)
     step = max(TOKENS // packed.tokens, 1) * packed.tokens
+    near, near_lse = _attend_to_dense(q, batch, index, packed, dense, scale)
+    outputs = []
     for start in range(0, q.shape[2], QUERIES):
-        queries = q[:, :, start : start + QUERIES]
-        first = length - q.shape[2] + start
-        columns = torch.arange(first, first + queries.shape[2], device=q.device)
-        k, v, keys = _dense_tokens(batch, index, packed, dense, max(first - buffer + 1, 0), first + queries.shape[2])
-        behind = columns[:, None] - keys[None]
-        mask = ((behind >= 0) & ((behind < buffer) | (keys < batch.sinks)))[None, None]
-        out, lse = dense_attention(queries, k, v, mask=mask, scale=scale, return_lse=True)
-        stop = first + queries.shape[2] - buffer  # the last query sees the columns before this one packed
+        some = slice(start, start + QUERIES)
+        queries = q[:, :, some]
+        out, lse = near[:, :, some].float(), near_lse[:, :, some]
+        before = length - q.shape[2] + start - batch.buffer + 1  # the first query sees those before this one packed
+        stop = before + queries.shape[2] - 1  # the last query
+        ends = torch.arange(before, before + queries.shape[2], device=q.device)
         for begin in range(0, stop, step):
             k, v = packed.read(packed_table, begin, min(begin + step, stop))
-            seen = Seen(after_sinks, columns - buffer + 1, begin)
+            seen = Seen(after_sinks, ends, begin)
             part = packed_attention(queries, k, v, mask=seen, scale=scale, return_lse=True)
-            out, lse = merge_attention([(out.float(), lse), part])
+            out, lse = merge_attention([(out, lse), part])
         outputs.append(out.to(q.dtype))
     return torch.cat(outputs, dim=2)
 
 
-def _dense_tokens(
-    batch: Batch, index: int, packed: PackedPages, dense: DensePages, begin: int, stop: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return keys, values and columns of the dense tokens from `begin` to `stop`, and of the sinks before them."""
-    k, v = dense.read(batch.dense_table[index], begin, stop)
-    columns = torch.arange(begin, stop, device=k.device)
-    before = min(batch.sinks, begin)
-    if packed.first is None or before == 0:
-        return k, v, columns
-    sinks = packed.first.read(batch.packed_table[index], 0, before)
-    k, v = (torch.cat(pair, dim=2) for pair in zip(sinks, (k, v), strict=True))
-    return k, v, torch.cat([torch.arange(before, device=k.device), columns])
+def _attend_to_dense(
+    q: Tensor, batch: Batch, index: int, packed: PackedPages, dense: DensePages, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend to what queries see dense, in blocks of about a window: each query block beside the keys of its windows.
+
+    So the work grows with the queries times the window, not times the queries. Returns output and log-sum-exp.
+    """
+    length, buffer, queries = batch.lengths[index], batch.buffer, q.shape[2]
+    block = min(max(buffer, BLOCK), queries)
+    blocks = -(-queries // block)
+    behind = blocks * block - queries  # queries of the last block that there are not
+    begin = length - queries - buffer + 1  # the window of the first query; below 0 there are no tokens
+    device = q.device
+    first = begin + block * torch.arange(blocks, device=device)[:, None, None]  # of each block
+    i, j = torch.arange(block, device=device)[:, None], torch.arange(block + buffer - 1, device=device)
+    masks = [(j >= i) & (j < i + buffer) & (first + j >= 0)]
+    sides = []
+    for x in dense.read(batch.dense_table[index], max(begin, 0), length):
+        there = torch.nn.functional.pad(x, (0, 0, max(-begin, 0), behind))
+        sides.append([rearrange(there.unfold(2, len(j), block), "1 h n d t -> n h t d")])
+    if packed.first is not None and (sinks := min(batch.sinks, length - buffer)) > 0:  # before some window
+        masks.append(torch.arange(sinks, device=device) < first + i)
+        for side, x in zip(sides, packed.first.read(batch.packed_table[index], 0, sinks), strict=True):
+            side.append(x.expand(blocks, -1, -1, -1))
+    k, v = (torch.cat(side, dim=2) for side in sides)
+    padded = torch.nn.functional.pad(q, (0, 0, 0, behind))
+    rows, mask = rearrange(padded, "1 h (n i) d -> n h i d", n=blocks), torch.cat(masks, dim=-1)[:, None]
+    out, lse = dense_attention(rows, k, v, mask=mask, scale=scale, return_lse=True)
+    whole = rearrange(out, "n h i d -> 1 h (n i) d"), rearrange(lse, "n h i -> 1 h (n i)")
+    return whole[0][:, :, :queries], whole[1][:, :, :queries]
