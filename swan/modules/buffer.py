@@ -176,7 +176,7 @@ class DenseBuffer(nn.Module):
             stored[:, :, : self.sinks].masked_fill_(rearrange(sinks >= length, "b s -> b 1 s 1"), 0)
 
     def _set_padding(self, padding: Tensor) -> None:
-        padding = padding.long().contiguous()  # as kernels read it
+        padding = padding.to(torch.long, copy=True).contiguous()  # as kernels read it; the caller may reuse its own
         self.state.padding, self.state.padded = padding, int(padding.max()) if padding.numel() else 0
 
     def _lacks_sinks(self) -> bool:

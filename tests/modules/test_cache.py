@@ -215,3 +215,24 @@ def test_attending_twice_is_free(case, keys, values):
     cache.update(*case[1:3])
     visible = cache.update(case.k[:, :, :1], case.v[:, :, :1])
     assert torch.equal(cache.attend(case.q[:, :, :1], visible), cache.attend(case.q[:, :, :1], visible))
+
+
+@pytest.mark.parametrize("prefill", ["chunk", "windowed"])
+@pytest.mark.parametrize("static", [False, True])
+def test_the_tensors_given_may_be_reused(static, prefill):
+    """As servers do, which write each step into the same memory: a cache keeps nothing of the caller's."""
+    outs = []
+    for spoil in (lambda t: t, lambda t: t.fill_(7)):
+        cache = KVCache(EXACT, buffer=3, sinks=1, prefill=prefill, static=static, max_length=40 if static else None)
+        padding, found = torch.tensor([0, 3]), []
+        for i, tokens in enumerate((1, 5, 12, 1, 1, 9, 1)):
+            tensors = qkv(i, 2, (4, 2), tokens, tokens, D, DV, torch.float32)
+            out = cache(*tensors, padding=padding)
+            found.append(out.clone())
+            for t in (*tensors, out):
+                spoil(t)
+            if padding is not None:
+                spoil(padding)
+                padding = None  # the cache knows it
+        outs.append(torch.cat(found, dim=2))
+    assert torch.equal(*outs)
