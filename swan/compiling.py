@@ -1,4 +1,4 @@
-"""Marks of functions and tensors for the modes in which torch runs them: compiled, and in inference mode.
+"""Marks of functions and tensors for the modes in which torch runs them: compiled, in inference mode, under autocast.
 
 None imports the compiler, which takes longer than all of swan.
 """
@@ -11,7 +11,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-__all__ = ["constant_result", "keep_in_place", "keep_in_place_if_compiling", "outside_inference_mode"]
+__all__ = [
+    "constant_result",
+    "keep_in_place",
+    "keep_in_place_if_compiling",
+    "outside_autocast",
+    "outside_inference_mode",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,5 +56,22 @@ def outside_inference_mode(fn: F) -> F:
             return fn(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             return fn(*args, **kwargs)
+
+    return cast(F, outside)
+
+
+def outside_autocast(fn: F) -> F:
+    """Let a function compute in the dtypes of the tensors that it is given, under `torch.autocast`, too.
+
+    Scores, merged outputs and mixed coordinates are products in float32, which autocast would round to 16 bits.
+    """
+
+    @functools.wraps(fn)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return outside(*args, **kwargs)
+        return fn(*args, **kwargs)
 
     return cast(F, outside)

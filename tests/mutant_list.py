@@ -26,7 +26,7 @@ class Mutant(NamedTuple):
 
 
 ATTENTION, DENSE = "swan/functional/attention.py", "swan/functional/dense.py"
-DISPATCH = "swan/functional/dispatch.py"
+COMPILING, DISPATCH = "swan/compiling.py", "swan/functional/dispatch.py"
 PRUNING, ROTATION = "swan/functional/pruning.py", "swan/functional/rotation.py"
 CODES, GRADED, LAYOUT = "swan/storage/codes.py", "swan/storage/graded.py", "swan/storage/layout.py"
 MIXING, PACKED, TOPK = "swan/storage/mixing.py", "swan/storage/packed.py", "swan/storage/topk.py"
@@ -66,6 +66,7 @@ BY_HEAD, OF_BY_HEAD = "swan/storage/by_head.py", ("storage/test_by_head.py",)
 OF_CUDA_HEADS = ("kernels/test_cuda_host.py::test_a_cache_whose_heads_differ",)
 OF_KEEPING = ("modules/test_keeping.py",)
 OF_NUMERICS = ("functional/test_numerics.py",)
+OF_MODES, OF_DEVICES = ("test_modes.py",), ("integrations/test_devices.py",)
 OF_PAGES, OF_SERVERS = ("integrations/test_vllm_pages.py",), ("integrations/test_vllm_settings.py",)
 PAGES, SERVED = "swan/integrations/vllm/pages.py", "swan/integrations/vllm/layer.py"
 PAGED, PLANNED = "swan/integrations/vllm/attention.py", "swan/integrations/vllm/capacity.py"
@@ -145,6 +146,10 @@ MUTANTS = [
         OF_ATTENTION,
     ),
     Mutant("coordinates-are-taken-side-by-side", DENSE, "if x.stride(-1) == 1 else", "if True else", OF_ATTENTION),
+    Mutant("autocast-stays-on", COMPILING, "if torch.is_autocast_enabled(device)", "if False", OF_MODES),
+    Mutant("a-matrix-without-numbers-is-kept", MIXING, "if type(matrix) is Tensor", "if True", OF_MODES),
+    Mutant("counters-are-made-anywhere", "swan/kernels/calls.py", ', device="cpu") for n', ") for n", OF_DEVICES),
+    Mutant("padding-is-the-callers", BUFFER, "torch.long, copy=True)", "torch.long)", OF_CACHE),
     Mutant("value-mix-not-transposed", ATTENTION, "value_mix.mT.to", "value_mix.to", OF_STORAGE),
     Mutant(
         "mixes-of-keys-and-values-swapped",
@@ -587,8 +592,8 @@ MUTANTS = [
     Mutant(
         "excluded-layers-compete",
         LEVELS,
-        "torch.tensor(self.excluded, dtype=torch.long)",
-        "torch.tensor([], dtype=torch.long)",
+        "torch.tensor(self.excluded, dtype",
+        "torch.tensor([], dtype",
         OF_HF_CACHE,
     ),
     Mutant("excluded-layers-count", LEVELS, "None if row in self.excluded else layer", "layer", OF_HF_CACHE),

@@ -14,7 +14,7 @@ from swan import Calibration, SwanCache, attach, calibrate
 from swan.calibration.effects import KEYS, VALUES, Effects, graded
 from swan.evaluation.models import model_folder
 from swan.integrations.transformers import cache_keyword
-from swan.storage.mixing import MIXES, _name
+from swan.storage.mixing import MIXES
 
 VOCABULARY = 97
 
@@ -230,7 +230,6 @@ def live_storages() -> dict[int, int]:
 
 def forget_mixes() -> None:
     """Free the mixing matrices of `Graded` layouts, which are kept for all caches of the process."""
-    _name.cache_clear()
     vars(MIXES).clear()
 
 

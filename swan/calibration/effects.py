@@ -176,7 +176,7 @@ def run_backward(model: nn.Module, batch: Any, generator: torch.Generator) -> di
 def _layer_gradients(observed: Observed, gradient: Tensor) -> LayerGradients:
     """Keep what `effects_of` needs; of queries every `STRIDE`-th that sees packed tokens."""
     kv_heads, tokens = observed.k.shape[1:3]
-    columns = torch.arange(min(BUFFER + SINKS, tokens), tokens, STRIDE)
+    columns = torch.arange(min(BUFFER + SINKS, tokens), tokens, STRIDE, device="cpu")
     index = columns.to(observed.k.device)
     q = rearrange(observed.q.index_select(2, index), "b (h g) i d -> b h g i d", h=kv_heads)
     by_out = rearrange(gradient.index_select(1, index), "b i (h g) d -> b h g i d", h=kv_heads)
@@ -227,7 +227,8 @@ def effects_of(
         The effects, a row for each of the bases in the order of their indices.
     """
     heads = max(key_basis.shape[0] for key_basis, _ in bases.values())
-    effects = Effects(*(torch.full((len(bases), heads, len(side)), torch.nan) for side in (KEYS, VALUES)))
+    shape = len(bases), heads
+    effects = Effects(*(torch.full((*shape, len(side)), torch.nan, device="cpu") for side in (KEYS, VALUES)))
     sums: dict[int, tuple[Tensor, Tensor]] = {}
     for layers in texts:
         for index, layer in layers.items():
@@ -339,7 +340,7 @@ def _kl_by_queries(
         einsum(t.to(device).float(), basis, "b h g i d, h d e -> b h g i e")
         for t, basis in zip((layer.q * layer.scale, layer.gradient), bases, strict=True)
     )
-    by_keys, by_values = (torch.zeros(k.shape[1], len(side)) for side in (KEYS, VALUES))
+    by_keys, by_values = (torch.zeros(k.shape[1], len(side), device="cpu") for side in (KEYS, VALUES))
     key = torch.arange(k.shape[2], device=device)
     for start in range(0, q.shape[3], QUERIES):
         rows = slice(start, start + QUERIES)

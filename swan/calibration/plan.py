@@ -285,14 +285,14 @@ class Plan:
         if effects is None:
             raise ValueError("this calibration has no effects; run swan.calibrate(..., effects=True)")
         self.check_dims(calibration.dims)
-        found = torch.full((*effects.keys.shape[:2], 2), torch.nan)
+        found = torch.full((*effects.keys.shape[:2], 2), torch.nan, device=effects.keys.device)
         for index, layer in enumerate(self.layers):
             if layer is None:
                 continue
             sides = ((layer.keys, KEYS, effects.keys), (layer.values, VALUES, effects.values))
             for side, (layout, candidates, table) in enumerate(sides):
                 of_heads = _effects_of(layout, candidates, table[index])
-                found[index, : len(of_heads), side] = torch.tensor(of_heads)
+                found[index, : len(of_heads), side] = torch.tensor(of_heads, device=found.device)
         return found
 
     def check_dims(self, dims: Sequence[tuple[int, int]]) -> None:
@@ -436,7 +436,8 @@ def _runs(effects: Effects, index: int, most: int) -> list[slice]:
     logs = torch.cat([table[index, :heads].clamp(min=1e-30).log() for table in (effects.keys, effects.values)], dim=1)
     # Squared distances from the mean of each run, from sums of all that begin with the first head.
     sums, squares = (torch.nn.functional.pad(x.double().cumsum(0), (0, 0, 1, 0)) for x in (logs, logs.square()))
-    sizes = torch.arange(heads + 1) - torch.arange(heads + 1)[:, None]
+    ends = torch.arange(heads + 1, device=sums.device)
+    sizes = ends - ends[:, None]
     spread = (squares - squares[:, None] - (sums - sums[:, None]).square() / sizes.clamp(min=1)[..., None]).sum(-1)
     table = spread.tolist()
     edges = [(0, *inner, heads) for inner in itertools.combinations(range(1, heads), min(most, heads) - 1)]

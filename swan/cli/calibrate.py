@@ -77,9 +77,9 @@ def _predictions(calibration: Calibration) -> list[Row]:
         except ValueError:  # too few bytes for these head dimensions
             continue
         added = plan.predicted_kl(calibration).nan_to_num(0.0)
-        most, total = int(added.argmax()), added.sum().item()
-        layer, head, side = (int(n) for n in torch.unravel_index(torch.tensor(most), added.shape))
-        share = added.flatten()[most].item() / total if total else None
+        total = added.sum().item()
+        layer, head, side = (int(n) for n in torch.unravel_index(added.argmax(), added.shape))
+        share = added.max().item() / total if total else None
         row = {"predicted_kl": total, "layer": layer, "kv_head": head, "side": ("keys", "values")[side], "share": share}
         rows.append({"retention": retention} | row)
     return rows

@@ -10,6 +10,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
+from swan.compiling import outside_autocast
 from swan.functional import reference
 from swan.functional.dense import flex, sdpa, sdpa_with_lse, tensor_code, with_causal
 from swan.functional.dispatch import (
@@ -42,6 +43,7 @@ def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = ..., causal: bool = ..., scale: float | None = ...,
     impl: Impl = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@outside_autocast
 def dense_attention(
     q: Float[Tensor, "batch heads queries d"],
     k: Float[Tensor, "batch kv_heads tokens d"],
@@ -131,6 +133,7 @@ def packed_attention(
     impl: Impl = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@outside_autocast
 def packed_attention(
     q: Float[Tensor, "batch heads queries d"],
     k: Packed,
@@ -237,6 +240,7 @@ def _tokens_seen(mask: Tensor | Seen | None, tokens: int, q: Tensor) -> tuple[ra
     return range(min(first), max(end)), range(max(first), min(end))
 
 
+@outside_autocast
 def merge_attention(
     parts: Sequence[tuple[Float[Tensor, "batch heads queries dv"], Float[Tensor, "batch heads queries"]]],
 ) -> tuple[Float[Tensor, "batch heads queries dv"], Float[Tensor, "batch heads queries"]]:
@@ -274,6 +278,7 @@ def merge_attention(
     return merged.to(parts[0][0].dtype), lse
 
 
+@outside_autocast
 def swan_attention(
     q: Float[Tensor, "batch heads queries d"],
     k_history: Packed | None,

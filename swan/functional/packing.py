@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from swan.compiling import outside_autocast
 from swan.functional.dispatch import Impl, pack_impl, store_kernel
 from swan.storage import Layout, Packed
 from swan.storage.packed import check_vectors
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["pack"]
 
 
+@outside_autocast
 def pack(x: Float[Tensor, "batch heads tokens d"], layout: Layout, *, impl: Impl = "auto") -> Packed:
     """Store vectors in a layout: ``unpack(pack(x, layout))`` is the pruned `x`.
 

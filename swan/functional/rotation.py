@@ -189,6 +189,9 @@ def _apply(x: Tensor, basis: Tensor, *, inverse: bool = False) -> Tensor:
             raise TypeError(f"x is {x.dtype} and the basis is {basis.dtype}; use basis.to({x.dtype})")
         if x.device != basis.device:
             raise ValueError(f"x is on {x.device} and the basis on {basis.device}; move one of them")
+    if torch.is_autocast_enabled(device := "cuda" if x.is_cuda else "cpu"):  # as `outside_autocast`, which adds a call
+        with torch.autocast(device, enabled=False):
+            return _apply(x, basis, inverse=inverse)
     (batch, heads, tokens, d), kv_heads = x.shape, basis.shape[0]
     matrices = basis.mT if inverse else basis
     # Four times in each step, so plain reshapes, and few: those of einops take longer than the product.

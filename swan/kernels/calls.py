@@ -228,7 +228,7 @@ def take_in(
         numbers_of(k_history.format),
         numbers_of(v_history.format),
         [*matrices_of(k, k_history.format), *matrices_of(v, v_history.format)],
-        [n if isinstance(n, Tensor) else torch.scalar_tensor(n, dtype=torch.long) for n in counters],
+        [n if isinstance(n, Tensor) else torch.scalar_tensor(n, dtype=torch.long, device="cpu") for n in counters],
         padding,
         sinks,
         start,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from swan.compiling import outside_autocast
 from swan.functional.attention import check_attention
 from swan.functional.dispatch import Impl, check_cache_impl
 from swan.modules import checks
@@ -144,6 +145,7 @@ class KVCache(nn.Module):
         self.history.allocate(k, v)
 
     @torch.no_grad()
+    @outside_autocast
     def forward(
         self,
         q: Tensor,
@@ -193,6 +195,7 @@ class KVCache(nn.Module):
         return torch.cat(outputs, dim=2)
 
     @torch.no_grad()
+    @outside_autocast
     def update(self, k: Tensor, v: Tensor, *, padding: Tensor | None = None, impl: Impl = "auto") -> Visible:
         """Take in the keys and values of new tokens.
 
@@ -223,6 +226,7 @@ class KVCache(nn.Module):
         return self._take_in(k, v, padding, impl)
 
     @torch.no_grad()
+    @outside_autocast
     def attend(
         self,
         q: Tensor,
@@ -261,6 +265,7 @@ class KVCache(nn.Module):
         return out
 
     @torch.no_grad()
+    @outside_autocast
     def repack(self, plan_layer: LayerPlan) -> None:
         """Move the history to other layouts; new tokens are stored in them from now on.
 

@@ -232,7 +232,7 @@ def _check_kept(tensors: dict[str, Tensor], sinks: int) -> dict[str, Tensor]:
         raise ValueError(f"the counters {' and '.join(KEPT)} of a saved cache must be whole numbers")
     observed, chosen = (int(kept[name]) for name in KEPT)
     keys, queries, scores = tensors.get("keys"), kept.get("queries"), kept.get("scores")
-    first, dropped = int(tensors.get("first", torch.tensor(0))), int(tensors.get("dropped", torch.tensor(0)))
+    first, dropped = (int(tensors.get(name, 0)) for name in ("first", "dropped"))
     if not (0 <= observed < 2**31 and observed % PAGE == 0 and 0 <= chosen <= max(first, 0)):
         raise ValueError(f"a saved cache cannot have observed {observed} and chosen from {chosen} columns")
     if keys is None or keys.ndim != 4 or queries is None or queries.ndim != 4 or queries.shape[1] % keys.shape[1]:

@@ -111,9 +111,9 @@ class CacheState:
         if self.k_recent is None and not self.dropped:
             return {}
         counters = COUNTERS if self.queries is None else (*COUNTERS, *KEPT)
-        tensors: dict[str, Tensor | None] = {name: torch.as_tensor(getattr(self, name)) for name in counters}
+        tensors: dict[str, Tensor | None] = {name: _counter(getattr(self, name)) for name in counters}
         if self.queries is not None:
-            tensors["observed"] = torch.as_tensor(self.observed_from())
+            tensors["observed"] = _counter(self.observed_from())
         tensors |= {name: getattr(self, field) for name, field in RECENT.items()}
         for side, field in HISTORIES.items():
             if (history := getattr(self, field)) is not None:
@@ -189,9 +189,13 @@ class StaticState(CacheState):
                 for room, stored in zip(target.tensors, new.tensors, strict=True):
                     room[:, :, : stored.shape[2]].copy_(stored)
             elif isinstance(target, Tensor):
-                new = torch.as_tensor(0 if new is None else new)
+                new = _counter(0 if new is None else new)
                 room = target[:, :, : new.shape[2]] if name in ("k_recent", "v_recent") else target
                 room.copy_(new)
+
+
+def _counter(value: int | Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
 def _converted(packed: Packed, fn: Callable[[Tensor], Tensor]) -> Packed:

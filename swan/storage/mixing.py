@@ -29,23 +29,33 @@ def mix_of(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torc
         # Sizes and bits may be traced as symbols; the length of a range is a plain number.
         groups = tuple([(len(range(size)), len(range(bits))) for size, bits in groups])
         return getattr(MIXES, _compiled_name(groups, dtype, device))
-    return getattr(MIXES, _name(groups, dtype, device))
+    name = _name(groups, dtype, device)
+    matrix = getattr(MIXES, name, None)
+    return _build_and_keep(name, groups, dtype, device) if matrix is None else matrix
 
 
 @constant_result
 def _compiled_name(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> str:
     name = _name(groups, dtype, device)
+    if not hasattr(MIXES, name):
+        _build_and_keep(name, groups, dtype, device)
     keep_in_place_if_compiling(getattr(MIXES, name))
     return name
 
 
 @functools.cache
-@torch.inference_mode(False)  # the matrix may be used under autograd later
 def _name(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> str:
-    """Build a matrix and return the name of the attribute of `MIXES` that holds it."""
-    name = re.sub(r"\W+", "_", f"mix {groups} {dtype} {device}")
-    setattr(MIXES, name, build_mix(groups, dtype, device))
-    return name
+    """Name the attribute of `MIXES` that holds a matrix."""
+    return re.sub(r"\W+", "_", f"mix {groups} {dtype} {device}")
+
+
+@torch.inference_mode(False)  # the matrix may be used under autograd later
+def _build_and_keep(name: str, groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Build a matrix, and keep it if it is a plain tensor: under `FakeTensorMode` it has no numbers."""
+    matrix = build_mix(groups, dtype, device)
+    if type(matrix) is Tensor:
+        setattr(MIXES, name, matrix)
+    return matrix
 
 
 def build_mix(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from swan.compiling import outside_autocast
 from swan.storage.layout import Layout
 
 __all__ = ["Packed", "check_vectors", "mixing", "unpack", "unpack_mixed"]
@@ -90,6 +91,7 @@ pytree.register_pytree_node(
 )
 
 
+@outside_autocast
 def unpack(packed: Packed) -> Tensor:
     r"""Return the vectors that a `Packed` stores, pruned coordinates as zeros: $\hat x$ of `TopK` and `Graded`.
 

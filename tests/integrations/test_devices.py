@@ -4,8 +4,9 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-from swan import SwanCache, attach
-from tests.tiny import calibration_of, logits_of, tiny, tokens
+from swan import Plan, SwanCache, attach, calibrate
+from swan.integrations.transformers import cache_keyword
+from tests.tiny import calibration_of, forget_mixes, logits_of, tiny, tokens
 
 SECOND = torch.device("cuda" if torch.cuda.is_available() else "meta")
 
@@ -56,3 +57,36 @@ def test_attaching_such_a_model():
         add_hook_to_module(module, AlignDevicesHook(execution_device=SECOND, io_same_device=False))
     attach(model, calibration)
     assert [layer.self_attn.swan_key_basis.device.type for layer in model.model.layers] == ["cpu", SECOND.type]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"retention": 0.26},
+        {"retention": 0.26, "keep": 0.5},
+        {"budget": 60_000, "on_full": "evict"},
+        {"levels": [0.5, 0.33], "static": True, "max_length": 190},
+        {"retention": 0.26, "exclude": [1]},
+    ],
+    ids=str,
+)
+def test_another_default_device_changes_nothing(settings, tmp_path):
+    """As after `torch.set_default_device`; the model is elsewhere, and a tensor that is made there has no numbers."""
+    found = []
+    for device in ("cpu", "meta"):
+        forget_mixes()
+        model, windows, ids = tiny(), [tokens(1, 120, seed=i) for i in range(2)], tokens(2, 180)
+        keyword = cache_keyword(model)
+        with torch.device(device), torch.no_grad():
+            calibration = calibrate(model, windows, progress=False)
+            predicted = Plan.for_retention(0.26, calibration).predicted_kl(calibration)
+            attach(model, calibration)
+            cache = SwanCache(model, buffer=8, sinks=2, **settings)
+            logits = [model(part, **{keyword: cache}).logits for part in ids.split([170, 1, 9], dim=1)]
+            if "static" not in settings:
+                cache.save(tmp_path / "cache")
+                cache = SwanCache.load(tmp_path / "cache", model)
+                cache.reorder_cache(torch.tensor([1, 0], device="cpu"))
+            logits.append(model(ids[:, :1], **{keyword: cache}).logits)
+        found.append([predicted, *logits])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -52,7 +52,8 @@ def test_as_many_requests_run_at_once_as_are_planned(wide):
     """With blocks for just these none waits and none is thrown out: the window is charged as what it holds."""
     retention, length, requests = 0.3, 512, 12
     options = OPTIONS | {"max_model_len": length, "enable_prefix_caching": False}
-    plan = swan.Plan.for_retention(retention, swan.Calibration.load(wide.calibration), sinks=1)
+    calibration = swan.Calibration.load(wide.calibration)
+    plan = swan.Plan.for_retention(retention, calibration, sinks=1, by_head=False)  # as pages hold it
     numbers = {"kv_heads": 2, "batched_tokens": STEP}
     blocks = next(
         n for n in range(1, 999) if packed_capacity(plan, n * block_bytes(plan), length, **numbers).requests >= 12
@@ -84,7 +85,7 @@ def test_layers_whose_plans_differ_waste_nothing(tmp_path):
     calibration.effects.keys[1] *= 30  # so that the layer in the middle gets more bytes
     calibration.effects.values[2] *= 10
     calibration.save(model.calibration)
-    plan = swan.Plan.for_retention(0.3, calibration)
+    plan = swan.Plan.for_retention(0.3, calibration, by_head=False)
     assert len({sum(layer.nbytes(1)) for layer in plan.layers}) == 3
     found = run(model.folder, [], model.settings(0.3, buffer=128, sinks=1), **OPTIONS)
     _, graded = planned(model, "--retention", "0.3")

@@ -45,11 +45,12 @@ def test_a_window_longer_than_the_sequence_gives_the_tokens_of_stock(served, sto
 
 def test_packed_tokens_are_those_of_transformers(served, packed):
     """Read token by token there, which is the windowed form."""
-    model = served.network
-    swan.attach(model, served.calibration)
+    model, calibration = served.network, swan.Calibration.load(served.calibration)
+    plan = swan.Plan.for_retention(PACKED, calibration, buffer=BUFFER, sinks=SINKS, by_head=False)  # as pages hold it
+    swan.attach(model, calibration)
     try:
         for text, got in zip(prompts(*LENGTHS), packed, strict=False):
-            cache = swan.SwanCache(model, retention=PACKED, buffer=BUFFER, sinks=SINKS, prefill="windowed")
+            cache = swan.SwanCache(model, plan, prefill="windowed")
             assert generated(model, text, cache, len(got["tokens"][0])) == got["tokens"][0]
     finally:
         swan.detach(model)

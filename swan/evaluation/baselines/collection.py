@@ -133,5 +133,5 @@ def _block_gtq(moments: Moments, bases: LayerBases, group: int, bits: tuple[int,
     by_axis = block_bits(energy.cpu(), bits[0]).repeat(1, 2)
     axes = bases.key_basis.abs().argmax(dim=-2).cpu()  # the axis that each coordinate of the identity basis is
     keys = BlockBits(tuple(map(tuple, by_axis.gather(1, axes).tolist())))
-    values = torch.full(bases.value_basis.shape[:2], bits[1])
+    values = torch.full(bases.value_basis.shape[:2], bits[1], device="cpu")
     return LayerPlan(keys, BlockBits(tuple(map(tuple, values.tolist()))))

@@ -301,7 +301,7 @@ class SwanCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows; a budget makes room first where they are more."""
         self._check_rows("select")
-        rows = torch.arange(0 if self.stored is None else self.stored.shape[0])
+        rows = torch.arange(0 if self.stored is None else self.stored.shape[0], device="cpu")
         self._make_room_for_rows(rows[indices.cpu()].numel())
         super().batch_select_indices(indices)
 

@@ -96,9 +96,10 @@ class Dial:
     def __post_init__(self) -> None:
         self.levels: list[Plan] = []  # the levels, highest first
         self.retentions: list[float] = []  # the numbers that choose the levels of a static cache
-        effects, rows = self.calibration.effects, torch.tensor(self.excluded, dtype=torch.long)
+        effects = self.calibration.effects
         self._competing = self.calibration
         if effects is not None and self.excluded:
+            rows = torch.tensor(self.excluded, dtype=torch.long, device=effects.keys.device)
             masked = (t.index_fill(0, rows, math.nan) for t in (effects.keys, effects.values))
             self._competing = dataclasses.replace(self.calibration, effects=Effects(*masked))
 
