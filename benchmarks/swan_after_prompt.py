@@ -101,7 +101,7 @@ def main() -> None:
                 kl = torch.linalg.vecdot(dense.exp(), dense - log_p).double().mean().item()
                 rows.append((difference, kl, (log_p.argmax(-1) == dense.argmax(-1)).double().mean().item()))
         print(f"{len(scores[0])} of {len(windows)} windows", flush=True)
-    settings = {"model": arguments.model, "windows": len(windows), "prompt": half, "sinks": SINKS}
+    settings = {"model": arguments.model, "windows": len(windows), "prompt": half, "sinks": SINKS, "dtype": "float32"}
     rows = [row_of(plan, half, *zip(*found, strict=True)) for plan, found in zip(plans, scores, strict=True)]
     arguments.out.write_text(json.dumps(envelope(settings, rows), indent=2) + "\n")
 

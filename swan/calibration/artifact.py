@@ -39,7 +39,7 @@ from swan.calibration.effects import (
 from swan.calibration.files import read_tensors, reason_of, write_tensors
 from swan.calibration.moments import Moments
 from swan.calibration.progress import track
-from swan.compiling import outside_inference_mode
+from swan.compiling import outside_autocast, outside_inference_mode
 from swan.storage.layout import MAX_DIM
 
 __all__ = ["Calibration", "calibrate"]
@@ -206,6 +206,7 @@ class Calibration:
 
 
 @outside_inference_mode
+@outside_autocast
 @torch.no_grad()
 def calibrate(
     model: nn.Module,

@@ -55,6 +55,15 @@ def test_refuses_no_batches():
             calibrate(model, [])
 
 
+def test_measures_in_the_dtypes_of_the_model_under_autocast():
+    model, windows = tiny(), [tokens(1, 120, seed=i) for i in range(2)]
+    expected = calibrate(model, windows, progress=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = calibrate(model, windows, progress=False)
+    assert_same(found, expected)
+    assert torch.equal(found.effects.keys, expected.effects.keys)
+
+
 @pytest.mark.parametrize("architecture", ["mamba", "bloom", "bart"])
 def test_refuses_a_model_whose_attention_it_does_not_see(architecture):
     with pytest.raises(TypeError, match=r"ForC.*swan"):
