@@ -103,20 +103,36 @@ def evaluated_forms(low: float, high: float) -> list[Row]:
     return sorted(rows, key=lambda row: -row["retention"])
 
 
+def hard_cases() -> dict[str, list[Row]]:
+    """List the rows of benchmarks/hard_cases.py by a title of their case."""
+    titles = {
+        "long": "papers, 8192 tokens",
+        "code": "source code",
+        "chat": "chats of 20 turns",
+    }
+    return {
+        title: [
+            row
+            for row in average_seeds(rows_of("hard-smollm2-135m", case=case))
+            if row["form"] != "dense"
+        ]
+        for case, title in titles.items()
+    }
+
+
 def smallest_prompts() -> tuple[Row, Row]:
-    """Choose swan's smallest prompt in whose bytes a press was measured, and the press that is best in them."""
-    least = min(row["kept"] for row in rows_of("kvpress-smollm2-135m"))
-    swans = rows_of("after-prompt-smollm2-135m")
-    swan = min(
-        (row for row in swans if row["share_at_prompt"] >= least),
-        key=lambda row: row["retention"],
-    )
-    presses = [
+    """Choose the best of swan's rows in the fewest bytes of a prompt that a press was given, and the best press in them."""
+    presses = rows_of("kvpress-smollm2-135m")
+    least = min(row["kept"] for row in presses) + 1e-3
+    swans = [
         row
-        for row in rows_of("kvpress-smollm2-135m")
-        if row["kept"] <= swan["share_at_prompt"] + 0.02
+        for row in rows_of("after-prompt-smollm2-135m")
+        if row["share_at_prompt"] < least
     ]
-    return swan, min(presses, key=lambda row: row["kl"])
+    presses = [row for row in presses if row["kept"] < least]
+    return min(swans, key=lambda row: row["kl"]), min(
+        presses, key=lambda row: row["kl"]
+    )
 
 
 # Speed --------------------------------------------------------------------------------------------

@@ -104,6 +104,34 @@ def _needle_cells(row: data.Row) -> list[str]:
     ]
 
 
+def hard_table() -> str:
+    """List the KL divergence on texts unlike those that plans were made on."""
+    cases = data.hard_cases()
+    methods = {
+        cells.method(row): row["retention"]
+        for rows in cases.values()
+        for row in rows
+    }
+    lines = []
+    for method in sorted(methods, key=lambda name: -methods[name]):
+        found = [
+            next((row for row in rows if cells.method(row) == method), None)
+            for rows in cases.values()
+        ]
+        lines.append(
+            [
+                method,
+                f"{methods[method]:.3f}",
+                *(
+                    "-" if row is None else cells.kl_with_error(row, 2)
+                    for row in found
+                ),
+            ]
+        )
+    columns = ("method", "retention", *cases)
+    return table(columns, lines, "lr" + "r" * len(cases))
+
+
 def after_prompt_table() -> str:
     """List presses, which evict tokens of a prompt once, and swan, by falling bytes after the prompt."""
     columns = (
@@ -125,7 +153,7 @@ def after_prompt_table() -> str:
     ]
     swans = [
         _after_prompt_cells(
-            f"**swan, {row['retention']:.3f}**{_kept(row)}",
+            f"**swan, {row['retention']:.3f}**{_kept(row)}, buffer {row['buffer']}",
             row["share_at_prompt"],
             row["share_at_end"],
             row,
