@@ -107,27 +107,19 @@ def _needle_cells(row: data.Row) -> list[str]:
 def hard_table() -> str:
     """List the KL divergence on texts unlike those that plans were made on."""
     cases = data.hard_cases()
-    methods = {
-        cells.method(row): row["retention"]
-        for rows in cases.values()
+    found = {
+        (row["retention"], cells.method(row), title): cells.kl_with_error(row, 2)
+        for title, rows in cases.items()
         for row in rows
     }
-    lines = []
-    for method in sorted(methods, key=lambda name: -methods[name]):
-        found = [
-            next((row for row in rows if cells.method(row) == method), None)
-            for rows in cases.values()
+    lines = [
+        [
+            method,
+            f"{share:.3f}",
+            *(found.get((share, method, title), "-") for title in cases),
         ]
-        lines.append(
-            [
-                method,
-                f"{methods[method]:.3f}",
-                *(
-                    "-" if row is None else cells.kl_with_error(row, 2)
-                    for row in found
-                ),
-            ]
-        )
+        for share, method in sorted({key[:2] for key in found}, reverse=True)
+    ]
     columns = ("method", "retention", *cases)
     return table(columns, lines, "lr" + "r" * len(cases))
 
