@@ -13,7 +13,7 @@ from swan.evaluation.texts import CALIBRATION_TEXT, calibration_text, token_wind
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TOKENS", "calibration_of"]
+__all__ = ["TOKENS", "WINDOW", "calibration_of"]
 
 WINDOW = 1024  # tokens of a calibration window
 TOKENS = 12 * WINDOW
@@ -28,16 +28,18 @@ def calibration_of(
     basis: Basis = "joint",
     tokens: int = TOKENS,
     text: str = CALIBRATION_TEXT,
+    window: int = WINDOW,
 ) -> Calibration:
     """Return a calibration from a file, from the cache folder (embedded models), or made now."""
     if path is not None:
         return Calibration.load(path)
-    file = cache_folder() / "calibrations" / f"{name}-{text}-{tokens}-{model.dtype}.safetensors"
+    windows_of = "" if window == WINDOW else f"x{window}"
+    file = cache_folder() / "calibrations" / f"{name}-{text}-{tokens}{windows_of}-{model.dtype}.safetensors"
     if name in MODELS and text == CALIBRATION_TEXT and file.is_file():
         # One of an older version warns, and is made anew.
         with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings(action="error"):
             return Calibration.load(file).with_basis(basis)
-    windows = token_windows(calibration_text(text), tokenizer, max(tokens // WINDOW, 1), min(tokens, WINDOW))
+    windows = token_windows(calibration_text(text), tokenizer, max(tokens // window, 1), min(tokens, window))
     calibration = calibrate(model, list(windows.split(1)), basis)
     if name in MODELS and text == CALIBRATION_TEXT:
         calibration.save(file)

@@ -92,6 +92,14 @@ def test_calibrate_says_which_plans_will_not_hold(tiny, text, tmp_path, monkeypa
         assert ("plans will not hold at a retention of 0.5 and below" in run(*arguments).stderr) == said
 
 
+def test_calibrate_takes_windows_of_other_lengths(tiny, text, tmp_path):
+    """200 tokens are two windows of 96, or one of 128."""
+    arguments = ("calibrate", tiny[0], *text, "--tokens", "200", "--out", str(tmp_path / "c.safetensors"))
+    for window, tokens in ((96, 192), (128, 128)):
+        settings = run_json(*arguments, "--window", str(window), more=("plans",))["settings"]
+        assert (settings["window"], settings["tokens"]) == (window, tokens)
+
+
 def test_evaluate(tiny, text):
     arguments = ("evaluate", tiny[0], *tiny[1], *text, "--windows", "2", "--length", "100", "--retention", "0.5")
     rows = run_json(*arguments)["rows"]
