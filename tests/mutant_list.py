@@ -881,8 +881,8 @@ MUTANTS = [
     ),
     Mutant("the-last-query-sees-less", PAGED, "queries.shape[2] - 1  #", "queries.shape[2] - 2  #", OF_PAGES),
     Mutant("window-one-token-longer", PAGED, "(j < i + buffer)", "(j <= i + buffer)", OF_PAGES),
-    Mutant("windows-before-the-first-token", PAGED, " & (first + j >= 0)", "", OF_PAGES),
-    Mutant("sinks-twice-in-a-prompt", PAGED, "< first + i)", "<= first + i)", OF_PAGES),
+    Mutant("windows-before-the-first-token", PAGED, " & (starts + j >= 0)", "", OF_PAGES),
+    Mutant("sinks-twice-in-a-prompt", PAGED, "< starts + i)", "<= starts + i)", OF_PAGES),
     Mutant(
         "decoding-sees-a-token-less",
         PAGED,

@@ -144,46 +144,45 @@ def windowed_attention(
     length, packed_table = batch.lengths[index], batch.packed_table[index]
     after_sinks = torch.tensor([batch.sinks], device=q.device)
     step = max(TOKENS // packed.tokens, 1) * packed.tokens
-    near, near_lse = _attend_to_dense(q, batch, index, packed, dense, scale)
     outputs = []
     for start in range(0, q.shape[2], QUERIES):
-        some = slice(start, start + QUERIES)
-        queries = q[:, :, some]
-        out, lse = near[:, :, some].float(), near_lse[:, :, some]
-        before = length - q.shape[2] + start - batch.buffer + 1  # the first query sees those before this one packed
+        queries = q[:, :, start : start + QUERIES]
+        first = length - q.shape[2] + start
+        out, lse = _attend_to_dense(queries, first, batch, index, packed, dense, scale)
+        before = first - batch.buffer + 1  # the first query sees those before this one packed
         stop = before + queries.shape[2] - 1  # the last query
         ends = torch.arange(before, before + queries.shape[2], device=q.device)
         for begin in range(0, stop, step):
             k, v = packed.read(packed_table, begin, min(begin + step, stop))
             seen = Seen(after_sinks, ends, begin)
             part = packed_attention(queries, k, v, mask=seen, scale=scale, return_lse=True)
-            out, lse = merge_attention([(out, lse), part])
+            out, lse = merge_attention([(out.float(), lse), part])
         outputs.append(out.to(q.dtype))
     return torch.cat(outputs, dim=2)
 
 
 def _attend_to_dense(
-    q: Tensor, batch: Batch, index: int, packed: PackedPages, dense: DensePages, scale: float
+    q: Tensor, first: int, batch: Batch, index: int, packed: PackedPages, dense: DensePages, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend to what queries see dense, in blocks of about a window: each query block beside the keys of its windows.
+    """Attend to what queries from column `first` on see dense, in blocks of about a window beside the keys of theirs.
 
     So the work grows with the queries times the window, not times the queries. Returns output and log-sum-exp.
     """
-    length, buffer, queries = batch.lengths[index], batch.buffer, q.shape[2]
+    buffer, queries = batch.buffer, q.shape[2]
     block = min(max(buffer, BLOCK), queries)
     blocks = -(-queries // block)
     behind = blocks * block - queries  # queries of the last block that there are not
-    begin = length - queries - buffer + 1  # the window of the first query; below 0 there are no tokens
+    begin, stop = first - buffer + 1, first + queries  # of all windows; below 0 there are no tokens
     device = q.device
-    first = begin + block * torch.arange(blocks, device=device)[:, None, None]  # of each block
+    starts = begin + block * torch.arange(blocks, device=device)[:, None, None]  # of the first window of each block
     i, j = torch.arange(block, device=device)[:, None], torch.arange(block + buffer - 1, device=device)
-    masks = [(j >= i) & (j < i + buffer) & (first + j >= 0)]
+    masks = [(j >= i) & (j < i + buffer) & (starts + j >= 0)]
     sides = []
-    for x in dense.read(batch.dense_table[index], max(begin, 0), length):
+    for x in dense.read(batch.dense_table[index], max(begin, 0), stop):
         there = torch.nn.functional.pad(x, (0, 0, max(-begin, 0), behind))
         sides.append([rearrange(there.unfold(2, len(j), block), "1 h n d t -> n h t d")])
-    if packed.first is not None and (sinks := min(batch.sinks, length - buffer)) > 0:  # before some window
-        masks.append(torch.arange(sinks, device=device) < first + i)
+    if packed.first is not None and (sinks := min(batch.sinks, stop - buffer)) > 0:  # before some window
+        masks.append(torch.arange(sinks, device=device) < starts + i)
         for side, x in zip(sides, packed.first.read(batch.packed_table[index], 0, sinks), strict=True):
             side.append(x.expand(blocks, -1, -1, -1))
     k, v = (torch.cat(side, dim=2) for side in sides)
