@@ -53,12 +53,10 @@ def chats(tokenizer: Any) -> list[str]:
     for number in range(2):
         some = list(documents.values())[10 * number : 10 * (number + 1)]
         turns: list[tuple[str, str]] = []
-        for doc in some:
-            text, question = doc["query"].split("\nBackground: ")[1].split("\nAnswer")[0].split("\nQuestion: ")
-            turns.append((f"Here is a text about {_title(doc)}: {text}\n{question}", f"{doc['choices'][0]}."))
-        for doc in random.Random(number).sample(some, 10):
-            question = doc["query"].split("\nQuestion: ")[1].split("\nAnswer")[0]
-            turns.append((f"Back to {_title(doc)}. {question}", f"As I said: {doc['choices'][0]}."))
+        for title, text, question, answer in map(parts_of, some):
+            turns.append((f"Here is a text about {title}: {text}\n{question}", f"{answer}."))
+        for title, _, question, answer in map(parts_of, random.Random(number).sample(some, 10)):
+            turns.append((f"Back to {title}. {question}", f"As I said: {answer}."))
         roles = [
             {"role": role, "content": content}
             for turn in turns
@@ -68,8 +66,10 @@ def chats(tokenizer: Any) -> list[str]:
     return found
 
 
-def _title(doc: dict[str, Any]) -> str:
-    return doc["title"].replace("_", " ")
+def parts_of(doc: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Title, text, question and answer of a document of SQuAD."""
+    text, question = doc["query"].split("\nBackground: ")[1].split("\nAnswer")[0].split("\nQuestion: ")
+    return doc["title"].replace("_", " "), text, question, doc["choices"][0]
 
 
 def main() -> None:
@@ -88,8 +88,9 @@ def main() -> None:
         compared += [method for method in methods(calibration, **RECENT) if method.form == "kivi"]
     rows = evaluate(model, windows, compared, calibration)
     settings = {"model": arguments.model, "windows": len(windows), "length": windows.shape[1], **RECENT}
+    settings |= {"dtype": "float32", "case": arguments.case}
     rows = [{"case": arguments.case} | row for row in rows]
-    arguments.out.write_text(json.dumps(envelope(settings | {"case": arguments.case}, rows), indent=2) + "\n")
+    arguments.out.write_text(json.dumps(envelope(settings, rows), indent=2) + "\n")
 
 
 if __name__ == "__main__":
