@@ -29,13 +29,18 @@ def mix_of(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torc
         # Sizes and bits may be traced as symbols; the length of a range is a plain number.
         groups = tuple([(len(range(size)), len(range(bits))) for size, bits in groups])
         return getattr(MIXES, _compiled_name(groups, dtype, device))
-    return _kept(groups, dtype, device)
+    name = _name(groups, dtype, device)
+    matrix = getattr(MIXES, name, None)
+    return _build_and_keep(name, groups, dtype, device) if matrix is None else matrix
 
 
 @constant_result
 def _compiled_name(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> str:
-    keep_in_place_if_compiling(_kept(groups, dtype, device))
-    return _name(groups, dtype, device)
+    name = _name(groups, dtype, device)
+    if not hasattr(MIXES, name):
+        _build_and_keep(name, groups, dtype, device)
+    keep_in_place_if_compiling(getattr(MIXES, name))
+    return name
 
 
 @functools.cache
@@ -44,15 +49,12 @@ def _name(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch
     return re.sub(r"\W+", "_", f"mix {groups} {dtype} {device}")
 
 
-def _kept(groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a matrix of `MIXES`, built if it is not there; one without numbers, of `FakeTensorMode`, is not kept."""
-    name = _name(groups, dtype, device)
-    matrix = getattr(MIXES, name, None)
-    if matrix is None:
-        with torch.inference_mode(False):  # the matrix may be used under autograd later
-            matrix = build_mix(groups, dtype, device)
-        if type(matrix) is Tensor:
-            setattr(MIXES, name, matrix)
+@torch.inference_mode(False)  # the matrix may be used under autograd later
+def _build_and_keep(name: str, groups: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Build a matrix, and keep it if it is a plain tensor: under `FakeTensorMode` it has no numbers."""
+    matrix = build_mix(groups, dtype, device)
+    if type(matrix) is Tensor:
+        setattr(MIXES, name, matrix)
     return matrix
 
 
