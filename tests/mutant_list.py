@@ -39,6 +39,7 @@ HF_ATTENTION, HF_CACHE = "swan/integrations/transformers/attention.py", "swan/in
 KEYWORD, LAYERS = "swan/integrations/transformers/keyword.py", "swan/integrations/transformers/layers.py"
 LEVELS, SAVING = "swan/integrations/transformers/levels.py", "swan/integrations/transformers/saving.py"
 
+BATCHES = "swan/calibration/batches.py"
 CAPTURE, GENERATION = "swan/calibration/capture.py", "swan/integrations/transformers/generation.py"
 TRIAL = "swan/integrations/transformers/trial.py"
 
@@ -66,6 +67,7 @@ BY_HEAD, OF_BY_HEAD = "swan/storage/by_head.py", ("storage/test_by_head.py",)
 OF_CUDA_HEADS = ("kernels/test_cuda_host.py::test_a_cache_whose_heads_differ",)
 OF_KEEPING = ("modules/test_keeping.py",)
 OF_NUMERICS = ("functional/test_numerics.py",)
+OF_POSITIONS = ("calibration/test_moments.py",)
 OF_MODES, OF_DEVICES = ("test_modes.py",), ("integrations/test_devices.py",)
 OF_PAGES, OF_SERVERS = ("integrations/test_vllm_pages.py",), ("integrations/test_vllm_settings.py",)
 PAGES, SERVED = "swan/integrations/vllm/pages.py", "swan/integrations/vllm/layer.py"
@@ -793,6 +795,34 @@ MUTANTS = [
         "if sample and others >= OTHERS else None",
         "if count < 0 else None",
         ("calibration/test_effects.py::test_bases_are_those_of_other_batches_where_there_are_enough",),
+    ),
+    Mutant(
+        "all-texts-begin-at-the-first-position",
+        BATCHES,
+        "int((number * GOLDEN % 1) * (positions - tokens))",
+        "0 * number",
+        OF_POSITIONS,
+    ),
+    Mutant(
+        "rows-of-batches-before-do-not-count",
+        "swan/calibration/artifact.py",
+        "placed(batch, rows, spread), rows + rows_of(batch)",
+        "placed(batch, 0, spread), rows",
+        OF_POSITIONS,
+    ),
+    Mutant(
+        "texts-reach-positions-of-other-frequencies",
+        BATCHES,
+        'in ("dynamic", "longrope")',
+        "in ()",
+        OF_POSITIONS,
+    ),
+    Mutant(
+        "learned-positions-are-shifted",
+        BATCHES,
+        "if not rotary or text",
+        "if text",
+        OF_POSITIONS,
     ),
     Mutant(
         "only-errors-of-single-tokens-count",

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from swan.calibration.bases import Basis, LayerBases, layer_bases
-from swan.calibration.batches import beginning, check_batch, check_batches, rows_of, tokens_of
+from swan.calibration.batches import (
+    POSITIONS,
+    beginning,
+    check_batch,
+    check_batches,
+    placed,
+    positions_of,
+    rows_of,
+    tokens_of,
+)
 from swan.calibration.capture import (
     Observed,
     call,
@@ -215,6 +224,7 @@ def calibrate(
     *,
     seed: int = 0,
     effects: bool | None = None,
+    positions: int | None = None,
     progress: bool = True,
 ) -> Calibration:
     r"""Run a model over some text; find an orthogonal basis for each layer and KV head, and effects of packing a layer.
@@ -227,6 +237,10 @@ def calibrate(
     fit the text that they come from). One of these windows at a time is in memory. `Plan.for_retention` spends bytes
     accordingly.
 
+    Keys are stored as they are rotated by their positions, so bases have to know those that caches will see. Texts are
+    much shorter: each row of a batch begins at a position of its own, the i-th at the share $i (\sqrt 5 - 1) / 2$
+    (without its whole part) of the positions that are free. Rotary attention does not change by that.
+
     Args:
         model: a model of your own built from `SwanAttention`, or a transformers decoder.
         batches: inputs of the model: token ids ``[batch, tokens]``, or mappings of keyword
@@ -237,6 +251,9 @@ def calibrate(
         effects: measure effects. By default for transformers models and texts of more than 64 tokens: it takes the
             memory of a backward pass by activations, and a warning says if that fails. True also for a model of your
             own whose output is logits ``[batch, tokens, vocabulary]``.
+        positions: over how many positions texts are spread; 1 for none. By default those that a transformers model with
+            rotary embeddings knows (``max_position_embeddings``), at most 8192. Batches with ``position_ids`` keep
+            theirs. A model of your own sees texts where they are: give it windows as long as your contexts.
         progress: show a progress bar, or lines on stderr where there is no terminal.
 
     Returns:
@@ -246,7 +263,7 @@ def calibrate(
         TypeError: the model has no attention that swan knows, or `batches` is a single batch, or a text.
         ValueError: no batch came, or an empty one, or one with ids that the model does not have; activations hold NaN
             or infinity; the model changes its attention scores in a way that swan does not know (softcap, learned
-            sinks), or is split over processes.
+            sinks), or is split over processes; `positions` are more than it knows.
 
     Example:
         >>> import swan
@@ -266,9 +283,10 @@ def calibrate(
     identity = fingerprint(model)
     is_transformers = identity["kind"] == "transformers"
     body = cast(nn.Module, model.base_model) if is_transformers else model  # attention is observed, the head is not
+    spread = _positions(model, positions, is_transformers)
     moments: dict[int, Moments] = {}
     measures_effects = effects or (effects is None and is_transformers)
-    sample, rng, count = [], random.Random(seed), 0  # the sample is run at the end, backward too
+    sample, rng, count, rows = [], random.Random(seed), 0, 0  # the sample is run at the end, backward too
 
     def observe(index: int, observed: Observed) -> None:
         if index not in moments:
@@ -286,6 +304,8 @@ def calibrate(
     with evaluating(model):
         for batch in track(batches, "calibrating", show=progress):
             check_batch(batch, model if is_transformers else None)
+            if is_transformers:
+                batch, rows = placed(batch, rows, spread), rows + rows_of(batch)
             count += 1
             if measures_effects and count <= WINDOWS:
                 sample.append(batch)
@@ -330,6 +350,21 @@ def calibrate(
         warnings.warn(f"plans will be the same for all layers, their effects were not measured: {error}", stacklevel=2)
         return calibration
     return dataclasses.replace(calibration, effects=measured)
+
+
+def _positions(model: nn.Module, positions: int | None, is_transformers: bool) -> int:
+    """Return over how many positions texts are spread.
+
+    Raises:
+        ValueError: fewer than 1 are asked for, or more than the model knows.
+    """
+    known = positions_of(model) if is_transformers else 1
+    if positions is None:
+        return min(known, POSITIONS)
+    if not 1 <= positions <= known:
+        about = "" if known > 1 else " (texts are spread in transformers models with rotary embeddings, of text alone)"
+        raise ValueError(f"positions must be from 1 to the {known} of this model{about}, got {positions}")
+    return positions
 
 
 def _measure(

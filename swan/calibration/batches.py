@@ -1,14 +1,17 @@
 """Inputs of `calibrate`: what a batch is, how many tokens it has, and its beginning."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["beginning", "check_batch", "check_batches", "check_ids", "rows_of", "tokens_of"]
+__all__ = ["beginning", "check_batch", "check_batches", "check_ids", "placed", "positions_of", "rows_of", "tokens_of"]
 
 INPUTS = ("input_ids", "inputs_embeds")  # arguments of a transformers model that hold its text
+POSITIONS = 8192  # that texts are spread over by default, at most
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it, without their whole part, are spread evenly, however many there are
 TOKENIZE = 'tokenizer(text, return_tensors="pt")'
 
 
@@ -84,6 +87,45 @@ def beginning(batch: Any, tokens: int) -> Any:
         return batch
     window = named | {name: t[_axes(t, shape, tokens)] for name, t in tensors.items()}
     return window if isinstance(batch, Mapping) else window["input_ids"]
+
+
+def positions_of(model: nn.Module) -> int:
+    """Count the positions that a transformers model rotates keys by in the same way; 1 where texts stay where they are.
+
+    That is, where it has no rotary embedding or takes no positions, or more than text comes in.
+    """
+    network = cast(Any, model)
+    text = network.config.get_text_config(decoder=True)
+    rotary = getattr(text, "rope_parameters", None)
+    parts = (network, network.base_model)
+    if not rotary or text is not network.config or not all(map(_takes_positions, parts)):
+        return 1
+    kinds = [rotary] if "rope_type" in rotary else [kind for kind in rotary.values() if isinstance(kind, Mapping)]
+    known = [getattr(text, "max_position_embeddings", None) or 1]
+    # These rotate by other frequencies in texts of more tokens than they were first trained on.
+    longer = (kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope"))
+    known += [kind["original_max_position_embeddings"] for kind in longer if "original_max_position_embeddings" in kind]
+    return min(known)
+
+
+def _takes_positions(module: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(module.forward).parameters
+
+
+def placed(batch: Any, row: int, positions: int) -> Any:
+    """Let each row of a batch begin at a position of its own, spread over so many; those that are given stay.
+
+    Args:
+        batch: a batch of a transformers model.
+        row: rows of the batches before.
+        positions: how many there are.
+    """
+    rows, tokens = _text(batch).shape[:2]
+    named = _named(batch)
+    if positions <= tokens or named.get("position_ids") is not None:
+        return batch
+    firsts = [int((number * GOLDEN % 1) * (positions - tokens)) for number in range(row, row + rows)]
+    return named | {"position_ids": torch.tensor(firsts, device="cpu")[:, None] + torch.arange(tokens, device="cpu")}
 
 
 def _axes(t: Tensor, shape: tuple[int, ...], tokens: int = 0) -> tuple[slice, ...] | None:

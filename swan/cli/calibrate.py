@@ -22,7 +22,7 @@ from swan.cli.common import (
     print_result,
 )
 from swan.cli.tables import Columns, Row, number, percent, print_table
-from swan.evaluation.calibrations import TOKENS, WINDOW, calibration_of
+from swan.evaluation.calibrations import TOKENS, calibration_of
 from swan.evaluation.frontier import RETENTIONS
 from swan.evaluation.texts import CALIBRATION_TEXT
 
@@ -34,9 +34,9 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("swan-calibration.safetensors"),
     basis: BasisOption = BasisName.joint,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens of text to run.")] = TOKENS,
-    window: Annotated[
-        int, typer.Option(min=64, help="Tokens of a window of it; 4096 for plans of long contexts.")
-    ] = WINDOW,
+    positions: Annotated[
+        int | None, typer.Option(min=1, help="Positions to spread texts over; 8192 or what the model knows.")
+    ] = None,
     text: Annotated[str, typer.Option(help="mixed, python-topics, jargon, or a text file.")] = CALIBRATION_TEXT,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
@@ -44,12 +44,14 @@ def calibrate(
     """Find the bases of a model by running it over some text."""
     check_outputs(out=out)
     network, tokenizer = load(model, dtype)
-    calibration = calibration_of(model, network, tokenizer, basis=basis.value, tokens=tokens, text=text, window=window)
+    calibration = calibration_of(
+        model, network, tokenizer, basis=basis.value, tokens=tokens, text=text, positions=positions
+    )
     calibration.save(out)
     rows, plans = calibration.report(), _predictions(calibration)
     _warn(plans)
     if json:
-        asked = {"model": model, "basis": basis, "tokens": calibration.tokens, "window": window, "text": text}
+        asked = {"model": model, "basis": basis, "tokens": calibration.tokens, "positions": positions, "text": text}
         settings = asked | {"out": str(out)}
         return print_result(envelope(settings, rows) | {"plans": plans})
     columns: Columns = {

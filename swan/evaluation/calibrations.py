@@ -28,19 +28,19 @@ def calibration_of(
     basis: Basis = "joint",
     tokens: int = TOKENS,
     text: str = CALIBRATION_TEXT,
-    window: int = WINDOW,
+    positions: int | None = None,
 ) -> Calibration:
     """Return a calibration from a file, from the cache folder (embedded models), or made now."""
     if path is not None:
         return Calibration.load(path)
-    windows_of = "" if window == WINDOW else f"x{window}"
-    file = cache_folder() / "calibrations" / f"{name}-{text}-{tokens}{windows_of}-{model.dtype}.safetensors"
+    spread = "spread" if positions is None else f"over-{positions}"
+    file = cache_folder() / "calibrations" / f"{name}-{text}-{tokens}-{spread}-{model.dtype}.safetensors"
     if name in MODELS and text == CALIBRATION_TEXT and file.is_file():
         # One of an older version warns, and is made anew.
         with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings(action="error"):
             return Calibration.load(file).with_basis(basis)
-    windows = token_windows(calibration_text(text), tokenizer, max(tokens // window, 1), min(tokens, window))
-    calibration = calibrate(model, list(windows.split(1)), basis)
+    windows = token_windows(calibration_text(text), tokenizer, max(tokens // WINDOW, 1), min(tokens, WINDOW))
+    calibration = calibrate(model, list(windows.split(1)), basis, positions=positions)
     if name in MODELS and text == CALIBRATION_TEXT:
         calibration.save(file)
     return calibration

@@ -92,12 +92,13 @@ def test_calibrate_says_which_plans_will_not_hold(tiny, text, tmp_path, monkeypa
         assert ("plans will not hold at a retention of 0.5 and below" in run(*arguments).stderr) == said
 
 
-def test_calibrate_takes_windows_of_other_lengths(tiny, text, tmp_path):
-    """200 tokens are two windows of 96, or one of 128."""
+def test_calibrate_spreads_texts_over_positions(tiny, text, tmp_path):
     arguments = ("calibrate", tiny[0], *text, "--tokens", "200", "--out", str(tmp_path / "c.safetensors"))
-    for window, tokens in ((96, 192), (128, 128)):
-        settings = run_json(*arguments, "--window", str(window), more=("plans",))["settings"]
-        assert (settings["window"], settings["tokens"]) == (window, tokens)
+    for more, positions in (((), None), (("--positions", "300"), 300)):
+        settings = run_json(*arguments, *more, more=("plans",))["settings"]
+        assert (settings["positions"], settings["tokens"]) == (positions, 200)
+    failed = CliRunner().invoke(app, (*arguments, "--positions", "513"))
+    assert failed.exit_code != 0 and "positions must be from 1 to the 512 of this model, got 513" in failed.output
 
 
 def test_evaluate(tiny, text):
