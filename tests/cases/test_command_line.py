@@ -76,8 +76,7 @@ def test_files_that_cannot_be_read_or_written(folder, tmp_path):
 
 def test_a_process_of_its_own(folder):
     """Standard input as a shell gives it."""
-    code = "import sys; from swan.cli import main; sys.argv[0] = 'swan'; main()"
-    command = [sys.executable, "-W", "ignore", "-c", code, "generate", folder, "-"]
+    command = [sys.executable, "-W", "ignore", "-m", "swan", "generate", folder, "-"]
     done = subprocess.run(command, input=BROKEN, capture_output=True)
     assert done.returncode == 1
     assert b"Traceback" not in done.stderr and b"is not UTF-8 text" in done.stderr
