@@ -792,9 +792,9 @@ MUTANTS = [
     Mutant(
         "effects-in-bases-of-their-own-text",
         "swan/calibration/artifact.py",
-        "if sample and others >= OTHERS else None",
-        "if count < 0 else None",
-        ("calibration/test_effects.py::test_bases_are_those_of_other_batches_where_there_are_enough",),
+        "if moments.tokens < (1 + OTHERS) * own.tokens:",
+        "if moments.tokens:",
+        ("calibration/test_effects.py::test_bases_are_those_of_all_other_text_where_there_is_enough",),
     ),
     Mutant(
         "all-texts-begin-at-the-first-position",

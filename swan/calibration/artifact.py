@@ -1,11 +1,10 @@
 """`calibrate` and its result, `Calibration`: bases of every layer, saved as one safetensors file."""
 
-import copy
 import dataclasses
 import json
 import random
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +41,7 @@ from swan.calibration.effects import (
     TOKENS,
     WINDOWS,
     Effects,
+    LayerGradients,
     effects_of,
     run_backward,
 )
@@ -233,9 +233,9 @@ def calibrate(
     ``"joint"`` are the eigenvectors, largest eigenvalue first, of $M_q / \mathrm{tr}\, M_q + M_k / \mathrm{tr}\, M_k$
     for keys, and of the same sum of $M_v$ and $\sum_h W_{O,h}^\top W_{O,h}$ for values. Some 12,000 tokens of ordinary
     text do. Up to 8 windows of 1024 tokens are run backward too, which predicts the KL divergence that each layer adds
-    in each of some layouts (from 8 batches on in bases of batches that are not run backward, at least 4, since bases
-    fit the text that they come from). One of these windows at a time is in memory. `Plan.for_retention` spends bytes
-    accordingly.
+    in each of some layouts (each window in bases of all other text, where that is at least four times as long, since
+    bases fit the text that they come from). One of these windows at a time is in memory. `Plan.for_retention` spends
+    bytes accordingly.
 
     Keys are stored as they are rotated by their positions, so bases have to know those that caches will see. Texts are
     much shorter: each row of a batch begins at a position of its own, the i-th at the share $i (\sqrt 5 - 1) / 2$
@@ -286,7 +286,7 @@ def calibrate(
     spread = _positions(model, positions, is_transformers)
     moments: dict[int, Moments] = {}
     measures_effects = effects or (effects is None and is_transformers)
-    sample, rng, count, rows = [], random.Random(seed), 0, 0  # the sample is run at the end, backward too
+    sample, rng, count, rows = [], random.Random(seed), 0, 0  # the sample is run again, backward too
 
     def observe(index: int, observed: Observed) -> None:
         if index not in moments:
@@ -297,30 +297,18 @@ def calibrate(
             moments[index] = Moments.begin(observed.q, observed.k, observed.v, observed.module)
         moments[index].add(observed.q, observed.k, observed.v, observed.real)
 
-    def run(batch: Any) -> None:
-        with observing(model, observe):
-            call(body, batch)
-
     with evaluating(model):
         for batch in track(batches, "calibrating", show=progress):
             check_batch(batch, model if is_transformers else None)
             if is_transformers:
                 batch, rows = placed(batch, rows, spread), rows + rows_of(batch)
+            with observing(model, observe):
+                call(body, batch)
             count += 1
             if measures_effects and count <= WINDOWS:
                 sample.append(batch)
-                continue
-            if measures_effects and (place := rng.randrange(count)) < WINDOWS:  # all batches are equally likely
-                batch, sample[place] = sample[place], batch
-            run(batch)
-        others = max(count - WINDOWS, min(count - OTHERS, OTHERS), 0)  # batches that are not run backward
-        spare = [sample.pop(rng.randrange(len(sample))) for _ in range(len(sample) + others - count)]
-        for batch in track(spare, "calibrating", show=progress):
-            run(batch)
-        # On a text that a basis was fitted to, what it prunes seems less than it is.
-        of_others = copy.deepcopy(moments) if sample and others >= OTHERS else None
-        for batch in track(sample, "calibrating", show=progress):
-            run(batch)
+            elif measures_effects and (place := rng.randrange(count)) < WINDOWS:  # all batches are equally likely
+                sample[place] = batch
     if count == 0:
         raise ValueError("no batch came; give calibrate at least one")
     if not moments:
@@ -337,13 +325,9 @@ def calibrate(
                 f"effects are measured on tokens beyond the buffer: give texts of more than {BUFFER} tokens"
             )
         return calibration
-    layers = calibration.layers
-    if of_others is not None:
-        layers = _from_moments(tuple(of_others[i] for i in ordered), basis, seed, calibration.fingerprint).layers
-    bases = {index: (x.key_basis, x.value_basis) for index, x in zip(ordered, layers, strict=True)}
     try:
         with evaluating(model):
-            measured = _measure(model, sample, bases, seed, progress)
+            measured = _measure(model, sample, list(ordered), calibration, progress)
     except RuntimeError as error:
         if effects:
             raise
@@ -368,18 +352,30 @@ def _positions(model: nn.Module, positions: int | None, is_transformers: bool) -
 
 
 def _measure(
-    model: nn.Module,
-    sample: Sequence[Any],
-    bases: Mapping[int, tuple[Tensor, Tensor]],
-    seed: int,
-    progress: bool,
+    model: nn.Module, sample: Sequence[Any], indices: Sequence[int], calibration: Calibration, progress: bool
 ) -> Effects:
     """Measure effects on the beginning of each batch, one at a time."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(calibration.seed)
     windows = [beginning(batch, TOKENS) for batch in sample]
     tokens = sum(rows_of(window) * tokens_of(window) for window in windows)
-    texts = (run_backward(model, w, generator) for w in track(windows, "measuring effects", show=progress))
-    return effects_of(texts, bases, tokens, device_of(model))
+
+    def texts() -> Iterator[tuple[dict[int, LayerGradients], dict[int, tuple[Tensor, Tensor]]]]:
+        for window in track(windows, "measuring effects", show=progress):
+            layers = run_backward(model, window, generator)
+            yield layers, {i: _bases(calibration, indices.index(i), layer.moments) for i, layer in layers.items()}
+
+    kv_heads = {i: layer.key_basis.shape[0] for i, layer in zip(indices, calibration.layers, strict=True)}
+    return effects_of(texts(), kv_heads, tokens, device_of(model))
+
+
+def _bases(calibration: Calibration, row: int, own: Moments) -> tuple[Tensor, Tensor]:
+    """Return the bases of a layer by all text but a part: what they prune seems less on text that they fit."""
+    layer, moments = calibration.layers[row], calibration.moments[row]
+    if moments.tokens < (1 + OTHERS) * own.tokens:
+        return layer.key_basis, layer.value_basis
+    seed = calibration.seed + 2 * row
+    key_basis, value_basis, *_ = layer_bases(moments.without(own), calibration.basis, seed=seed)
+    return key_basis.float(), value_basis.float()
 
 
 def _from_moments(moments: tuple[Moments, ...], basis: Basis, seed: int, fingerprint: dict[str, Any]) -> Calibration:

@@ -10,6 +10,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from swan.calibration.capture import Observed, call, observing
+from swan.calibration.moments import Moments
 from swan.functional.packing import pack
 from swan.functional.rotation import rotate
 from swan.storage import Graded, unpack
@@ -68,7 +69,7 @@ VALUES: tuple[Groups, ...] = (
 BLOCK = 16  # coordinates
 BUFFER, SINKS = 64, 4  # recent tokens, which a query sees dense
 WINDOWS, TOKENS = 8, 1024  # `calibrate` measures on so many texts of so many tokens, at most
-OTHERS = 4  # texts that it leaves for bases, where there are eight or more
+OTHERS = 4  # bases are those of all other text where it has at least so many times the tokens of a window
 STRIDE = 8  # one query in so many is looked at
 QUERIES = 32  # queries whose scores are computed at a time
 DRAWN = 64  # tokens for which words are drawn at a time
@@ -129,6 +130,7 @@ class LayerGradients:
         columns: places of the queries among the tokens ``[queries]``.
         mask: boolean ``[batch or 1, kv_heads or 1, query group or 1, queries, tokens]``; None where it is causal.
         scale: factor of the scores.
+        moments: of all queries, keys and values; where the layer is.
     """
 
     by_key: Tensor
@@ -140,6 +142,7 @@ class LayerGradients:
     columns: Tensor
     mask: Tensor | None
     scale: float
+    moments: Moments
 
 
 def run_backward(model: nn.Module, batch: Any, generator: torch.Generator) -> dict[int, LayerGradients]:
@@ -185,10 +188,12 @@ def _layer_gradients(observed: Observed, gradient: Tensor) -> LayerGradients:
         heads = 1 if mask.shape[1] == 1 else kv_heads
         mask = rearrange(mask.index_select(2, index), "b (h g) i j -> b h g i j", h=heads).cpu()
     by_key, by_value = sensitivities(observed, gradient)
+    moments = Moments.begin(observed.q, observed.k, observed.v, None)
+    moments.add(observed.q, observed.k, observed.v, observed.real)
     by_key, by_value, q, by_out, k, v = (
         t.detach().cpu() for t in (by_key, by_value, q, by_out, observed.k, observed.v)
     )
-    return LayerGradients(by_key, by_value, q, by_out, k, v, columns, mask, observed.scale)
+    return LayerGradients(by_key, by_value, q, by_out, k, v, columns, mask, observed.scale, moments)
 
 
 def _likelihood_gradient(logits: Tensor, generator: torch.Generator, layers: Mapping[int, Observed]) -> Tensor:
@@ -204,8 +209,8 @@ def _likelihood_gradient(logits: Tensor, generator: torch.Generator, layers: Map
 
 
 def effects_of(
-    texts: Iterable[Mapping[int, LayerGradients]],
-    bases: Mapping[int, tuple[Tensor, Tensor]],
+    texts: Iterable[tuple[Mapping[int, LayerGradients], Mapping[int, tuple[Tensor, Tensor]]]],
+    kv_heads: Mapping[int, int],
     tokens: int,
     device: torch.device,
 ) -> Effects:
@@ -218,24 +223,24 @@ def effects_of(
     of different tokens are not: what pruning takes from all of them adds up in an output. One backward pass serves all.
 
     Args:
-        texts: for each text the gradients of each layer, from `run_backward`; looked at one by one.
-        bases: key and value basis of each layer by its index (of hybrids not all layers have one).
+        texts: for each text the gradients of each layer, from `run_backward`, and the key and value basis of each to
+            store it in; looked at one by one.
+        kv_heads: KV heads of each layer by its index (of hybrids not all layers have keys and values).
         tokens: tokens in all texts.
         device: where to compute.
 
     Returns:
-        The effects, a row for each of the bases in the order of their indices.
+        The effects, a row for each of the layers in the order of their indices.
     """
-    heads = max(key_basis.shape[0] for key_basis, _ in bases.values())
-    shape = len(bases), heads
+    shape = len(kv_heads), max(kv_heads.values())
     effects = Effects(*(torch.full((*shape, len(side)), torch.nan, device="cpu") for side in (KEYS, VALUES)))
     sums: dict[int, tuple[Tensor, Tensor]] = {}
-    for layers in texts:
+    for layers, bases in texts:
         for index, layer in layers.items():
             keys, values = sums.get(index, (0, 0))
             more_keys, more_values = _both_sums(layer, *bases[index], device)
             sums[index] = keys + more_keys, values + more_values
-    for row, index in enumerate(sorted(bases)):
+    for row, index in enumerate(sorted(kv_heads)):
         if index in sums:
             for table, side in zip((effects.keys, effects.values), sums[index], strict=True):
                 found = side.amax(0) / tokens

@@ -57,6 +57,11 @@ class Moments:
             moment += einsum(wide, wide, "h b g t d, h b g t e -> h d e")
         self.tokens += k.shape[0] * k.shape[2] if real is None else int(real.sum())
 
+    def without(self, part: "Moments") -> "Moments":
+        """Return the moments of all tokens but those of a part of them."""
+        q, k, v = (getattr(self, name) - getattr(part, name).to(self.q.device) for name in "qkv")
+        return Moments(q, k, v, self.o, self.tokens - part.tokens)
+
     def check(self, name: str) -> None:
         """Raise ValueError where a moment is not finite or no token was seen."""
         if self.tokens == 0:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from swan import Calibration, Graded, LayerPlan, Plan, SwanAttention, calibrate, pack, random_rotation, rotate, unpack
-from swan.calibration.artifact import _measure
+from swan.calibration.artifact import _bases
 from swan.calibration.capture import Observed
 from swan.calibration.effects import (
     BUFFER,
@@ -26,6 +26,7 @@ from swan.calibration.effects import (
     graded,
     sensitivities,
 )
+from swan.calibration.moments import Moments
 from swan.evaluation.perplexity import Setting, evaluate
 from swan.storage import ByHead
 from tests.strategies import one_thread  # noqa: F401
@@ -119,7 +120,7 @@ def test_what_is_lost_alike_of_all_tokens_counts():
     layer, plain = _layer_gradients(seen, gradient), torch.eye(d)[None]
     _, (by_tokens, by_queries) = _both_sums(layer, plain, plain, q.device)
     assert by_queries[0, 0] > 5 * by_tokens[0, 0]
-    predicted = effects_of([{0: layer}], {0: (plain, plain)}, count, q.device)
+    predicted = effects_of([({0: layer}, {0: (plain, plain)})], {0: 1}, count, q.device)
     assert predicted.values[0, 0, 0] == by_queries[0, 0] / count
 
 
@@ -217,7 +218,9 @@ def test_changes_by_tokens_are_those_of_packed_vectors(d):
     """Half of the sum of (h · error)² with each candidate packed and unpacked whole, in float64 but for the codes."""
     (k, h_k, v, h_v), bases = torch.randn(4, 2, 3, 50, d), [random_rotation(3, d, seed=seed) for seed in (0, 1)]
     no_queries = torch.empty(2, 3, 1, 0, d)
-    layer = LayerGradients(h_k, h_v, no_queries, no_queries, k, v, torch.arange(0), None, 1.0)
+    layer = LayerGradients(
+        h_k, h_v, no_queries, no_queries, k, v, torch.arange(0), None, 1.0, Moments.begin(k, k, v, None)
+    )
     sums = _both_sums(layer, *bases, k.device)
     for x, h, basis, candidates, (found, _) in zip((k, v), (h_k, h_v), bases, (KEYS, VALUES), sums, strict=True):
         rotated, by = rotate(x, basis), rotate(h, basis).double()
@@ -249,23 +252,39 @@ def test_each_batch_counts_once_in_the_moments(rows):
             torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("count, measured", [(3, 3), (7, 4), (8, 4), (11, 7), (12, 8), (15, 8)])
-def test_bases_are_those_of_other_batches_where_there_are_enough(count, measured, monkeypatch):
-    model, ids, seen = tiny(), [tokens(1, BUFFER + 8, seed) for seed in range(count)], {}
+@pytest.mark.parametrize("basis", ["joint", "random"])
+@pytest.mark.parametrize("rows", [1, 2], ids=["whole", "with more rows"])
+@pytest.mark.parametrize("count, measured", [(1, 1), (4, 4), (5, 5), (8, 8), (12, 8)])
+def test_bases_are_those_of_all_other_text_where_there_is_enough(count, measured, rows, basis, monkeypatch):
+    """Of a batch of two rows the first is run backward; the second is other text."""
+    model, seen = tiny().double(), []
+    ids = [tokens(rows, BUFFER + 8, seed) for seed in range(count)]
 
-    def measure(model, sample, bases, *rest):
-        seen["sample"], seen["bases"] = sample, bases
-        return _measure(model, sample, bases, *rest)
+    def bases_of(calibration, row, own):
+        seen.append((row, own, _bases(calibration, row, own)))
+        return seen[-1][2]
 
-    monkeypatch.setattr("swan.calibration.artifact._measure", measure)
-    found = calibrate(model, ids, positions=1)
-    sample = {id(batch) for batch in seen["sample"]}
-    others = [batch for batch in ids if id(batch) not in sample]
-    assert len(sample) == measured and found.tokens == count * (BUFFER + 8)
-    expected = calibrate(model, others, effects=False, positions=1) if count >= 8 else found
-    for layer, (key_basis, value_basis) in zip(expected.layers, seen["bases"].values(), strict=True):
-        torch.testing.assert_close(layer.key_basis, key_basis)
-        torch.testing.assert_close(layer.value_basis, value_basis)
+    monkeypatch.setattr("swan.calibration.artifact._bases", bases_of)
+    found = calibrate(model, ids, basis, seed=3, positions=1)
+    assert len(seen) == measured * 2 and found.tokens == count * rows * (BUFFER + 8)  # 2 layers
+    singles = [row[None] for batch in ids for row in batch]
+    for row, own, bases in seen:
+        assert own.tokens == BUFFER + 8
+        others = found
+        if len(singles) >= 5:
+            (number,) = (n for n, one in enumerate(singles) if same_moments(model, one, row, own))
+            others = calibrate(
+                model, singles[:number] + singles[number + 1 :], basis, seed=3, effects=False, positions=1
+            )
+        expected = others.layers[row]
+        for wanted, basis_found in zip((expected.key_basis, expected.value_basis), bases, strict=True):
+            torch.testing.assert_close(basis_found.abs(), wanted.abs(), rtol=0, atol=1e-4)  # up to the sign of columns
+
+
+def same_moments(model, ids, row, moments):
+    """Tell if these are the moments of a layer of a text."""
+    of_text = calibrate(model, [ids], effects=False, positions=1).moments[row]
+    return all(torch.allclose(getattr(of_text, name), getattr(moments, name)) for name in "qkv")
 
 
 def test_a_failing_backward_pass_leaves_the_moments(monkeypatch):
