@@ -67,6 +67,7 @@ BY_HEAD, OF_BY_HEAD = "swan/storage/by_head.py", ("storage/test_by_head.py",)
 OF_CUDA_HEADS = ("kernels/test_cuda_host.py::test_a_cache_whose_heads_differ",)
 OF_KEEPING = ("modules/test_keeping.py",)
 OF_NUMERICS = ("functional/test_numerics.py",)
+OF_BASES = ("calibration/test_effects.py::test_bases_are_those_of_other_text_where_there_is_enough",)
 OF_POSITIONS = ("calibration/test_moments.py",)
 OF_MODES, OF_DEVICES = ("test_modes.py",), ("integrations/test_devices.py",)
 OF_PAGES, OF_SERVERS = ("integrations/test_vllm_pages.py",), ("integrations/test_vllm_settings.py",)
@@ -792,9 +793,16 @@ MUTANTS = [
     Mutant(
         "effects-in-bases-of-their-own-text",
         "swan/calibration/artifact.py",
-        "if moments.tokens < (1 + OTHERS) * own.tokens:",
+        "if moments.tokens < FEW * own.tokens:",
         "if moments.tokens:",
-        ("calibration/test_effects.py::test_bases_are_those_of_all_other_text_where_there_is_enough",),
+        OF_BASES,
+    ),
+    Mutant(
+        "bases-of-values-by-their-own-text-too",
+        "swan/calibration/artifact.py",
+        "if some is not None and number <= FEW:",
+        "if some is not None and number < 0:",
+        OF_BASES,
     ),
     Mutant(
         "all-texts-begin-at-the-first-position",

@@ -1,10 +1,11 @@
 """`calibrate` and its result, `Calibration`: bases of every layer, saved as one safetensors file."""
 
+import copy
 import dataclasses
 import json
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +38,7 @@ from swan.calibration.capture import (
 from swan.calibration.checks import check_calibration
 from swan.calibration.effects import (
     BUFFER,
-    OTHERS,
+    FEW,
     TOKENS,
     WINDOWS,
     Effects,
@@ -233,9 +234,9 @@ def calibrate(
     ``"joint"`` are the eigenvectors, largest eigenvalue first, of $M_q / \mathrm{tr}\, M_q + M_k / \mathrm{tr}\, M_k$
     for keys, and of the same sum of $M_v$ and $\sum_h W_{O,h}^\top W_{O,h}$ for values. Some 12,000 tokens of ordinary
     text do. Up to 8 windows of 1024 tokens are run backward too, which predicts the KL divergence that each layer adds
-    in each of some layouts (each window in bases of all other text, where that is at least four times as long, since
-    bases fit the text that they come from). One of these windows at a time is in memory. `Plan.for_retention` spends
-    bytes accordingly.
+    in each of some layouts (from five batches on in bases of other text, since bases fit the text that they come from:
+    keys in those of all of it, values in those of four batches). One of these windows at a time is in memory.
+    `Plan.for_retention` spends bytes accordingly.
 
     Keys are stored as they are rotated by their positions, so bases have to know those that caches will see. Texts are
     much shorter: each row of a batch begins at a position of its own, the i-th at the share $i (\sqrt 5 - 1) / 2$
@@ -285,6 +286,7 @@ def calibrate(
     body = cast(nn.Module, model.base_model) if is_transformers else model  # attention is observed, the head is not
     spread = _positions(model, positions, is_transformers)
     moments: dict[int, Moments] = {}
+    few: dict[int, Moments] = {}  # of the first batches
     measures_effects = effects or (effects is None and is_transformers)
     sample, rng, count, rows = [], random.Random(seed), 0, 0  # the sample is run again, backward too
 
@@ -306,9 +308,11 @@ def calibrate(
                 call(body, batch)
             count += 1
             if measures_effects and count <= WINDOWS:
-                sample.append(batch)
+                sample.append((count, batch))
             elif measures_effects and (place := rng.randrange(count)) < WINDOWS:  # all batches are equally likely
-                sample[place] = batch
+                sample[place] = count, batch
+            if measures_effects and count == FEW:
+                few = copy.deepcopy(moments)
     if count == 0:
         raise ValueError("no batch came; give calibrate at least one")
     if not moments:
@@ -319,7 +323,7 @@ def calibrate(
     calibration = _from_moments(tuple(ordered.values()), basis, seed, json.loads(json.dumps(identity)))
     if not sample:
         return calibration
-    if max(map(tokens_of, sample)) <= BUFFER:
+    if max(tokens_of(batch) for _, batch in sample) <= BUFFER:
         if effects:
             raise ValueError(
                 f"effects are measured on tokens beyond the buffer: give texts of more than {BUFFER} tokens"
@@ -327,7 +331,7 @@ def calibrate(
         return calibration
     try:
         with evaluating(model):
-            measured = _measure(model, sample, list(ordered), calibration, progress)
+            measured = _measure(model, sample, few, list(ordered), calibration, progress)
     except RuntimeError as error:
         if effects:
             raise
@@ -352,29 +356,53 @@ def _positions(model: nn.Module, positions: int | None, is_transformers: bool) -
 
 
 def _measure(
-    model: nn.Module, sample: Sequence[Any], indices: Sequence[int], calibration: Calibration, progress: bool
+    model: nn.Module,
+    sample: Sequence[tuple[int, Any]],
+    few: Mapping[int, Moments],
+    indices: Sequence[int],
+    calibration: Calibration,
+    progress: bool,
 ) -> Effects:
-    """Measure effects on the beginning of each batch, one at a time."""
+    """Measure effects on the beginning of each batch, one at a time.
+
+    Args:
+        model: in evaluation mode.
+        sample: batches, and which of all they are, from 1 on.
+        few: moments of each layer of the first `FEW` batches; empty if there are fewer.
+        indices: of the layers.
+        calibration: of the model.
+        progress: show a progress bar.
+    """
     generator = torch.Generator().manual_seed(calibration.seed)
-    windows = [beginning(batch, TOKENS) for batch in sample]
-    tokens = sum(rows_of(window) * tokens_of(window) for window in windows)
+    windows = [(number, beginning(batch, TOKENS)) for number, batch in sample]
+    tokens = sum(rows_of(window) * tokens_of(window) for _, window in windows)
 
     def texts() -> Iterator[tuple[dict[int, LayerGradients], dict[int, tuple[Tensor, Tensor]]]]:
-        for window in track(windows, "measuring effects", show=progress):
-            layers = run_backward(model, window, generator)
-            yield layers, {i: _bases(calibration, indices.index(i), layer.moments) for i, layer in layers.items()}
+        for number, window in track(windows, "measuring effects", show=progress):
+            layers, bases = run_backward(model, window, generator), {}
+            for index, layer in layers.items():
+                some = few.get(index)
+                if some is not None and number <= FEW:
+                    some = some.without(layer.moments)
+                bases[index] = _bases(calibration, indices.index(index), layer.moments, some)
+            yield layers, bases
 
     kv_heads = {i: layer.key_basis.shape[0] for i, layer in zip(indices, calibration.layers, strict=True)}
     return effects_of(texts(), kv_heads, tokens, device_of(model))
 
 
-def _bases(calibration: Calibration, row: int, own: Moments) -> tuple[Tensor, Tensor]:
-    """Return the bases of a layer by all text but a part: what they prune seems less on text that they fit."""
+def _bases(calibration: Calibration, row: int, own: Moments, some: Moments | None) -> tuple[Tensor, Tensor]:
+    """Return bases of a layer by other text: that of keys by all of it, that of values by some, if there is any.
+
+    What a basis prunes seems less on text that it was fitted to, and on text of the same kind. Values show that most
+    where a basis comes from much text; keys have to be known at many positions.
+    """
     layer, moments = calibration.layers[row], calibration.moments[row]
-    if moments.tokens < (1 + OTHERS) * own.tokens:
+    if moments.tokens < FEW * own.tokens:
         return layer.key_basis, layer.value_basis
-    seed = calibration.seed + 2 * row
-    key_basis, value_basis, *_ = layer_bases(moments.without(own), calibration.basis, seed=seed)
+    others, seed = moments.without(own), calibration.seed + 2 * row
+    key_basis = layer_bases(others, calibration.basis, seed=seed)[0]
+    value_basis = layer_bases(some or others, calibration.basis, seed=seed)[1]
     return key_basis.float(), value_basis.float()
 
 
