@@ -800,8 +800,8 @@ MUTANTS = [
     Mutant(
         "bases-of-values-by-their-own-text-too",
         "swan/calibration/artifact.py",
-        "if some is not None and number <= FEW:",
-        "if some is not None and number < 0:",
+        "if v is not None and number <= FEW:",
+        "if v is not None and number < 0:",
         OF_BASES,
     ),
     Mutant(

@@ -1,6 +1,5 @@
 """`calibrate` and its result, `Calibration`: bases of every layer, saved as one safetensors file."""
 
-import copy
 import dataclasses
 import json
 import random
@@ -286,7 +285,7 @@ def calibrate(
     body = cast(nn.Module, model.base_model) if is_transformers else model  # attention is observed, the head is not
     spread = _positions(model, positions, is_transformers)
     moments: dict[int, Moments] = {}
-    few: dict[int, Moments] = {}  # of the first batches
+    few: dict[int, Tensor] = {}  # moments of values of the first batches
     measures_effects = effects or (effects is None and is_transformers)
     sample, rng, count, rows = [], random.Random(seed), 0, 0  # the sample is run again, backward too
 
@@ -312,7 +311,7 @@ def calibrate(
             elif measures_effects and (place := rng.randrange(count)) < WINDOWS:  # all batches are equally likely
                 sample[place] = count, batch
             if measures_effects and count == FEW:
-                few = copy.deepcopy(moments)
+                few = {index: layer.v.clone() for index, layer in moments.items()}
     if count == 0:
         raise ValueError("no batch came; give calibrate at least one")
     if not moments:
@@ -358,7 +357,7 @@ def _positions(model: nn.Module, positions: int | None, is_transformers: bool) -
 def _measure(
     model: nn.Module,
     sample: Sequence[tuple[int, Any]],
-    few: Mapping[int, Moments],
+    few: Mapping[int, Tensor],
     indices: Sequence[int],
     calibration: Calibration,
     progress: bool,
@@ -368,7 +367,7 @@ def _measure(
     Args:
         model: in evaluation mode.
         sample: batches, and which of all they are, from 1 on.
-        few: moments of each layer of the first `FEW` batches; empty if there are fewer.
+        few: moments of the values of each layer in the first `FEW` batches; empty if there are fewer.
         indices: of the layers.
         calibration: of the model.
         progress: show a progress bar.
@@ -381,18 +380,18 @@ def _measure(
         for number, window in track(windows, "measuring effects", show=progress):
             layers, bases = run_backward(model, window, generator), {}
             for index, layer in layers.items():
-                some = few.get(index)
-                if some is not None and number <= FEW:
-                    some = some.without(layer.moments)
-                bases[index] = _bases(calibration, indices.index(index), layer.moments, some)
+                v = few.get(index)
+                if v is not None and number <= FEW:
+                    v = v - layer.moments.v
+                bases[index] = _bases(calibration, indices.index(index), layer.moments, v)
             yield layers, bases
 
     kv_heads = {i: layer.key_basis.shape[0] for i, layer in zip(indices, calibration.layers, strict=True)}
     return effects_of(texts(), kv_heads, tokens, device_of(model))
 
 
-def _bases(calibration: Calibration, row: int, own: Moments, some: Moments | None) -> tuple[Tensor, Tensor]:
-    """Return bases of a layer by other text: that of keys by all of it, that of values by some, if there is any.
+def _bases(calibration: Calibration, row: int, own: Moments, v: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return bases of a layer by other text: all of it, but for values that of moments `v`, if there are any.
 
     What a basis prunes seems less on text that it was fitted to, and on text of the same kind. Values show that most
     where a basis comes from much text; keys have to be known at many positions.
@@ -400,9 +399,10 @@ def _bases(calibration: Calibration, row: int, own: Moments, some: Moments | Non
     layer, moments = calibration.layers[row], calibration.moments[row]
     if moments.tokens < FEW * own.tokens:
         return layer.key_basis, layer.value_basis
-    others, seed = moments.without(own), calibration.seed + 2 * row
-    key_basis = layer_bases(others, calibration.basis, seed=seed)[0]
-    value_basis = layer_bases(some or others, calibration.basis, seed=seed)[1]
+    others = moments.without(own)
+    if v is not None:
+        others = dataclasses.replace(others, v=v)
+    key_basis, value_basis, *_ = layer_bases(others, calibration.basis, seed=calibration.seed + 2 * row)
     return key_basis.float(), value_basis.float()
 
 

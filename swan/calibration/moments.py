@@ -59,7 +59,7 @@ class Moments:
 
     def without(self, part: "Moments") -> "Moments":
         """Return the moments of all tokens but those of a part of them."""
-        q, k, v = (getattr(self, name) - getattr(part, name).to(self.q.device) for name in "qkv")
+        q, k, v = (getattr(self, name) - getattr(part, name) for name in "qkv")
         return Moments(q, k, v, self.o, self.tokens - part.tokens)
 
     def check(self, name: str) -> None:

@@ -13,7 +13,7 @@ from swan.evaluation.texts import CALIBRATION_TEXT, calibration_text, token_wind
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TOKENS", "WINDOW", "calibration_of"]
+__all__ = ["TOKENS", "calibration_of"]
 
 WINDOW = 1024  # tokens of a calibration window
 TOKENS = 12 * WINDOW

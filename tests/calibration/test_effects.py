@@ -263,8 +263,8 @@ def test_bases_are_those_of_other_text_where_there_is_enough(count, measured, ro
     model, seen = tiny().double(), []
     ids = [tokens(rows, BUFFER + 8, seed) for seed in range(count)]
 
-    def bases_of(calibration, row, own, some):
-        seen.append((row, own, _bases(calibration, row, own, some)))
+    def bases_of(calibration, row, own, v):
+        seen.append((row, own, _bases(calibration, row, own, v)))
         return seen[-1][2]
 
     def calibrated(texts):
