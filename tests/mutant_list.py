@@ -800,22 +800,22 @@ MUTANTS = [
     Mutant(
         "bases-of-values-by-their-own-text-too",
         "swan/calibration/artifact.py",
-        "if v is not None and number <= FEW:",
-        "if v is not None and number < 0:",
+        "self.v[index] - own.v if number <= self.batches else self.v[index]",
+        "self.v[index]",
         OF_BASES,
     ),
     Mutant(
         "all-texts-begin-at-the-first-position",
         BATCHES,
-        "int((number * GOLDEN % 1) * (positions - tokens))",
-        "0 * number",
+        "int(((number * GOLDEN + row * ROOT) % 1) * (positions - tokens))",
+        "0 * row",
         OF_POSITIONS,
     ),
     Mutant(
-        "rows-of-batches-before-do-not-count",
+        "batches-before-do-not-count",
         "swan/calibration/artifact.py",
-        "placed(batch, rows, spread), rows + rows_of(batch)",
-        "placed(batch, 0, spread), rows",
+        "placed(batch, count, spread)",
+        "placed(batch, 0, spread)",
         OF_POSITIONS,
     ),
     Mutant(
@@ -828,8 +828,8 @@ MUTANTS = [
     Mutant(
         "learned-positions-are-shifted",
         BATCHES,
-        "if not rotary or text",
-        "if text",
+        "if not rotary or not all",
+        "if not all",
         OF_POSITIONS,
     ),
     Mutant(

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -233,13 +233,14 @@ def calibrate(
     ``"joint"`` are the eigenvectors, largest eigenvalue first, of $M_q / \mathrm{tr}\, M_q + M_k / \mathrm{tr}\, M_k$
     for keys, and of the same sum of $M_v$ and $\sum_h W_{O,h}^\top W_{O,h}$ for values. Some 12,000 tokens of ordinary
     text do. Up to 8 windows of 1024 tokens are run backward too, which predicts the KL divergence that each layer adds
-    in each of some layouts (from five batches on in bases of other text, since bases fit the text that they come from:
-    keys in those of all of it, values in those of four batches). One of these windows at a time is in memory.
-    `Plan.for_retention` spends bytes accordingly.
+    in each of some layouts, in bases of other text where there is four times as much as in the window, since bases fit
+    the text that they come from: keys in those of all of it, values in those of the first 5000 tokens or so. One of
+    these windows at a time is in memory. `Plan.for_retention` spends bytes accordingly.
 
     Keys are stored as they are rotated by their positions, so bases have to know those that caches will see. Texts are
-    much shorter: each row of a batch begins at a position of its own, the i-th at the share $i (\sqrt 5 - 1) / 2$
-    (without its whole part) of the positions that are free. Rotary attention does not change by that.
+    much shorter: each begins at a position of its own, row i of batch n (from 0 on) at the share
+    $n (\sqrt 5 - 1) / 2 + i \sqrt 2$ (without its whole part) of the positions that are free. Rotary attention does not
+    change by that.
 
     Args:
         model: a model of your own built from `SwanAttention`, or a transformers decoder.
@@ -253,7 +254,8 @@ def calibrate(
             own whose output is logits ``[batch, tokens, vocabulary]``.
         positions: over how many positions texts are spread; 1 for none. By default those that a transformers model with
             rotary embeddings knows (``max_position_embeddings``), at most 8192. Batches with ``position_ids`` keep
-            theirs. A model of your own sees texts where they are: give it windows as long as your contexts.
+            theirs, and those with images stay where they are. So do all of a model of your own: give it windows as long
+            as your contexts.
         progress: show a progress bar, or lines on stderr where there is no terminal.
 
     Returns:
@@ -285,9 +287,9 @@ def calibrate(
     body = cast(nn.Module, model.base_model) if is_transformers else model  # attention is observed, the head is not
     spread = _positions(model, positions, is_transformers)
     moments: dict[int, Moments] = {}
-    few: dict[int, Tensor] = {}  # moments of values of the first batches
+    few: _Beginning | None = None
     measures_effects = effects or (effects is None and is_transformers)
-    sample, rng, count, rows = [], random.Random(seed), 0, 0  # the sample is run again, backward too
+    sample, rng, count = [], random.Random(seed), 0  # the sample is run again, backward too
 
     def observe(index: int, observed: Observed) -> None:
         if index not in moments:
@@ -302,7 +304,7 @@ def calibrate(
         for batch in track(batches, "calibrating", show=progress):
             check_batch(batch, model if is_transformers else None)
             if is_transformers:
-                batch, rows = placed(batch, rows, spread), rows + rows_of(batch)
+                batch = placed(batch, count, spread)
             with observing(model, observe):
                 call(body, batch)
             count += 1
@@ -310,8 +312,8 @@ def calibrate(
                 sample.append((count, batch))
             elif measures_effects and (place := rng.randrange(count)) < WINDOWS:  # all batches are equally likely
                 sample[place] = count, batch
-            if measures_effects and count == FEW:
-                few = {index: layer.v.clone() for index, layer in moments.items()}
+            if measures_effects and few is None and moments and _tokens_of(moments) >= FEW * TOKENS:
+                few = _Beginning(count, _tokens_of(moments), {i: layer.v.clone() for i, layer in moments.items()})
     if count == 0:
         raise ValueError("no batch came; give calibrate at least one")
     if not moments:
@@ -349,15 +351,37 @@ def _positions(model: nn.Module, positions: int | None, is_transformers: bool) -
     if positions is None:
         return min(known, POSITIONS)
     if not 1 <= positions <= known:
-        about = "" if known > 1 else " (texts are spread in transformers models with rotary embeddings, of text alone)"
-        raise ValueError(f"positions must be from 1 to the {known} of this model{about}, got {positions}")
+        if known == 1:
+            raise ValueError(
+                f"texts are spread over positions in transformers models with rotary embeddings and a number of "
+                f"positions, this is none; leave positions out, got {positions}"
+            )
+        raise ValueError(f"positions must be from 1 to the {known} of this model, got {positions}")
     return positions
+
+
+class _Beginning(NamedTuple):
+    """The first batches, of `FEW` windows of text or a little more."""
+
+    batches: int
+    tokens: int
+    v: dict[int, Tensor]  # moments of the values of each layer
+
+    def without(self, own: Moments, index: int, number: int) -> Tensor | None:
+        """Return moments of other values than those of a window of batch `number`; None if that is most of them."""
+        if self.tokens < FEW * own.tokens:
+            return None
+        return self.v[index] - own.v if number <= self.batches else self.v[index]
+
+
+def _tokens_of(moments: Mapping[int, Moments]) -> int:
+    return next(iter(moments.values())).tokens
 
 
 def _measure(
     model: nn.Module,
     sample: Sequence[tuple[int, Any]],
-    few: Mapping[int, Tensor],
+    few: _Beginning | None,
     indices: Sequence[int],
     calibration: Calibration,
     progress: bool,
@@ -367,7 +391,7 @@ def _measure(
     Args:
         model: in evaluation mode.
         sample: batches, and which of all they are, from 1 on.
-        few: moments of the values of each layer in the first `FEW` batches; empty if there are fewer.
+        few: the first of all batches; None if there is less text.
         indices: of the layers.
         calibration: of the model.
         progress: show a progress bar.
@@ -379,12 +403,12 @@ def _measure(
     def texts() -> Iterator[tuple[dict[int, LayerGradients], dict[int, tuple[Tensor, Tensor]]]]:
         for number, window in track(windows, "measuring effects", show=progress):
             layers, bases = run_backward(model, window, generator), {}
-            for index, layer in layers.items():
-                v = few.get(index)
-                if v is not None and number <= FEW:
-                    v = v - layer.moments.v
-                bases[index] = _bases(calibration, indices.index(index), layer.moments, v)
+            for index in layers:
+                own = layers[index].moments
+                v = None if few is None else few.without(own, index, number)
+                bases[index] = _bases(calibration, indices.index(index), own, v)
             yield layers, bases
+            del layers, bases  # before the next ones are there
 
     kv_heads = {i: layer.key_basis.shape[0] for i, layer in zip(indices, calibration.layers, strict=True)}
     return effects_of(texts(), kv_heads, tokens, device_of(model))

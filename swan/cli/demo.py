@@ -1,6 +1,7 @@
 """`swan demo`: the whole path on a small real model."""
 
 import contextlib
+import importlib.util
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,9 @@ def demo(
 ) -> None:
     """Calibrate a model, generate with less and less cache, and measure what it costs."""
     show = not json
-    check_outputs(plot=out / PLOT)
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    if drawn:
+        check_outputs(plot=out / PLOT)
     begun = time.perf_counter()
     with _step(show, f"loading {model}"):
         network, tokenizer = load(model, dtype)
@@ -52,7 +55,7 @@ def demo(
             network, token_windows(text, tokenizer, windows, 1024), [Setting(p) for p in plans], calibration
         )
     rows = [row | {k: s[k] for k in SCORES} for row, s in zip(rows, scored, strict=True)]
-    plot = _plot(rows, out / PLOT)
+    plot = str(_plot(rows, out / PLOT)) if drawn else "none without matplotlib: pip install 'swan-attention[plot]'"
     if json:
         settings = {"model": model, "dtype": dtype_name(network.dtype), "tokens": tokens, "windows": windows}
         return print_json(settings, rows)
@@ -70,7 +73,7 @@ def demo(
     console.print(
         f"of dense: of the bytes of a dense {dtype_name(network.dtype)} cache; buffer of 128 recent tokens and 4 sinks "
         "included. agree: the same likeliest next token.\n"
-        f"plot: {escape(str(plot))}    took {time.perf_counter() - begun:.0f} s"
+        f"plot: {escape(plot)}    took {time.perf_counter() - begun:.0f} s"
     )
 
 

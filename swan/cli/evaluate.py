@@ -6,7 +6,6 @@ import typer
 
 from swan.calibration import Plan
 from swan.cli.common import (
-    BasisName,
     BasisOption,
     CalibrationOption,
     Dtype,
@@ -40,7 +39,7 @@ def evaluate(
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
     buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 64,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens kept dense.")] = 4,
-    basis: BasisOption = BasisName.joint,
+    basis: BasisOption = None,
     calibration_file: CalibrationOption = None,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
@@ -48,12 +47,16 @@ def evaluate(
     """Score a text with compression active, as if decoded token by token."""
     if keep is not None and not retention:
         raise typer.BadParameter("--keep needs one --retention or more: that of the tokens that stay")
+    if basis is not None and not retention:
+        raise typer.BadParameter("--basis needs one --retention or more; the default sweep has bases of its own")
     network, tokenizer = load(model, dtype)
     tokens = token_windows(evaluation_text(text), tokenizer, windows, length)
-    calibration = calibration_of(model, network, tokenizer, path=calibration_file, basis=basis.value)
+    calibration = calibration_of(
+        model, network, tokenizer, path=calibration_file, basis=None if basis is None else basis.value
+    )
     recent: dict[str, Any] = {"buffer": buffer, "sinks": sinks}
     plans = [Plan.for_retention(r, calibration, **recent, keep=keep) for r in retention or []]
-    sweep = [Setting(plan, basis=basis.value) for plan in plans]
+    sweep = [Setting(plan, calibration.basis, calibration.seed) for plan in plans]
     sweep = sweep or default_sweep(calibration.dims, **recent)
     rows = evaluate_settings(network, tokens, sweep, calibration)
     rows = [{"model": model, "text": text, **row} for row in rows]

@@ -2,13 +2,13 @@
 
 import sys
 import time
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 
 from swan.cli.common import (
-    BasisName,
     BasisOption,
     CalibrationOption,
     Dtype,
@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
+class OnFull(StrEnum):
+    """What a full budget does."""
+
+    RAISE = "raise"
+    EVICT = "evict"
+
+
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The prompt, or - to read it from standard input.")],
@@ -43,6 +50,9 @@ def generate(
         str | None,
         typer.Option(callback=check_size, help="Most bytes of the cache, such as 64MiB, instead of a retention."),
     ] = None,
+    on_full: Annotated[
+        OnFull | None, typer.Option(help="What a full budget does: raise an error, or evict the oldest tokens.")
+    ] = None,
     keep: KeepOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 200,
     buffer: Annotated[int, typer.Option(min=1, help="Recent tokens kept dense.")] = 128,
@@ -51,14 +61,14 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of a random basis.")] = 0,
-    basis: BasisOption = BasisName.joint,
+    basis: BasisOption = None,
     calibration_file: CalibrationOption = None,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:
     """Generate text on a winnowed cache and say what the cache held."""
-    if keep is not None and budget is not None:
-        raise typer.BadParameter("--keep goes with a retention, not with a budget")
+    if on_full is not None and budget is None:
+        raise typer.BadParameter("--on-full goes with a --budget")
     prompt = _read(prompt)  # before a model is loaded
     network, tokenizer = load(model, dtype)
     inputs = encode(tokenizer, prompt, raw=raw).to(network.device)
@@ -66,22 +76,25 @@ def generate(
         from transformers import DynamicCache
 
         cache: Cache = DynamicCache(config=network.config)
+        used = None
     else:
         from swan.integrations.transformers import SwanCache
 
-        calibration = calibration_of(model, network, tokenizer, path=calibration_file)
-        if basis.value != calibration.basis:
-            calibration = calibration.with_basis(basis.value, seed=seed)
+        calibration = calibration_of(
+            model, network, tokenizer, path=calibration_file, basis=None if basis is None else basis.value, seed=seed
+        )
+        used = calibration.basis
         attach(network, calibration)
         level: dict[str, Any] = {"retention": retention} if budget is None else {"budget": budget}
+        level |= {} if on_full is None else {"on_full": on_full.value}
         cache = SwanCache(network, **level, keep=keep, buffer=buffer, sinks=sinks)
     torch.manual_seed(seed)
     row = stream(network, tokenizer, inputs, cache, tokens, sample=sample, show=not json)
     row["retention"] = getattr(cache, "retention", 1.0)
     if json:
-        settings = {"model": model, "retention": retention, "budget": budget, "keep": keep}
+        settings = {"model": model, "retention": retention, "budget": budget, "on_full": on_full, "keep": keep}
         settings |= {"buffer": buffer, "sinks": sinks}
-        return print_json(settings | {"basis": basis, "dtype": dtype_name(network.dtype), "dense": dense}, [row])
+        return print_json(settings | {"basis": used, "dtype": dtype_name(network.dtype), "dense": dense}, [row])
     messages.print(
         f"[dim]{row['new_tokens']} tokens at {number(row['tokens_per_second'], 1)}/s "
         f"after a prompt of {row['prompt_tokens']} ({number(row['prefill_seconds'], 1)} s); "

@@ -10,6 +10,7 @@ import typer
 
 from swan.cli.common import JsonOption, ModelArgument, check_retention, console, print_json
 from swan.evaluation.models import load_config, servable_name
+from swan.integrations.transformers.pretrained import saved_calibration
 from swan.integrations.vllm.command import serve_command
 from swan.integrations.vllm.model import heads_of_config
 from swan.integrations.vllm.settings import Settings, load
@@ -40,14 +41,17 @@ def serve(
         raise typer.BadParameter(f"--arguments cannot be split into words: {error}") from error
     config = load_config(model)
     heads_of_config(config)
+    inside = calibration_file.is_file() and calibration_file.absolute().parent == Path(model).absolute()
+    misplaced = calibration_file if inside and calibration_file.suffix == ".safetensors" else saved_calibration(model)
+    if misplaced is not None:
+        raise ValueError(
+            f"{misplaced} lies in the folder of the model, where vLLM would read it as weights; move it out, and name "
+            "its place by --calibration"
+        )
     if not calibration_file.is_file():
         raise ValueError(
             f"there is no calibration {calibration_file}; make it: swan calibrate {shlex.quote(model)} --out "
             f"{shlex.quote(str(calibration_file))}"
-        )
-    if calibration_file.suffix == ".safetensors" and calibration_file.absolute().parent == Path(model).absolute():
-        raise ValueError(
-            f"{calibration_file} lies in the folder of the model, where vLLM would read it as weights; move it"
         )
     settings = Settings(str(calibration_file.absolute()), retention, buffer, sinks)
     calibration, plan = load(settings)

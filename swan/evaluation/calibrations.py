@@ -13,7 +13,7 @@ from swan.evaluation.texts import CALIBRATION_TEXT, calibration_text, token_wind
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TOKENS", "calibration_of"]
+__all__ = ["TOKENS", "calibrated", "calibration_of"]
 
 WINDOW = 1024  # tokens of a calibration window
 TOKENS = 12 * WINDOW
@@ -25,22 +25,40 @@ def calibration_of(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     path: Path | None = None,
+    basis: Basis | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """Return a calibration from a file or the folder of the model, or `calibrated`; in another basis, if one is named.
+
+    What layers add to the KL divergence is known in its own basis alone (`Calibration.with_basis`).
+    """
+    from swan.integrations.transformers.pretrained import saved_calibration
+
+    path = path or (None if name in MODELS else saved_calibration(name))
+    calibration = calibrated(name, model, tokenizer) if path is None else Calibration.load(path)
+    return calibration if basis in (None, calibration.basis) else calibration.with_basis(basis, seed=seed)
+
+
+def calibrated(
+    name: str,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     basis: Basis = "joint",
+    *,
     tokens: int = TOKENS,
     text: str = CALIBRATION_TEXT,
     positions: int | None = None,
 ) -> Calibration:
-    """Return a calibration from a file, from the cache folder (embedded models), or made now."""
-    if path is not None:
-        return Calibration.load(path)
+    """Calibrate a model on text that swan brings, or take what an earlier run left in the cache folder (embedded)."""
     spread = "spread" if positions is None else f"over-{positions}"
-    file = cache_folder() / "calibrations" / f"{name}-{text}-{tokens}-{spread}-{model.dtype}.safetensors"
-    if name in MODELS and text == CALIBRATION_TEXT and file.is_file():
+    file = cache_folder() / "calibrations" / f"{name}-{basis}-{text}-{tokens}-{spread}-{model.dtype}.safetensors"
+    kept = name in MODELS and text == CALIBRATION_TEXT
+    if kept and file.is_file():
         # One of an older version warns, and is made anew.
         with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings(action="error"):
-            return Calibration.load(file).with_basis(basis)
+            return Calibration.load(file)
     windows = token_windows(calibration_text(text), tokenizer, max(tokens // WINDOW, 1), min(tokens, WINDOW))
     calibration = calibrate(model, list(windows.split(1)), basis, positions=positions)
-    if name in MODELS and text == CALIBRATION_TEXT:
+    if kept:
         calibration.save(file)
     return calibration

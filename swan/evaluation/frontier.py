@@ -4,6 +4,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -68,14 +69,15 @@ def methods(
         layers = [layer if used else None for layer, used in zip(plan.layers, winnowed, strict=True)]
         return Plan(tuple(layers), buffer=plan.buffer, sinks=plan.sinks)
 
+    own = partial(Setting, basis=calibration.basis, seed=calibration.seed)
     others: list[Method] = []
     for r in retentions:
         if r < KEPT:
-            others.append(Setting(fewer_tokens(r, calibration, **recent), name="swan, tokens kept"))
+            others.append(own(fewer_tokens(r, calibration, **recent), name="swan, tokens kept"))
     for r in (r for r in retentions[1::2] if r >= ALIKE):
-        others.append(Setting(everywhere(Plan.for_retention(r, dims=dims, **recent)), name="swan, layers alike"))
+        others.append(own(everywhere(Plan.for_retention(r, dims=dims, **recent)), name="swan, layers alike"))
     topk = [LayerPlan(TopK(d, d // 2), TopK(dv, dv // 2)) for d, dv in dims]
-    others.append(Setting(everywhere(Plan(tuple(topk), **recent)), name="swan topk"))
+    others.append(own(everywhere(Plan(tuple(topk), **recent)), name="swan topk"))
     for rival in rivals(calibration, seeds=seeds, linear=linear, **recent):
         if isinstance(rival, Setting) and rival.plan is not None:
             others.append(Setting(everywhere(rival.plan), rival.basis, rival.seed, rival.name))
@@ -87,7 +89,7 @@ def methods(
         if not any(NEAR * r <= plan.retention <= r for plan in plans):
             plans.append(Plan.for_retention(r, calibration, **recent))
     distinct = sorted(dict.fromkeys(plans), key=lambda plan: -plan.retention)
-    return [*(Setting(plan, name=DEFAULT) for plan in distinct), *others]
+    return [*(own(plan, name=DEFAULT) for plan in distinct), *others]
 
 
 def fewer_tokens(share: float, calibration: Calibration, *, buffer: int, sinks: int) -> Plan:

@@ -20,7 +20,7 @@ from swan.evaluation.machine import default_device
 from swan.evaluation.models import MODELS, automatic_dtype, load_model, model_folder
 from swan.integrations import attach
 from swan.integrations.transformers import SwanCache, attachment_of, cache_keyword
-from swan.integrations.transformers.pretrained import attach_saved, has_calibration
+from swan.integrations.transformers.pretrained import attach_saved, saved_calibration
 
 try:
     from lm_eval.api.registry import register_model
@@ -88,7 +88,7 @@ class SwanLM(HFLM):
         else:
             chosen = getattr(torch, dtype)
         model, tokenizer = load_model(pretrained, dtype=chosen, device=device)
-        folder_knows = pretrained not in MODELS and has_calibration(pretrained)
+        folder_knows = pretrained not in MODELS and saved_calibration(pretrained) is not None
         if not self._dense:
             if calibration is None and folder_knows:
                 attach_saved(model, pretrained)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from swan import Calibration, Graded, LayerPlan, Plan, SwanAttention, calibrate, pack, random_rotation, rotate, unpack
-from swan.calibration.artifact import _bases
+from swan.calibration.artifact import _bases, _Beginning
 from swan.calibration.capture import Observed
 from swan.calibration.effects import (
     BUFFER,
@@ -256,10 +256,11 @@ def test_each_batch_counts_once_in_the_moments(rows):
 @pytest.mark.parametrize("rows", [1, 2], ids=["whole", "with more rows"])
 @pytest.mark.parametrize("count, measured", [(1, 1), (4, 4), (5, 5), (8, 8), (12, 8)])
 def test_bases_are_those_of_other_text_where_there_is_enough(count, measured, rows, basis, monkeypatch):
-    """Those of keys of all of it, those of values of that in the first five batches.
+    """Those of keys of all of it, those of values of that in the first batches, of five windows of text.
 
     Of a batch of two rows the first is run backward; the second is other text.
     """
+    monkeypatch.setattr("swan.calibration.artifact.TOKENS", BUFFER + 8)
     model, seen = tiny().double(), []
     ids = [tokens(rows, BUFFER + 8, seed) for seed in range(count)]
 
@@ -280,14 +281,21 @@ def test_bases_are_those_of_other_text_where_there_is_enough(count, measured, ro
         if len(singles) >= 5:
             (number,) = (n for n, one in enumerate(singles) if same_moments(model, one, row, own))
             others = [one for n, one in enumerate(singles) if n != number]
-            few = 5 * rows - 1 if number < 5 * rows else 5 * rows
-            by_all = by_few = calibrated(others)
-            if count >= 5:
-                by_few = calibrated(others[:few])
+            first = -(-5 // rows) * rows
+            by_all, by_few = calibrated(others), calibrated(others[: first - 1 if number < first else first])
         for wanted, basis_found in zip(
             (by_all.layers[row].key_basis, by_few.layers[row].value_basis), found, strict=True
         ):
             torch.testing.assert_close(basis_found.abs(), wanted.abs(), rtol=0, atol=1e-4)  # up to the sign of columns
+
+
+def test_values_of_a_window_that_is_most_of_the_first_text_come_from_all_other_text():
+    """As of an image whose tokens cannot be cut."""
+    own = Moments.begin(*(torch.zeros(1, 2, 1, 4),) * 3, None)
+    for tokens_of_own, known in ((100, True), (101, False)):
+        own.tokens = tokens_of_own
+        few = _Beginning(1, 500, {0: torch.ones(2, 4, 4)})
+        assert (few.without(own, 0, 1) is not None) == known
 
 
 def same_moments(model, ids, row, moments):

@@ -11,6 +11,7 @@ from swan import SwanAttention, calibrate
 from swan.calibration.batches import placed, positions_of
 from swan.calibration.capture import call
 from swan.calibration.moments import Moments, output_projection
+from tests.cases import images
 from tests.tiny import ARCHITECTURES, VOCABULARY, attached, left_padded, live_storages, logits_of, tiny, tokens
 
 # Both sides are sums in float64 of some thousand products of the same float32 numbers.
@@ -137,8 +138,8 @@ def test_what_stands_in_the_padding_does_not_matter():
 @pytest.mark.parametrize("model", [OwnModel().double(), tiny().double()], ids=["own", "llama"])
 def test_batches_sum_up(model):
     ids = tokens(6, 15)
-    whole = calibrate(model, [ids])
-    parts = calibrate(model, iter(ids.split([1, 2, 3])))
+    whole = calibrate(model, [ids], positions=1)
+    parts = calibrate(model, iter(ids.split([1, 2, 3])), positions=1)
     assert parts.tokens == whole.tokens == 90
     for a, b in zip(parts.moments, whole.moments, strict=True):
         for name in "qkv":
@@ -168,10 +169,10 @@ def test_activations_do_not_stay(model, tensors):
 
 
 def test_texts_are_spread_over_the_positions_of_a_model():
-    """Row i begins at the share i (√5 - 1) / 2, without its whole part, of those that are free: here 512 - 20."""
+    """Row i of batch n begins at the share n (√5 - 1) / 2 + i √2, without its whole part, of the 512 - 20 free ones."""
     model, ids = tiny(), tokens(5, 20)
     inputs = [{"input_ids": ids[:3]}, ids[3:]]
-    spread = [first + torch.arange(20) for first in (0, 304, 116, 420, 232)]  # 0.618.., 0.236.., 0.854.., 0.472..
+    spread = [first + torch.arange(20) for first in (0, 203, 407, 304, 15)]  # 0, 0.414.., 0.828.., 0.618.., 0.032..
     at = [
         {"input_ids": part, "position_ids": torch.stack(where)}
         for part, where in zip(ids.split(3), (spread[:3], spread[3:]), strict=True)
@@ -205,6 +206,24 @@ def test_a_model_predicts_the_same_wherever_a_text_begins(architecture):
         torch.testing.assert_close(call(model, batch).logits, call(model, ids).logits, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("build", [images.paligemma, images.gemma3, images.llava, images.qwen2_vl])
+def test_text_alone_is_spread_in_a_model_that_reads_images(build):
+    model, ids = build(), tokens(2, 40).clamp(min=10)  # no tokens that stand for images
+    batch = placed(ids, 1, positions_of(model))
+    with torch.no_grad():
+        torch.testing.assert_close(call(model, batch).logits, call(model, ids).logits, rtol=0, atol=1e-3)
+    assert batch["position_ids"].min() > 0
+    if build is not images.qwen2_vl:
+        inputs = images.with_image(model)
+        assert placed(inputs, 1, 512) is inputs
+
+
+@pytest.mark.parametrize("original", [None, 100])
+def test_other_frequencies_begin_where_a_model_says(original):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": original}
+    assert positions_of(tiny(rope_parameters=rope)) == (original or 512)
+
+
 def test_positions_that_are_given_stay():
     model, ids = tiny(), tokens(2, 20)
     given = {"input_ids": ids, "position_ids": torch.arange(20).expand(2, -1)}
@@ -218,8 +237,8 @@ def test_positions_that_are_given_stay():
         (tiny(), 0, "from 1 to the 512 of this model, got 0"),
         (tiny(), 513, "from 1 to the 512 of this model, got 513"),
         (tiny("phi3-long"), 49, "from 1 to the 48 of this model"),  # it rotates by other frequencies from there on
-        (tiny("gpt2"), 2, "models with rotary embeddings"),
-        (OwnModel(), 2, "models with rotary embeddings"),
+        (tiny("gpt2"), 2, "models with rotary embeddings and a number of positions, this is none"),
+        (OwnModel(), 2, "models with rotary embeddings and a number of positions, this is none"),
     ],
 )
 def test_positions_that_a_model_does_not_know(model, positions, said):

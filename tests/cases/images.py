@@ -34,6 +34,14 @@ def llava_with_siglip() -> PreTrainedModel:
     return _built("Llava", text, VISION | {"model_type": "siglip_vision_model"}, vision_feature_select_strategy="full")
 
 
+def qwen2_vl() -> PreTrainedModel:
+    """Its positions have three axes."""
+    text = TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+    text |= {"bos_token_id": 1, "eos_token_id": None}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
+    return _built("Qwen2VL", text, vision, image_token_id=IMAGE, video_token_id=6)
+
+
 def _built(name: str, text: dict, vision: dict, **settings: object) -> PreTrainedModel:
     config_class = getattr(transformers, f"{name}Config")
     config = config_class(text_config=text, vision_config=vision, image_token_index=IMAGE, **settings)

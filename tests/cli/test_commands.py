@@ -1,7 +1,9 @@
 """Every command as a user types it: on a tiny model with real words, some on the real default model too."""
 
 import functools
+import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -77,10 +79,32 @@ def test_generate(tiny):
 
 
 def test_calibrates_what_has_no_calibration(tiny, monkeypatch):
-    short = functools.partial(calibrations.calibration_of, tokens=100)
-    monkeypatch.setattr("swan.cli.generate.calibration_of", short)
+    monkeypatch.setattr(calibrations, "calibrated", functools.partial(calibrations.calibrated, tokens=100))
     (row,) = run_json("generate", tiny[0], "Hello", "--tokens", "3", "--retention", "0.5")["rows"]
     assert row["retention"] <= 0.5
+
+
+def test_takes_the_calibration_in_the_folder_of_a_model(tiny, monkeypatch, tmp_path):
+    shutil.copytree(tiny[0], tmp_path / "model")
+    shutil.copy(tiny[1][1], tmp_path / "model" / "swan_calibration.safetensors")
+    monkeypatch.setattr(calibrations, "calibrated", None)  # nothing may be calibrated
+    given = run_json("generate", tiny[0], "Hello", "--tokens", "3", *tiny[1])
+    found = run_json("generate", str(tmp_path / "model"), "Hello", "--tokens", "3")
+    assert found["rows"][0]["token_ids"] == given["rows"][0]["token_ids"]
+    assert found["settings"]["basis"] == given["settings"]["basis"] == "joint"
+
+
+def test_a_plan_is_scored_in_the_basis_of_its_calibration(tiny, text, tmp_path):
+    pca = tmp_path / "pca.safetensors"
+    Calibration.load(tiny[1][1]).with_basis("pca").save(pca)
+    arguments = ("evaluate", tiny[0], *text, "--windows", "1", "--length", "100", "--calibration", str(pca))
+    for more, basis in (((), "pca"), (("--basis", "identity"), "identity")):
+        _, row = run_json(*arguments, "--retention", "0.5", *more)["rows"]
+        assert row["settings"]["basis"] == basis
+    assert "--basis needs one --retention" in run(*arguments, "--basis", "pca", status=2).stderr.replace("\n", " ")
+    arguments = ("generate", tiny[0], "Hello", "--tokens", "3", "--calibration", str(pca))
+    assert run_json(*arguments)["settings"]["basis"] == "pca"
+    assert run_json(*arguments, "--basis", "random")["settings"]["basis"] == "random"
 
 
 def test_calibrate_says_which_plans_will_not_hold(tiny, text, tmp_path, monkeypatch):
@@ -119,7 +143,6 @@ def test_fewer_tokens(tiny, text):
     assert "--keep needs one --retention or more" in run(*arguments, status=2).stderr.replace("\n", " ")
     arguments = ("generate", tiny[0], "Hello", "--tokens", "3", *tiny[1], "--keep", "0.5")
     assert run_json(*arguments)["settings"]["keep"] == 0.5
-    assert "goes with a retention, not with a budget" in run(*arguments, "--budget", "20MiB", status=2).stderr
 
 
 def test_generate_within_a_budget(tiny):
@@ -127,6 +150,9 @@ def test_generate_within_a_budget(tiny):
     (row,) = run_json(*arguments, "--tokens", "8", "--budget", "20MiB")["rows"]
     assert row["nbytes"] <= 20 * 2**20
     assert row["retention"] == 1
+    (row,) = run_json(*arguments, "--tokens", "8", "--budget", "20MiB", "--on-full", "evict", "--keep", "1")["rows"]
+    assert row["retention"] == 1
+    assert "--on-full goes with a --budget" in run(*arguments, "--on-full", "evict", status=2).stderr
     result = run(*arguments, "--budget", "10kB", status=1)
     assert "the budget of 10000 bytes is full" in result.stderr.replace("\n", " ")
 
@@ -163,6 +189,11 @@ def test_demo(tiny, tmp_path, monkeypatch):
         assert title and " s\n" in after  # each says how long it took
     assert "of the bytes of a dense float32 cache" in shown.replace("\n", " ")
     assert (tmp_path / "swan-demo.png").is_file()
+    (tmp_path / "swan-demo.png").unlink()
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
+    assert "none without matplotlib: pip install 'swan-attention[plot]'" in run(*arguments).stdout.replace("\n", " ")
+    assert not (tmp_path / "swan-demo.png").exists()
 
 
 def test_info(monkeypatch, tmp_path):

@@ -79,7 +79,9 @@ def test_serve_refuses(model, tmp_path):
     inside = folder / "calibration.safetensors"
     inside.write_bytes(calibration.read_bytes())
     assert "vLLM would read it as weights" in said(folder, "--calibration", inside)
-    inside.unlink()
+    inside.rename(folder / "swan_calibration.safetensors")  # as `save_pretrained` leaves one
+    assert "swan_calibration.safetensors lies in the folder" in said(folder, "--calibration", calibration)
+    (folder / "swan_calibration.safetensors").unlink()
     tiny("deepseek").save_pretrained(tmp_path / "mla")
     assert "latent attention (MLA)" in said(tmp_path / "mla", "--calibration", calibration)
 

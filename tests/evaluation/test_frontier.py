@@ -32,6 +32,13 @@ def test_seeds_are_averaged(rows):
     assert len(shown) == len(rows) - 3
 
 
+def test_swan_is_scored_in_the_basis_of_the_calibration():
+    calibration = calibrate(tiny(head_dim=32), [tokens(1, 200)], "random", seed=3)
+    own = [m for m in methods(calibration, (0.5, 0.25), buffer=16, seeds=1) if m.form.startswith("swan")]
+    assert {(m.basis, m.seed) for m in own} == {("random", 3)}
+    assert {m.form for m in own} == {"swan", "swan, layers alike", "swan topk"}
+
+
 def test_the_frontier_is_what_nothing_beats(rows):
     shown = average_seeds(rows)
     mark_frontier(shown)

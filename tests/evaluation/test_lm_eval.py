@@ -9,7 +9,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from swan import Plan, SwanCache, attach, calibrate, from_pretrained, save_pretrained
-from swan.evaluation import lm_eval
+from swan.evaluation import calibrations, lm_eval
 from swan.evaluation.lm_eval import SwanLM
 from swan.evaluation.models import model_folder
 from tests.tiny import generated, logits_of, save_with_words
@@ -115,7 +115,7 @@ def test_calibrations(folder, tmp_path, monkeypatch):
     assert SwanLM(str(folder), calibration=str(file), device="cpu").model.config.vocab_size == 49152
     plain = tmp_path / "plain"
     save_with_words(plain)
-    monkeypatch.setattr(lm_eval, "calibration_of", functools.partial(lm_eval.calibration_of, tokens=100))
+    monkeypatch.setattr(calibrations, "calibrated", functools.partial(calibrations.calibrated, tokens=100))
     assert SwanLM(str(plain), device="cpu")._settings["retention"] == 0.26  # calibrated now
 
 

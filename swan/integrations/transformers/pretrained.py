@@ -15,7 +15,7 @@ from swan.calibration.files import read_json, reason_of, replacing, scratch_fold
 from swan.integrations.transformers.attach import attach
 from swan.integrations.transformers.attachment import attachment_of
 
-__all__ = ["attach_saved", "from_pretrained", "has_calibration", "save_pretrained"]
+__all__ = ["attach_saved", "from_pretrained", "save_pretrained", "saved_calibration"]
 
 CALIBRATION, PLAN = "swan_calibration.safetensors", "swan_plan.json"
 
@@ -100,7 +100,7 @@ def from_pretrained(directory: str | Path, *, fold: bool = False, **kwargs: Any)
         True
     """
     folder = Path(directory)
-    if not has_calibration(folder):
+    if saved_calibration(folder) is None:
         raise ValueError(
             f"{folder} holds no {CALIBRATION}; load the model with transformers, swan.attach it to a calibration, and "
             "write that with swan.save_pretrained"
@@ -123,9 +123,10 @@ def attach_saved(model: PreTrainedModel, directory: str | Path, *, fold: bool = 
     attachment_of(model).plan = plan
 
 
-def has_calibration(directory: str | Path) -> bool:
-    """Tell if `save_pretrained` wrote to a folder."""
-    return (Path(directory) / CALIBRATION).is_file()
+def saved_calibration(directory: str | Path) -> Path | None:
+    """Return the file of the calibration in a folder that `save_pretrained` wrote to; None in any other."""
+    file = Path(directory) / CALIBRATION
+    return file if file.is_file() else None
 
 
 def _read(folder: Path) -> tuple[Calibration, Plan | None]:
