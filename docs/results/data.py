@@ -68,16 +68,24 @@ def rivals(model: str) -> list[Row]:
 
 
 def divergence_ratios(model: str) -> list[float]:
-    """List, in ascending order, the KL divergence of swan over that of each rival, in as many bytes or fewer."""
-    ratios = (row["ratio"] for row in rivals(model))
-    return sorted(ratio for ratio in ratios if ratio is not None)
+    """List, in ascending order, the KL divergence of swan over that of each rival, in as many bytes or fewer.
+
+    Those that were run on fewer tokens only are among them.
+    """
+    many, few = rivals(model), rivals(f"rivals-{model}")
+    seen = {row["rival"] for row in many}
+    rows = [*many, *(row for row in few if row["rival"] not in seen)]
+    return sorted(row["ratio"] for row in rows if row["ratio"] is not None)
 
 
 def needles(model: str, retention: float) -> Row:
     """Choose the needle test nearest to a retention, with `found_dense`: how many the dense cache found."""
     rows = load(f"frontier-{model}")["needles"]
     (dense,) = (row for row in rows if row["form"] == "dense")
-    return nearest(rows, retention) | {"found_dense": dense["found"]}
+    row = nearest(rows, retention)
+    if abs(row["retention"] - retention) > 0.01:
+        raise ValueError(f"no needles of {model} were asked for near {retention}")
+    return row | {"found_dense": dense["found"]}
 
 
 def evaluated_topk(keep: int, positions: str = "bitmap") -> list[Row]:
@@ -164,10 +172,10 @@ def full_memory(form: str, length: int, retention: float = 1) -> Row:
     return row_of("capacity-cpu", form=form, length=length, retention=retention)
 
 
-def prompt(form: str, length: int) -> Row:
+def prompt(form: str, length: int, name: str = "prefill-cpu") -> Row:
     """Choose the row of taking in a prompt of a length, in the form `chunk` where it is swan's."""
     impl = "sdpa" if form == "dense" else "chunk"
-    return row_of("prefill-cpu", form=form, length=length, impl=impl)
+    return row_of(name, form=form, length=length, impl=impl)
 
 
 # On GPUs ------------------------------------------------------------------------------------------

@@ -108,7 +108,9 @@ def hard_table() -> str:
     """List the KL divergence on texts unlike those that plans were made on."""
     cases = data.hard_cases()
     found = {
-        (row["retention"], cells.method(row), title): cells.kl_with_error(row, 2)
+        (round(row["retention"], 3), cells.method(row), title): cells.kl_with_error(
+            row, 2
+        )
         for title, rows in cases.items()
         for row in rows
     }
