@@ -413,6 +413,27 @@ MUTANTS = [
         OF_CACHE,
     ),
     Mutant("padding-of-a-prompt-is-seen", CACHE, "padding is None and state.is_empty()", "state.is_empty()", OF_CACHE),
+    Mutant(
+        "blocks-of-a-chunk-forget-sinks-in-it",
+        VISIBLE,
+        "min(old + max(padding + self.sinks - self.first_query, 0), stop)",
+        "min(old, stop)",
+        OF_CACHE,
+    ),
+    Mutant(
+        "blocks-of-a-chunk-see-all-before-them",
+        VISIBLE,
+        "slice(max(old + begin - self.first_query, head), stop)",
+        "slice(head, stop)",
+        OF_CACHE,
+    ),
+    Mutant(
+        "blocks-of-a-chunk-begin-one-late",
+        VISIBLE,
+        "first_query=self.first_query + queries.start",
+        "first_query=self.first_query + queries.start + 1",
+        OF_CACHE,
+    ),
     Mutant("window-one-short", VISIBLE, "(key >= window)", "(key > window)", OF_CACHE),
     Mutant(
         "history-one-too-long",

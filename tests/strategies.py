@@ -11,6 +11,7 @@ from torch import Tensor
 
 from swan import Graded, LayerPlan, Packed, TopK, pack, random_rotation, unpack
 from swan.functional import reference
+from swan.modules import visible
 from swan.storage.codes import PARTS, scale_of
 from swan.storage.packed import unpack_mixed
 
@@ -30,6 +31,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks() -> Iterator[None]:
+    """For modules that import it: windowed chunks are attended to in many blocks, as those of long prompts are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visible, "QUERIES", 5)
+        yield
 
 
 def ids(value):

@@ -1,6 +1,6 @@
 """`Visible`: the tokens that queries see, dense and packed, and masks of those that each query sees."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from swan.modules.buffer import DenseBuffer, ring_columns
 from swan.storage import Packed
 
 __all__ = ["Visible", "attend", "recent_and_new", "recent_tokens", "window_starts"]
+
+QUERIES = 512  # of a windowed chunk at a time, so that time and memory do not grow with the square of its length
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,40 @@ class Visible:
     def is_new_only(self) -> bool:
         """True where the queries see nothing but their own chunk."""
         return self.columns is None and self.queries > 1
+
+    @property
+    def blocks(self) -> list[slice]:
+        """Queries to be attended with at a time, where each has a window of its own and what it sees is known now."""
+        traced = torch.compiler.is_compiling() or isinstance(self.first_query, Tensor)
+        if traced or self.columns is None or isinstance(self.window, int):
+            return [slice(0, self.queries)]
+        return [slice(start, min(start + QUERIES, self.queries)) for start in range(0, self.queries, QUERIES)]
+
+    def part(self, queries: slice) -> "Visible":
+        """Leave out what some queries of a windowed chunk do not see: new tokens past them or before their windows."""
+        assert isinstance(self.first_query, int) and isinstance(self.window, Tensor) and self.columns is not None
+        window = self.window[queries]
+        begin, end = window[[0, -1]].tolist()
+        padding = 0 if self.padding is None else max(self.padding.tolist(), default=0)
+        old = self.k_recent.shape[2] - self.queries  # tokens of the buffer, before the new ones
+        stop = old + queries.stop
+        head = min(old + max(padding + self.sinks - self.first_query, 0), stop)
+        tail = slice(max(old + begin - self.first_query, head), stop)
+        k, v = (torch.cat([x[:, :, :head], x[:, :, tail]], dim=2) for x in (self.k_recent, self.v_recent))
+        packed = max(end - self.start, 0)
+        histories = (self.k_history, self.v_history) if packed else (None, None)
+        k_history, v_history = (x if x is None else x.tokens(0, min(packed, x.shape[2])) for x in histories)
+        return replace(
+            self,
+            k_recent=k,
+            v_recent=v,
+            columns=torch.cat([self.columns[:, :head], self.columns[:, tail]], dim=1),
+            k_history=k_history,
+            v_history=v_history,
+            queries=queries.stop - queries.start,
+            first_query=self.first_query + queries.start,
+            window=window,
+        )
 
     def history_mask(self, mask: Tensor | None = None) -> Tensor | Seen | None:
         """Say which packed tokens each query sees: as numbers if there is no mask; None: all.
@@ -109,6 +145,9 @@ class Visible:
 
 def attend(q: Tensor, visible: Visible, mask: Tensor | None, scale: float | None, impl: Impl) -> Tensor:
     """Attend to the tokens that queries see, as `KVCache.attend` says."""
+    if mask is None and len(blocks := visible.blocks) > 1:
+        parts = [attend(q[:, :, block], visible.part(block), None, scale, impl) for block in blocks]
+        return torch.cat(parts, dim=2)
     only_causal = visible.is_new_only and mask is None
     if is_kernel(impl) and (only_causal or visible.k_history is None):
         impl = "auto"

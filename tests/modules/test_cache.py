@@ -11,6 +11,7 @@ from torch import Tensor
 
 from swan import Graded, KVCache, LayerPlan, TopK
 from swan.functional import reference
+from swan.modules.visible import QUERIES
 from tests.strategies import (
     assert_within,
     attention_bound,
@@ -198,14 +199,33 @@ def test_every_impl(impl):
     assert_within(torch.cat(outs, dim=2), expected, bound(case, plan_layer))
 
 
-def test_many_tokens():
+def test_many_tokens(monkeypatch):
     """History over several tiles and blocks, at a common head dimension and with odd ends."""
+    monkeypatch.setattr("swan.modules.visible.QUERIES", QUERIES)
     plan_layer = LayerPlan(TopK(64, 40), TopK(63, 24, positions="index"))
     case = Case(*qkv(0, 1, (3, 1), 2500, 2500, 64, 63, torch.float32), [1999, 1, 437, 1, 62], 128, 4)
     expected = windowed_oracle(*case[:3], plan_layer, buffer=128, sinks=4)
     cache = cache_of(case, plan_layer)
     assert_within(decode(cache, *case[:4]), expected, bound(case, plan_layer))
     assert (cache.length, cache.history_length) == (2500, 2500 - 128 - 4)
+
+
+@pytest.mark.parametrize("padding", [None, torch.tensor([0, 9])])
+def test_a_long_windowed_chunk_is_attended_to_in_blocks(padding):
+    """Each looks at its own queries, their windows, what was there before the chunk, and the sinks of all rows."""
+    case = Case(*qkv(0, 2, (4, 2), 100, 100, D, DV, torch.float32), [20, 80], 6, 2)
+    cache = cache_of(case, EXACT)
+    for start, stop in ((0, 20), (20, 100)):
+        visible = cache.update(case.k[:, :, start:stop], case.v[:, :, start:stop], padding=padding)
+        before, hidden = min(start, 6 + 2), 0 if padding is None else 9
+        assert [(block.start, block.stop) for block in visible.blocks] == [
+            (i, i + 5) for i in range(0, stop - start, 5)
+        ]
+        for block in visible.blocks:
+            part = visible.part(block)
+            assert part.queries == 5 and part.k_recent.shape[2] <= before + 2 + hidden + 5 + 5
+            packed = 0 if part.k_history is None else part.k_history.shape[2]
+            assert packed == max(start + block.stop - 6 - 2, 0)
 
 
 @given(cases(), layouts(D), layouts(DV))

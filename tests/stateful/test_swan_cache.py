@@ -4,9 +4,9 @@ import pytest
 from hypothesis import settings
 
 from tests.stateful.swan_machine import SwanMachine
-from tests.strategies import one_thread  # noqa: F401
+from tests.strategies import one_thread, small_blocks  # noqa: F401
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:the budget of")]
+pytestmark = [pytest.mark.usefixtures("one_thread", "small_blocks"), pytest.mark.filterwarnings("ignore:the budget of")]
 
 TestSwanMachine = SwanMachine.TestCase
 TestSwanMachine.settings = settings(max_examples=20, stateful_step_count=50)
