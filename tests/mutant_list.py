@@ -814,15 +814,22 @@ MUTANTS = [
     Mutant(
         "effects-in-bases-of-their-own-text",
         "swan/calibration/artifact.py",
-        "if moments.tokens < FEW * own.tokens:",
+        "if moments.tokens - own.tokens < FEW * own.tokens:",
         "if moments.tokens:",
         OF_BASES,
     ),
     Mutant(
+        "steps-are-taken-whole-or-not-at-all",
+        "swan/calibration/plan.py",
+        "_falling([point for point in points if a[0] <= point[0] <= b[0]])",
+        "[a, b]",
+        ("calibration/test_effects.py::test_the_last_bytes_are_spent_on_a_part_of_a_step",),
+    ),
+    Mutant(
         "bases-of-values-by-their-own-text-too",
         "swan/calibration/artifact.py",
-        "self.v[index] - own.v if number <= self.batches else self.v[index]",
-        "self.v[index]",
+        "others = halves[1 - number % 2]",
+        "others = halves[number % 2]",
         OF_BASES,
     ),
     Mutant(

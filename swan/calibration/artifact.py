@@ -4,10 +4,10 @@ import dataclasses
 import json
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ __all__ = ["Calibration", "calibrate"]
 FORMATS = tuple(f"swan-calibration-{n}" for n in range(3, 8))
 AGAIN = "run swan.calibrate again"
 MOMENTS = ("q", "k", "v", "o")
+
+_Values = dict[int, tuple[Tensor, int]]  # moments of the values of each layer, and of how many tokens
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,8 @@ def calibrate(
     for keys, and of the same sum of $M_v$ and $\sum_h W_{O,h}^\top W_{O,h}$ for values. Some 12,000 tokens of ordinary
     text do. Up to 8 windows of 1024 tokens are run backward too, which predicts the KL divergence that each layer adds
     in each of some layouts, in bases of other text where there is four times as much as in the window, since bases fit
-    the text that they come from: keys in those of all of it, values in those of the first 5000 tokens or so. One of
+    the text that they come from: keys in those of all of it, values in those of some 4000 tokens. These are of batches
+    with odd numbers for windows with even ones, and the other way round: let texts of two kinds take turns. One of
     these windows at a time is in memory. `Plan.for_retention` spends bytes accordingly.
 
     Keys are stored as they are rotated by their positions, so bases have to know those that caches will see. Texts are
@@ -287,7 +290,7 @@ def calibrate(
     body = cast(nn.Module, model.base_model) if is_transformers else model  # attention is observed, the head is not
     spread = _positions(model, positions, is_transformers)
     moments: dict[int, Moments] = {}
-    few: _Beginning | None = None
+    halves: tuple[_Values, _Values] = {}, {}  # of batches with even numbers, and of those with odd ones
     measures_effects = effects or (effects is None and is_transformers)
     sample, rng, count = [], random.Random(seed), 0  # the sample is run again, backward too
 
@@ -298,7 +301,12 @@ def calibrate(
                     f"layer {index} has heads of {d} dimensions, swan stores up to {MAX_DIM}: not supported"
                 )
             moments[index] = Moments.begin(observed.q, observed.k, observed.v, observed.module)
-        moments[index].add(observed.q, observed.k, observed.v, observed.real)
+        layer, half = moments[index], halves[count % 2]
+        before, v = layer.tokens, layer.v.clone()
+        layer.add(observed.q, observed.k, observed.v, observed.real)
+        some, tokens = half.get(index, (0, 0))
+        if measures_effects and tokens < FEW * TOKENS:
+            half[index] = some + layer.v - v, tokens + layer.tokens - before
 
     with evaluating(model):
         for batch in track(batches, "calibrating", show=progress):
@@ -307,13 +315,11 @@ def calibrate(
                 batch = placed(batch, count, spread)
             with observing(model, observe):
                 call(body, batch)
-            count += 1
-            if measures_effects and count <= WINDOWS:
+            if measures_effects and count < WINDOWS:
                 sample.append((count, batch))
-            elif measures_effects and (place := rng.randrange(count)) < WINDOWS:  # all batches are equally likely
+            elif measures_effects and (place := rng.randrange(count + 1)) < WINDOWS:  # all batches are equally likely
                 sample[place] = count, batch
-            if measures_effects and few is None and moments and _tokens_of(moments) >= FEW * TOKENS:
-                few = _Beginning(count, _tokens_of(moments), {i: layer.v.clone() for i, layer in moments.items()})
+            count += 1
     if count == 0:
         raise ValueError("no batch came; give calibrate at least one")
     if not moments:
@@ -332,7 +338,7 @@ def calibrate(
         return calibration
     try:
         with evaluating(model):
-            measured = _measure(model, sample, few, list(ordered), calibration, progress)
+            measured = _measure(model, sample, halves, list(ordered), calibration, progress)
     except RuntimeError as error:
         if effects:
             raise
@@ -360,28 +366,10 @@ def _positions(model: nn.Module, positions: int | None, is_transformers: bool) -
     return positions
 
 
-class _Beginning(NamedTuple):
-    """The first batches, of `FEW` windows of text or a little more."""
-
-    batches: int
-    tokens: int
-    v: dict[int, Tensor]  # moments of the values of each layer
-
-    def without(self, own: Moments, index: int, number: int) -> Tensor | None:
-        """Return moments of other values than those of a window of batch `number`; None if that is most of them."""
-        if self.tokens < FEW * own.tokens:
-            return None
-        return self.v[index] - own.v if number <= self.batches else self.v[index]
-
-
-def _tokens_of(moments: Mapping[int, Moments]) -> int:
-    return next(iter(moments.values())).tokens
-
-
 def _measure(
     model: nn.Module,
     sample: Sequence[tuple[int, Any]],
-    few: _Beginning | None,
+    halves: "tuple[_Values, _Values]",
     indices: Sequence[int],
     calibration: Calibration,
     progress: bool,
@@ -390,8 +378,8 @@ def _measure(
 
     Args:
         model: in evaluation mode.
-        sample: batches, and which of all they are, from 1 on.
-        few: the first of all batches; None if there is less text.
+        sample: batches, and which of all they are, from 0 on.
+        halves: moments of values of batches with even numbers, and of those with odd ones.
         indices: of the layers.
         calibration: of the model.
         progress: show a progress bar.
@@ -403,9 +391,10 @@ def _measure(
     def texts() -> Iterator[tuple[dict[int, LayerGradients], dict[int, tuple[Tensor, Tensor]]]]:
         for number, window in track(windows, "measuring effects", show=progress):
             layers, bases = run_backward(model, window, generator), {}
+            others = halves[1 - number % 2]
             for index in layers:
-                own = layers[index].moments
-                v = None if few is None else few.without(own, index, number)
+                own, (v, count) = layers[index].moments, others.get(index, (None, 0))
+                v = v if count >= FEW * own.tokens else None
                 bases[index] = _bases(calibration, indices.index(index), own, v)
             yield layers, bases
             del layers, bases  # before the next ones are there
@@ -421,7 +410,7 @@ def _bases(calibration: Calibration, row: int, own: Moments, v: Tensor | None) -
     where a basis comes from much text; keys have to be known at many positions.
     """
     layer, moments = calibration.layers[row], calibration.moments[row]
-    if moments.tokens < FEW * own.tokens:
+    if moments.tokens - own.tokens < FEW * own.tokens:
         return layer.key_basis, layer.value_basis
     others = moments.without(own)
     if v is not None:

@@ -391,7 +391,8 @@ def _least(dims: Dims, effects: Effects | None) -> float:
 def _layers_by_effect(retention: float, dims: Dims, effects: Effects, by_head: bool) -> list[LayerPlan | None]:
     """Begin all at their fewest bytes, and take first the step that lowers the predicted KL most per byte.
 
-    Keys and values of runs of neighbouring KV heads compete, of which a layer has one, or up to `RUNS`.
+    Keys and values of runs of neighbouring KV heads compete, of which a layer has one, or up to `RUNS`. Steps are those
+    of the lower convex hull, each in the parts that other candidates divide it into: so the last bytes are spent, too.
     """
     winnowed = [index for index in range(len(dims)) if _is_winnowed(effects, index)]
     runs = [(index, run) for index in winnowed for run in _runs(effects, index, RUNS if by_head else 1)]
@@ -404,14 +405,17 @@ def _layers_by_effect(retention: float, dims: Dims, effects: Effects, by_head: b
         for (index, run), of_head in zip(runs, of_heads, strict=True):
             heads, layouts = run.stop - run.start, layouts_of[dims[index][side]]
             share = heads / _heads_of(table[index])  # of the bytes of the layer
-            hull = _hull([(share * x.vector_bytes(), heads * kl, x) for x, kl in zip(layouts, of_head, strict=True)])
+            points = [(share * x.vector_bytes(), heads * kl, x) for x, kl in zip(layouts, of_head, strict=True)]
+            hull = _hull(points)
             room -= hull[0][0]
             chosen.setdefault((index, side), []).extend([hull[0][2]] * heads)
-            steps += [_Step(_slope(a, b), index, side, run, b[0] - a[0], b[2]) for a, b in itertools.pairwise(hull)]
-    for step in sorted(steps, key=lambda step: (step.slope, step.layer, step.side, step.run.start)):
-        if step.size > room:
+            for a, b in itertools.pairwise(hull):
+                parts = itertools.pairwise(_falling([point for point in points if a[0] <= point[0] <= b[0]]))
+                steps += [_Step(_slope(a, b), index, side, run, less[0], more[0], more[2]) for less, more in parts]
+    for step in sorted(steps, key=lambda step: (step.slope, step.layer, step.side, step.run.start, step.begin)):
+        if step.end - step.begin > room:
             break  # smaller steps after it are not taken either: a plan of more bytes has all steps of one of fewer
-        room -= step.size
+        room -= step.end - step.begin
         chosen[step.layer, step.side][step.run] = [step.layout] * (step.run.stop - step.run.start)
     sides = {place: by_head_layout(layouts) for place, layouts in chosen.items()}
     return [LayerPlan(sides[i, 0], sides[i, 1]) if (i, 0) in sides else None for i in range(len(dims))]
@@ -420,11 +424,12 @@ def _layers_by_effect(retention: float, dims: Dims, effects: Effects, by_head: b
 class _Step(NamedTuple):
     """More bytes for the keys or the values of a run of KV heads."""
 
-    slope: float  # of the predicted KL by the bytes
+    slope: float  # of the predicted KL by the bytes, of the step that this one is a part of
     layer: int
     side: int
     run: slice
-    size: float
+    begin: float  # bytes
+    end: float
     layout: Graded
 
 
@@ -454,12 +459,19 @@ def _cautious(table: Tensor) -> Tensor:
     return torch.maximum(logs, logs.lerp(logs.nanmean(0), 0.25)).exp()
 
 
+def _falling(points: list[tuple[float, float, Graded]]) -> list[tuple[float, float, Graded]]:
+    """Return the points whose effect is less than that of all with fewer bytes or as many."""
+    falling: list[tuple[float, float, Graded]] = []
+    for point in sorted(points, key=lambda point: point[:2]):
+        if not falling or point[1] < falling[-1][1]:
+            falling.append(point)
+    return falling
+
+
 def _hull(points: list[tuple[float, float, Graded]]) -> list[tuple[float, float, Graded]]:
     """Return the points (bytes, effect, layout) of the lower convex hull, with falling effect."""
     hull: list[tuple[float, float, Graded]] = []
-    for point in sorted(points, key=lambda point: point[:2]):
-        if hull and point[1] >= hull[-1][1]:
-            continue  # more bytes for nothing
+    for point in _falling(points):
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
             hull.pop()
         hull.append(point)
