@@ -64,22 +64,22 @@ class Visible:
 
     @property
     def blocks(self) -> list[slice]:
-        """Queries to be attended with at a time, where each has a window of its own and what it sees is known now."""
-        traced = torch.compiler.is_compiling() or isinstance(self.first_query, Tensor)
-        if traced or self.columns is None or isinstance(self.window, int):
+        """Queries to be attended with at a time, where each has a window of its own; all of them in compiled code."""
+        alike = isinstance(self.window, int) or self.window.numel() == 1
+        if torch.compiler.is_compiling() or self.columns is None or alike:
             return [slice(0, self.queries)]
         return [slice(start, min(start + QUERIES, self.queries)) for start in range(0, self.queries, QUERIES)]
 
     def part(self, queries: slice) -> "Visible":
         """Leave out what some queries of a windowed chunk do not see: new tokens past them or before their windows."""
-        assert isinstance(self.first_query, int) and isinstance(self.window, Tensor) and self.columns is not None
-        window = self.window[queries]
+        assert isinstance(self.window, Tensor) and self.columns is not None
+        window, first = self.window[queries], int(self.first_query)
         begin, end = window[[0, -1]].tolist()
         padding = 0 if self.padding is None else max(self.padding.tolist(), default=0)
         old = self.k_recent.shape[2] - self.queries  # tokens of the buffer, before the new ones
         stop = old + queries.stop
-        head = min(old + max(padding + self.sinks - self.first_query, 0), stop)
-        tail = slice(max(old + begin - self.first_query, head), stop)
+        head = min(old + max(padding + self.sinks - first, 0), stop)
+        tail = slice(max(old + begin - first, head), stop)
         k, v = (torch.cat([x[:, :, :head], x[:, :, tail]], dim=2) for x in (self.k_recent, self.v_recent))
         packed = max(end - self.start, 0)
         histories = (self.k_history, self.v_history) if packed else (None, None)
@@ -92,7 +92,7 @@ class Visible:
             k_history=k_history,
             v_history=v_history,
             queries=queries.stop - queries.start,
-            first_query=self.first_query + queries.start,
+            first_query=first + queries.start,
             window=window,
         )
 

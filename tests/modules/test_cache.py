@@ -210,14 +210,15 @@ def test_many_tokens(monkeypatch):
     assert (cache.length, cache.history_length) == (2500, 2500 - 128 - 4)
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("padding", [None, torch.tensor([0, 9])])
-def test_a_long_windowed_chunk_is_attended_to_in_blocks(padding):
+def test_a_long_windowed_chunk_is_attended_to_in_blocks(padding, static):
     """Each looks at its own queries, their windows, what was there before the chunk, and the sinks of all rows."""
     case = Case(*qkv(0, 2, (4, 2), 100, 100, D, DV, torch.float32), [20, 80], 6, 2)
-    cache = cache_of(case, EXACT)
+    cache = cache_of(case, EXACT, static=static)
     for start, stop in ((0, 20), (20, 100)):
         visible = cache.update(case.k[:, :, start:stop], case.v[:, :, start:stop], padding=padding)
-        before, hidden = min(start, 6 + 2), 0 if padding is None else 9
+        before, hidden = 6 + 2 if static else min(start, 6 + 2), 0 if padding is None else 9
         assert [(block.start, block.stop) for block in visible.blocks] == [
             (i, i + 5) for i in range(0, stop - start, 5)
         ]
