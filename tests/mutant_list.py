@@ -416,7 +416,7 @@ MUTANTS = [
     Mutant(
         "blocks-of-a-chunk-forget-sinks-in-it",
         VISIBLE,
-        "min(old + max(padding + self.sinks - first, 0), stop)",
+        "min(old + max(padding + visible.sinks - first, 0), stop)",
         "min(old, stop)",
         OF_CACHE,
     ),

@@ -302,11 +302,11 @@ def calibrate(
                 )
             moments[index] = Moments.begin(observed.q, observed.k, observed.v, observed.module)
         layer, half = moments[index], halves[count % 2]
-        before, v = layer.tokens, layer.v.clone()
-        layer.add(observed.q, observed.k, observed.v, observed.real)
         some, tokens = half.get(index, (0, 0))
-        if measures_effects and tokens < FEW * TOKENS:
-            half[index] = some + layer.v - v, tokens + layer.tokens - before
+        before = (layer.v.clone(), layer.tokens) if measures_effects and tokens < FEW * TOKENS else None
+        layer.add(observed.q, observed.k, observed.v, observed.real)
+        if before is not None:
+            half[index] = some + layer.v - before[0], tokens + layer.tokens - before[1]
 
     with evaluating(model):
         for batch in track(batches, "calibrating", show=progress):
@@ -359,7 +359,7 @@ def _positions(model: nn.Module, positions: int | None, is_transformers: bool) -
     if not 1 <= positions <= known:
         if known == 1:
             raise ValueError(
-                f"texts are spread over positions in transformers models with rotary embeddings and a number of "
+                "texts are spread over positions in transformers models with rotary embeddings and a number of "
                 f"positions, this is none; leave positions out, got {positions}"
             )
         raise ValueError(f"positions must be from 1 to the {known} of this model, got {positions}")
@@ -369,7 +369,7 @@ def _positions(model: nn.Module, positions: int | None, is_transformers: bool) -
 def _measure(
     model: nn.Module,
     sample: Sequence[tuple[int, Any]],
-    halves: "tuple[_Values, _Values]",
+    halves: tuple[_Values, _Values],
     indices: Sequence[int],
     calibration: Calibration,
     progress: bool,

@@ -11,9 +11,9 @@ from swan.kernels import Seen
 from swan.modules.buffer import DenseBuffer, ring_columns
 from swan.storage import Packed
 
-__all__ = ["Visible", "attend", "recent_and_new", "recent_tokens", "window_starts"]
+__all__ = ["Visible", "attend", "blocks", "part", "recent_and_new", "recent_tokens", "window_starts"]
 
-QUERIES = 512  # of a windowed chunk at a time, so that time and memory do not grow with the square of its length
+QUERIES = 512  # of a windowed chunk at a time, so that masks do not grow with the square of its length
 
 
 @dataclass(frozen=True)
@@ -61,40 +61,6 @@ class Visible:
     def is_new_only(self) -> bool:
         """True where the queries see nothing but their own chunk."""
         return self.columns is None and self.queries > 1
-
-    @property
-    def blocks(self) -> list[slice]:
-        """Queries to be attended with at a time, where each has a window of its own; all of them in compiled code."""
-        alike = isinstance(self.window, int) or self.window.numel() == 1
-        if torch.compiler.is_compiling() or self.columns is None or alike:
-            return [slice(0, self.queries)]
-        return [slice(start, min(start + QUERIES, self.queries)) for start in range(0, self.queries, QUERIES)]
-
-    def part(self, queries: slice) -> "Visible":
-        """Leave out what some queries of a windowed chunk do not see: new tokens past them or before their windows."""
-        assert isinstance(self.window, Tensor) and self.columns is not None
-        window, first = self.window[queries], int(self.first_query)
-        begin, end = window[[0, -1]].tolist()
-        padding = 0 if self.padding is None else max(self.padding.tolist(), default=0)
-        old = self.k_recent.shape[2] - self.queries  # tokens of the buffer, before the new ones
-        stop = old + queries.stop
-        head = min(old + max(padding + self.sinks - first, 0), stop)
-        tail = slice(max(old + begin - first, head), stop)
-        k, v = (torch.cat([x[:, :, :head], x[:, :, tail]], dim=2) for x in (self.k_recent, self.v_recent))
-        packed = max(end - self.start, 0)
-        histories = (self.k_history, self.v_history) if packed else (None, None)
-        k_history, v_history = (x if x is None else x.tokens(0, min(packed, x.shape[2])) for x in histories)
-        return replace(
-            self,
-            k_recent=k,
-            v_recent=v,
-            columns=torch.cat([self.columns[:, :head], self.columns[:, tail]], dim=1),
-            k_history=k_history,
-            v_history=v_history,
-            queries=queries.stop - queries.start,
-            first_query=first + queries.start,
-            window=window,
-        )
 
     def history_mask(self, mask: Tensor | None = None) -> Tensor | Seen | None:
         """Say which packed tokens each query sees: as numbers if there is no mask; None: all.
@@ -145,9 +111,8 @@ class Visible:
 
 def attend(q: Tensor, visible: Visible, mask: Tensor | None, scale: float | None, impl: Impl) -> Tensor:
     """Attend to the tokens that queries see, as `KVCache.attend` says."""
-    if mask is None and len(blocks := visible.blocks) > 1:
-        parts = [attend(q[:, :, block], visible.part(block), None, scale, impl) for block in blocks]
-        return torch.cat(parts, dim=2)
+    if mask is None and len(some := blocks(visible)) > 1:
+        return torch.cat([attend(q[:, :, block], part(visible, block), None, scale, impl) for block in some], dim=2)
     only_causal = visible.is_new_only and mask is None
     if is_kernel(impl) and (only_causal or visible.k_history is None):
         impl = "auto"
@@ -163,6 +128,41 @@ def attend(q: Tensor, visible: Visible, mask: Tensor | None, scale: float | None
         buffer_mask=visible.recent_mask(mask),
         scale=scale,
         impl=impl,
+    )
+
+
+def blocks(visible: Visible) -> list[slice]:
+    """Queries to be attended with at a time, where each has a window of its own; all of them in compiled code."""
+    alike = isinstance(visible.window, int) or visible.window.numel() == 1
+    if torch.compiler.is_compiling() or visible.columns is None or alike:
+        return [slice(0, visible.queries)]
+    return [slice(start, min(start + QUERIES, visible.queries)) for start in range(0, visible.queries, QUERIES)]
+
+
+def part(visible: Visible, queries: slice) -> Visible:
+    """Leave out what some queries of a windowed chunk do not see: new tokens past them or before their windows."""
+    assert isinstance(visible.window, Tensor) and visible.columns is not None
+    window, first = visible.window[queries], int(visible.first_query)
+    begin, end = window[[0, -1]].tolist()
+    padding = 0 if visible.padding is None else max(visible.padding.tolist(), default=0)
+    old = visible.k_recent.shape[2] - visible.queries  # tokens of the buffer, before the new ones
+    stop = old + queries.stop
+    head = min(old + max(padding + visible.sinks - first, 0), stop)
+    tail = slice(max(old + begin - first, head), stop)
+    k, v = (torch.cat([x[:, :, :head], x[:, :, tail]], dim=2) for x in (visible.k_recent, visible.v_recent))
+    packed = max(end - visible.start, 0)
+    histories = (visible.k_history, visible.v_history) if packed else (None, None)
+    k_history, v_history = (x if x is None else x.tokens(0, min(packed, x.shape[2])) for x in histories)
+    return replace(
+        visible,
+        k_recent=k,
+        v_recent=v,
+        columns=torch.cat([visible.columns[:, :head], visible.columns[:, tail]], dim=1),
+        k_history=k_history,
+        v_history=v_history,
+        queries=queries.stop - queries.start,
+        first_query=first + queries.start,
+        window=window,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swan import Graded, KVCache, LayerPlan, TopK
 from swan.functional import reference
-from swan.modules.visible import QUERIES
+from swan.modules.visible import QUERIES, blocks, part
 from tests.strategies import (
     assert_within,
     attention_bound,
@@ -219,13 +219,13 @@ def test_a_long_windowed_chunk_is_attended_to_in_blocks(padding, static):
     for start, stop in ((0, 20), (20, 100)):
         visible = cache.update(case.k[:, :, start:stop], case.v[:, :, start:stop], padding=padding)
         before, hidden = 6 + 2 if static else min(start, 6 + 2), 0 if padding is None else 9
-        assert [(block.start, block.stop) for block in visible.blocks] == [
+        assert [(block.start, block.stop) for block in blocks(visible)] == [
             (i, i + 5) for i in range(0, stop - start, 5)
         ]
-        for block in visible.blocks:
-            part = visible.part(block)
-            assert part.queries == 5 and part.k_recent.shape[2] <= before + 2 + hidden + 5 + 5
-            packed = 0 if part.k_history is None else part.k_history.shape[2]
+        for block in blocks(visible):
+            some = part(visible, block)
+            assert some.queries == 5 and some.k_recent.shape[2] <= before + 2 + hidden + 5 + 5
+            packed = 0 if some.k_history is None else some.k_history.shape[2]
             assert packed == max(start + block.stop - 6 - 2, 0)
 
 
