@@ -111,7 +111,7 @@ class Visible:
 
 def attend(q: Tensor, visible: Visible, mask: Tensor | None, scale: float | None, impl: Impl) -> Tensor:
     """Attend to the tokens that queries see, as `KVCache.attend` says."""
-    if mask is None and len(some := blocks(visible)) > 1:
+    if mask is None and visible.queries > QUERIES and len(some := blocks(visible)) > 1:
         return torch.cat([attend(q[:, :, block], part(visible, block), None, scale, impl) for block in some], dim=2)
     only_causal = visible.is_new_only and mask is None
     if is_kernel(impl) and (only_causal or visible.k_history is None):
