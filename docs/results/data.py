@@ -172,10 +172,9 @@ def full_memory(form: str, length: int, retention: float = 1) -> Row:
     return row_of("capacity-cpu", form=form, length=length, retention=retention)
 
 
-def prompt(form: str, length: int, name: str = "prefill-cpu") -> Row:
-    """Choose the row of taking in a prompt of a length, in the form `chunk` where it is swan's."""
-    impl = "sdpa" if form == "dense" else "chunk"
-    return row_of(name, form=form, length=length, impl=impl)
+def prompt(impl: str, length: int, name: str = "prefill-cpu") -> Row:
+    """Choose the row of taking in a prompt of a length: in the forms `chunk` and `windowed`, or by dense `sdpa`."""
+    return row_of(name, length=length, impl=impl)
 
 
 # On GPUs ------------------------------------------------------------------------------------------
