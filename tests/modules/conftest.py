@@ -1,1 +1,1 @@
-from tests.strategies import one_thread, small_blocks  # noqa: F401
+from tests.strategies import one_thread  # noqa: F401

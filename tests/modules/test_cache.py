@@ -23,6 +23,7 @@ from tests.strategies import (
     plan_layers,
     qkv,
     seeds,
+    small_blocks,  # noqa: F401
     splits,
     stored,
     windowed_oracle,

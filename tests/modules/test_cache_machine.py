@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from swan import KVCache, LayerPlan, TopK
 from swan.functional import reference
-from tests.strategies import assert_within, attention_bound, plan_layers, qkv, seeds
+from tests.strategies import assert_within, attention_bound, plan_layers, qkv, seeds, small_blocks  # noqa: F401
 
 D, DV, KV_HEADS, GROUPS, LONGEST = 6, 4, 2, 2, 40
 plans = plan_layers(D, DV, bits=[16])

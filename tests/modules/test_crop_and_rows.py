@@ -14,6 +14,7 @@ from tests.strategies import (
     assert_within,
     attention_bound,
     decode,
+    small_blocks,  # noqa: F401
     stored,
     windowed_oracle,
 )

@@ -18,6 +18,7 @@ from tests.strategies import (
     decode,
     double,
     ids,
+    small_blocks,  # noqa: F401
 )
 
 
