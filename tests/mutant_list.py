@@ -821,8 +821,8 @@ MUTANTS = [
     Mutant(
         "steps-are-taken-whole-or-not-at-all",
         "swan/calibration/plan.py",
-        "_falling([point for point in points if a[0] <= point[0] <= b[0]])",
-        "[a, b]",
+        "itertools.pairwise(point for point in points if a[0] <= point[0] <= b[0])",
+        "itertools.pairwise([a, b])",
         ("calibration/test_effects.py::test_the_last_bytes_are_spent_on_a_part_of_a_step",),
     ),
     Mutant(

@@ -405,12 +405,13 @@ def _layers_by_effect(retention: float, dims: Dims, effects: Effects, by_head: b
         for (index, run), of_head in zip(runs, of_heads, strict=True):
             heads, layouts = run.stop - run.start, layouts_of[dims[index][side]]
             share = heads / _heads_of(table[index])  # of the bytes of the layer
-            points = [(share * x.vector_bytes(), heads * kl, x) for x, kl in zip(layouts, of_head, strict=True)]
+            sized = [(share * x.vector_bytes(), heads * kl, x) for x, kl in zip(layouts, of_head, strict=True)]
+            points = _falling(sized)
             hull = _hull(points)
             room -= hull[0][0]
             chosen.setdefault((index, side), []).extend([hull[0][2]] * heads)
             for a, b in itertools.pairwise(hull):
-                parts = itertools.pairwise(_falling([point for point in points if a[0] <= point[0] <= b[0]]))
+                parts = itertools.pairwise(point for point in points if a[0] <= point[0] <= b[0])
                 steps += [_Step(_slope(a, b), index, side, run, less[0], more[0], more[2]) for less, more in parts]
     for step in sorted(steps, key=lambda step: (step.slope, step.layer, step.side, step.run.start, step.begin)):
         if step.end - step.begin > room:
@@ -469,9 +470,9 @@ def _falling(points: list[tuple[float, float, Graded]]) -> list[tuple[float, flo
 
 
 def _hull(points: list[tuple[float, float, Graded]]) -> list[tuple[float, float, Graded]]:
-    """Return the points (bytes, effect, layout) of the lower convex hull, with falling effect."""
+    """Return those of `_falling` points (bytes, effect, layout) that are on the lower convex hull."""
     hull: list[tuple[float, float, Graded]] = []
-    for point in _falling(points):
+    for point in points:
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
             hull.pop()
         hull.append(point)
