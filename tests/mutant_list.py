@@ -835,7 +835,7 @@ MUTANTS = [
     Mutant(
         "all-texts-begin-at-the-first-position",
         BATCHES,
-        "int(((number * GOLDEN + row * ROOT) % 1) * (positions - tokens))",
+        "int(((number * GOLDEN + row * ROOT) % 1) ** 2 * (positions - tokens))",
         "0 * row",
         OF_POSITIONS,
     ),

@@ -241,9 +241,9 @@ def calibrate(
     these windows at a time is in memory. `Plan.for_retention` spends bytes accordingly.
 
     Keys are stored as they are rotated by their positions, so bases have to know those that caches will see. Texts are
-    much shorter: each begins at a position of its own, row i of batch n (from 0 on) at the share
-    $n (\sqrt 5 - 1) / 2 + i \sqrt 2$ (without its whole part) of the positions that are free. Rotary attention does not
-    change by that.
+    much shorter: each begins at a position of its own, row i of batch n (from 0 on) at the share $u^2$ of the positions
+    that are free, where $u$ is $n (\sqrt 5 - 1) / 2 + i \sqrt 2$ without its whole part: half of them in the first
+    quarter, since short contexts have those positions, too. Rotary attention does not change by that.
 
     Args:
         model: a model of your own built from `SwanAttention`, or a transformers decoder.

@@ -112,7 +112,7 @@ def _takes_positions(module: nn.Module) -> bool:
 
 
 def placed(batch: Any, number: int, positions: int) -> Any:
-    """Let each row of a batch begin at a position of its own, spread over so many.
+    """Let each row of a batch begin at a position of its own, spread over so many, half of them in the first quarter.
 
     One with positions stays as it is, and so does one with other tensors than those of tokens, such as images.
 
@@ -125,7 +125,7 @@ def placed(batch: Any, number: int, positions: int) -> Any:
     named = _named(batch)
     if positions <= tokens or named.get("position_ids") is not None or _has_images(named, shape):
         return batch
-    firsts = [int(((number * GOLDEN + row * ROOT) % 1) * (positions - tokens)) for row in range(rows)]
+    firsts = [int(((number * GOLDEN + row * ROOT) % 1) ** 2 * (positions - tokens)) for row in range(rows)]
     return named | {"position_ids": torch.tensor(firsts, device="cpu")[:, None] + torch.arange(tokens, device="cpu")}
 
 

@@ -50,7 +50,7 @@ def calibrated(
     positions: int | None = None,
 ) -> Calibration:
     """Calibrate a model on text that swan brings, or take what an earlier run left in the cache folder (embedded)."""
-    spread = "spread" if positions is None else f"over-{positions}"
+    spread = "placed" if positions is None else f"over-{positions}"
     file = cache_folder() / "calibrations" / f"{name}-{basis}-{text}-{tokens}-{spread}-{model.dtype}.safetensors"
     kept = name in MODELS and text == CALIBRATION_TEXT
     if kept and file.is_file():

@@ -169,10 +169,10 @@ def test_activations_do_not_stay(model, tensors):
 
 
 def test_texts_are_spread_over_the_positions_of_a_model():
-    """Row i of batch n begins at the share n (√5 - 1) / 2 + i √2, without its whole part, of the 512 - 20 free ones."""
+    """Row i of batch n begins at the share u² of the 492 free ones, u = n (√5 - 1) / 2 + i √2 less its whole part."""
     model, ids = tiny(), tokens(5, 20)
     inputs = [{"input_ids": ids[:3]}, ids[3:]]
-    spread = [first + torch.arange(20) for first in (0, 203, 407, 304, 15)]  # 0, 0.414.., 0.828.., 0.618.., 0.032..
+    spread = [first + torch.arange(20) for first in (0, 84, 337, 187, 0)]  # u: 0, 0.414.., 0.828.., 0.618.., 0.032..
     at = [
         {"input_ids": part, "position_ids": torch.stack(where)}
         for part, where in zip(ids.split(3), (spread[:3], spread[3:]), strict=True)
@@ -209,7 +209,7 @@ def test_a_model_predicts_the_same_wherever_a_text_begins(architecture):
 @pytest.mark.parametrize("build", [images.paligemma, images.gemma3, images.llava, images.qwen2_vl])
 def test_text_alone_is_spread_in_a_model_that_reads_images(build):
     model, ids = build(), tokens(2, 40).clamp(min=10)  # no tokens that stand for images
-    batch = placed(ids, 1, positions_of(model))
+    batch = placed(ids, 2, positions_of(model))
     with torch.no_grad():
         torch.testing.assert_close(call(model, batch).logits, call(model, ids).logits, rtol=0, atol=1e-3)
     assert batch["position_ids"].min() > 0
