@@ -839,6 +839,7 @@ MUTANTS = [
         "0 * row",
         OF_POSITIONS,
     ),
+    Mutant("texts-begin-early-no-more-often", BATCHES, "% 1) ** 2 *", "% 1) *", OF_POSITIONS),
     Mutant(
         "batches-before-do-not-count",
         "swan/calibration/artifact.py",

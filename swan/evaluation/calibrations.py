@@ -50,8 +50,9 @@ def calibrated(
     positions: int | None = None,
 ) -> Calibration:
     """Calibrate a model on text that swan brings, or take what an earlier run left in the cache folder (embedded)."""
-    spread = "placed" if positions is None else f"over-{positions}"
-    file = cache_folder() / "calibrations" / f"{name}-{basis}-{text}-{tokens}-{spread}-{model.dtype}.safetensors"
+    # Another word whenever the default placing of texts changes: files of an older one are not taken.
+    placing = "placed" if positions is None else f"over-{positions}"
+    file = cache_folder() / "calibrations" / f"{name}-{basis}-{text}-{tokens}-{placing}-{model.dtype}.safetensors"
     kept = name in MODELS and text == CALIBRATION_TEXT
     if kept and file.is_file():
         # One of an older version warns, and is made anew.
