@@ -9,6 +9,7 @@ from torch import Tensor
 from swan import Graded, Layout, TopK
 from swan.functional import reference
 from swan.storage.codes import PARTS
+from tests.coding import byte_of, scale_of, stored_range
 from tests.strategies import U32, normal, unit
 
 INPUTS = ["normal", "zeros", "constant", "duplicates", "outliers", "all scales", "cancelling"]
@@ -44,8 +45,8 @@ def norms(x: Tensor) -> Tensor:
 def discarded(x: Tensor, layout: Layout) -> Tensor:
     """The most that the length of ``unpack(pack(x, layout)) - x`` can be, by the documentation of the layouts.
 
-    Float64 ``[..., tokens]``: the energy of pruned coordinates, half a step of each that is coded, and the roundings of
-    the numbers and of the mix, which is a product in the dtype with a matrix that is rounded to it.
+    Float64 ``[..., tokens]``: the energy of pruned coordinates, what `stored_range` allows those that are coded, and
+    the roundings of the numbers and of the mix, which is a product in the dtype with a matrix that is rounded to it.
     """
     u, wide = unit(x.dtype), x.double()
     if isinstance(layout, TopK):
@@ -59,9 +60,10 @@ def discarded(x: Tensor, layout: Layout) -> Tensor:
             if bits == 0:
                 energy += group.square().sum(-1)
             if bits in PARTS:
-                rounding = (2 * u + (size + 4) * U32) * size**0.5 * group.norm(dim=-1)
-                peak = (group @ reference.hadamard(size)).abs().amax(-1) + rounding
-                energy += (size**0.5 * 2.0**-bits * smallest_scale(peak) * (1 + 2.0**-12) + rounding) ** 2
+                rounding = (2 * u + (size + 4) * U32) * group.norm(dim=-1, keepdim=True)
+                mixed = group @ reference.hadamard(size)
+                least, most, _, _ = stored_range(mixed, rounding, bits)
+                energy += torch.maximum((most - mixed).abs(), (mixed - least).abs()).square().sum(-1)
     # Stored numbers are rounded to the dtype when they are unpacked, and where they are mixed back.
     back = 2 * u * (1 + layout.d**0.5) * (wide.norm(dim=-1) + energy.sqrt())
     return energy.sqrt() + back + layout.d**0.5 * torch.finfo(x.dtype).smallest_normal
@@ -73,13 +75,8 @@ def discarded_by_topk(x: Tensor, layout: TopK) -> Tensor:
     if layout.bits == 8:  # half a step, of a scale that is rounded to bfloat16
         return energy + layout.keep * (peak / 254 * (1 + 2.0**-7)) ** 2
     if layout.bits == 4:
-        return energy + layout.keep * (2.0**-4 * smallest_scale(peak * (1 + 2.0**-20))) ** 2
+        return energy + layout.keep * (2.0**-4 * scale_of(byte_of(peak * (1 + 2.0**-20)))) ** 2
     return energy
-
-
-def smallest_scale(peak: Tensor) -> Tensor:
-    """The smallest of the scales ``2 ** (c / 8 - 16)`` that is not below a number, ``c`` from 0 on."""
-    return torch.exp2((8 * peak.clamp(min=1e-300).log2() - 1e-6).ceil().clamp(min=-128) / 8)
 
 
 # What that does to attention ----------------------------------------------------------------------

@@ -12,8 +12,9 @@ from torch import Tensor
 from swan import Graded, LayerPlan, Packed, TopK, pack, random_rotation, unpack
 from swan.functional import reference
 from swan.modules import visible
-from swan.storage.codes import PARTS, scale_of
+from swan.storage.codes import PARTS
 from swan.storage.packed import unpack_mixed
+from tests.coding import stored_range
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(3, 3), (4, 2), (6, 2), (5, 1)]  # query and KV heads: MHA, GQA, MQA
@@ -207,21 +208,18 @@ def decode(cache, q: Tensor, k: Tensor, v: Tensor, chunks, *, padding: Tensor | 
 def assert_packed(found: Packed, x: Tensor, mixed: Tensor, rounding: Tensor | float = 0.0) -> None:
     """A `Graded` layout stores `x`, in mixed coordinates `mixed` (float64) that the packer knew up to `rounding`.
 
-    Each scale is the smallest that covers its group, each coordinate the nearest step or, at an edge, its neighbour.
+    `stored_range` says what each scale and each coordinate may be.
     """
     assert isinstance(found.format, Graded)
-    values, scale = unpack_mixed(found).double(), 0
+    values, scale, u = unpack_mixed(found).double(), 0, unit(x.dtype)
     for start, stop, bits in found.format.stored:
         if bits == 16:
             assert torch.equal(unpack(found)[..., start:stop], x[..., start:stop])
             continue
         assert found.scales is not None
-        byte = found.scales[..., scale : scale + 1]
-        here, error = mixed[..., start:stop], (values - mixed)[..., start:stop].abs()
-        step, peak = scale_of(byte).double(), here.abs().amax(-1, keepdim=True)
-        covers = step >= peak * (1 - 1e-6) - rounding
-        smallest = step <= (peak + rounding) * 2 ** (1 / 8) * (1 + 1e-6)
-        assert ((byte == 255) | (byte == 0) | (covers & smallest)).all()
-        limit = (2.0**-bits + unit(x.dtype) + 1e-6) * step + rounding + torch.finfo(x.dtype).tiny * unit(x.dtype)
-        assert (error <= limit)[(byte < 255).expand_as(error)].all()
+        byte, number = found.scales[..., scale : scale + 1], values[..., start:stop]
+        least, most, first, last = stored_range(mixed[..., start:stop], rounding, bits)
+        assert ((first <= byte) & (byte <= last)).all()
+        loose = u * number.abs() + torch.finfo(x.dtype).tiny * u
+        assert ((least - loose <= number) & (number <= most + loose))[(byte < 255).expand_as(number)].all()
         scale += 1

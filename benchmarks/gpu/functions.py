@@ -16,6 +16,7 @@ from swan import Graded, KVCache, LayerPlan, Packed, SwanAttention, TopK, pack, 
 from swan import functional as F
 from swan.functional import reference
 from swan.modules.buffer import StaticBuffer
+from swan.storage.codes import CLIPS
 
 BATCH, HEADS, KV_HEADS, D, TOKENS, HISTORY = 2, 8, 2, 64, 293, 1500  # odd lengths; a history of two tiles
 LAYOUTS = {
@@ -106,7 +107,7 @@ def pruning(distinct: Callable[[int], Tensor]) -> Iterator[Case]:
     yield Case("topk_prune", (x,), lambda c, x: c(topk)(x), lambda x: reference.topk_prune(x, 24), exact=True)
     yield Case("graded_prune", (x,), lambda c, x: c(graded)(x), lambda x: reference.graded_prune(x, groups), exact=True)
     for name, layout in LAYOUTS.items():
-        slack = half_step(x, layout)
+        slack = largest_error(x, layout)
         for what, run in (("pack, unpack", packed_twice), ("StructuredPruner", pruned_by_module)):
             yield Case(
                 f"{what}: {name}",
@@ -119,7 +120,7 @@ def pruning(distinct: Callable[[int], Tensor]) -> Iterator[Case]:
 
 
 def mixed(x: Tensor, layout: Any) -> Tensor:
-    """Return the coordinates that a layout codes, in which its error is at most half a step of each."""
+    """Return the coordinates that a layout codes, in which its error is bounded."""
     matrix = layout.mix(x.dtype, x.device)
     return x if matrix is None else x @ matrix
 
@@ -131,15 +132,19 @@ def uncoded(x: Tensor, layout: Any) -> Tensor:
     return mixed(reference.graded_prune(x, tuple((size, 16 if bits else 0) for size, bits in layout.groups)), layout)
 
 
-def half_step(x: Tensor, layout: Any) -> float:
-    """Compute half the largest step of the codes of a layout, over the root mean square of what it keeps."""
+def largest_error(x: Tensor, layout: Any) -> float:
+    """Bound the error of a coordinate by the codes of a layout, over the root mean square of what it keeps.
+
+    Half a step; of clipped codes, whose scale is a mean of what numbers are over their codes, twice the largest number.
+    """
     exact = uncoded(x.double(), layout)
     if isinstance(layout, TopK):
-        step = exact.abs().max() / 127 * 1.01 if layout.bits == 8 else exact.new_zeros(())  # bfloat16 rounds the scale
+        error = exact.abs().max() / 254 * 1.01 if layout.bits == 8 else exact.new_zeros(())  # bfloat16 rounds the scale
     else:
-        steps = [2 ** (9 / 8 - bits) * exact[..., i:j].abs().max() for i, j, bits in layout.stored if bits < 16]
-        step = torch.stack([exact.new_zeros(()), *steps]).max()  # a scale is a power of 2 ** (1 / 8), rounded up
-    return (step / 2 / exact.square().mean().sqrt()).item()
+        share = {b: 2.0 if b in CLIPS else 2 ** (1 / 8 - b) for _, _, b in layout.stored if b < 16}  # scales round up
+        errors = [share[b] * exact[..., i:j].abs().max() for i, j, b in layout.stored if b in share]
+        error = torch.stack([exact.new_zeros(()), *errors]).max()
+    return (error / exact.square().mean().sqrt()).item()
 
 
 def packed_twice(c: Compile, x: Tensor, layout: Any) -> Tensor:

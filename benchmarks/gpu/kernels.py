@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swan import Graded, KVCache, LayerPlan, Packed, Plan, pack, packed_attention, swan_attention
 from swan.kernels import cpu
-from swan.storage.codes import PARTS, scale_of
+from swan.storage.codes import CLIPS, OCTAVE, PARTS, scale_of
 from swan.storage.packed import unpack_mixed
 
 from .oracle import Expected, Limits, Part, attention, history, limits, windowed
@@ -104,7 +104,7 @@ def rows(at: Setting) -> Iterator[Row]:
 
 
 def packing(at: Setting) -> Iterator[Row]:
-    """Check that each coordinate is the nearest step, and that bytes are those of tensor code but at edges."""
+    """Check that groups are as near as may be, and that bytes are those of tensor code but at edges."""
     for side, layout in (("keys", at.layer.keys), ("values", at.layer.values)):
         assert isinstance(layout, Graded)
         x = at.randn(3, BATCH, 77, KV_HEADS, at.d).transpose(1, 2)
@@ -117,7 +117,10 @@ def packing(at: Setting) -> Iterator[Row]:
 
 
 def steps_off(packed: Packed, x: Tensor) -> tuple[float, float]:
-    """Return the largest error of a coordinate in steps of its group, and its bound: half of one, and roundings."""
+    """Return the largest error in steps of a group, and its bound: half of one, and roundings.
+
+    From 4 bits on of a coordinate; of fewer of the length along the vector, in steps of scales.
+    """
     layout = packed.format
     assert isinstance(layout, Graded)
     values = unpack_mixed(dataclasses.replace(packed, dtype=torch.float64)).double()
@@ -125,13 +128,17 @@ def steps_off(packed: Packed, x: Tensor) -> tuple[float, float]:
     mixed = x.double() if matrix is None else x.double() @ matrix.double()
     worst, scale, rounding = 0.0, 0, torch.finfo(packed.dtype).eps
     for start, stop, bits in layout.stored:
-        error = (values - mixed)[..., start:stop].abs()
+        number, group = values[..., start:stop], mixed[..., start:stop]
+        error = (number - group).abs()
         if bits == 16:
             worst = max(worst, math.inf if error.any() else 0.0)
             continue
         assert packed.scales is not None
         largest = scale_of(packed.scales[..., scale : scale + 1]).double()
-        worst = max(worst, float(((error - 2 * rounding * largest) / (largest * 2.0 ** (1 - bits))).max()))
+        steps = (error - 2 * rounding * largest) / (largest * 2.0 ** (1 - bits))
+        if bits in CLIPS:
+            steps = OCTAVE * ((number * group).sum(-1) / group.square().sum(-1)).log2().abs()
+        worst = max(worst, float(steps.max()))
         scale += 1
     return worst, 0.5 + 1e-3
 

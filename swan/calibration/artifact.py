@@ -53,8 +53,8 @@ from swan.storage.layout import MAX_DIM
 
 __all__ = ["Calibration", "calibrate"]
 
-# Formats that are read. Only the effects of the newest are of the candidates of effects.py.
-FORMATS = tuple(f"swan-calibration-{n}" for n in range(3, 8))
+# Formats that are read. Only the effects of the newest are of the candidates of effects.py, in codes of now.
+FORMATS = tuple(f"swan-calibration-{n}" for n in range(3, 9))
 AGAIN = "run swan.calibrate again"
 MOMENTS = ("q", "k", "v", "o")
 
@@ -178,7 +178,7 @@ class Calibration:
     def load(cls, path: str | Path) -> "Calibration":
         """Read a file that `save` wrote.
 
-        Effects in a file of an older version are of other layouts, and left out with a warning.
+        Effects in a file of an older version are of other layouts or codes, and left out with a warning.
 
         Raises:
             ValueError: the file is not a whole calibration, or its tensors are not finite or not orthogonal.
@@ -191,7 +191,7 @@ class Calibration:
             raise ValueError(f"{path} holds no whole calibration ({reason_of(error)}); {AGAIN}") from error
         if metadata["format"] != FORMATS[-1] and "effects.keys" in tensors:
             warnings.warn(
-                f"{path} was written by an older version of swan, which measured effects of other layouts: plans will "
+                f"{path} was written by an older version of swan, which measured effects of other codes: plans will "
                 f"be the same for all layers until you {AGAIN}",
                 stacklevel=2,
             )

@@ -50,7 +50,8 @@ def graded_prune(x: Float[Tensor, "... d"], groups: tuple[tuple[int, int], ...])
     r"""Keep the same coordinates of each vector, group by group with the group's bits: what a graded layout stores.
 
     16 bits keep a coordinate as it is, 0 prunes it; between, a group $x_g$ is mixed, rounded to $2^b$ steps of its own
-    scale $s$, and mixed back, $\hat x_g = R_b(x_g H)\, H^\top$ with $|R_b(y) - y| \le 2^{-b} s$ (`Graded`).
+    scale $s$, and mixed back, $\hat x_g = R_b(x_g H)\, H^\top$ with $|R_b(y) - y| \le 2^{-b} s$ from 4 bits on, and
+    $R_b(y) \cdot y \approx y \cdot y$ of 3 bits and fewer (`Graded`).
     ``unpack(pack(x, Graded(groups)))`` is the same tensor.
 
     Args:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swan.storage import Graded, Layout, TopK
+from swan.storage.codes import CLIPS
 
 __all__ = [
     "dense_attention", "graded_prune", "hadamard", "merge_attention", "mix", "prune", "rotate", "topk_prune",
@@ -32,7 +33,7 @@ def topk_prune(x: Tensor, keep: int) -> Tensor:
 
 
 def graded_prune(x: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
-    """Compute `swan.functional.graded_prune`, one group of one vector at a time; search all steps for the nearest."""
+    """Compute `swan.functional.graded_prune`, one group of one vector at a time; search all steps and all scales."""
     out, start = torch.zeros_like(x), 0
     for size, bits in groups:
         group = slice(start, start + size)
@@ -41,11 +42,21 @@ def graded_prune(x: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
         elif bits:
             matrix = hadamard(size).to(x)
             mixed = x[..., group] @ matrix
+            middles = torch.arange(2**bits).to(x) - (2**bits - 1) / 2
+            scales = 2 ** ((torch.arange(255).to(x) - 128) / 8)
             for vector in mixed.view(-1, size):
-                peak = float(vector.abs().max())
-                byte = next((c for c in range(256) if 2 ** ((c - 128) / 8) >= peak), 255)
-                steps = (torch.arange(2**bits).to(x) - (2**bits - 1) / 2) * 2 ** (1 - bits) * 2 ** ((byte - 128) / 8)
-                vector[:] = steps[(vector[:, None] - steps).abs().argmin(-1)]
+                peak, square = float(vector.abs().max()), float(vector.square().sum())
+                scale = next((s for s in scales if s >= peak), torch.tensor(math.nan))
+                if bits not in CLIPS or peak == 0:
+                    steps = middles * 2 ** (1 - bits) * scale
+                    vector[:] = steps[(vector[:, None] - steps).abs().argmin(-1)]
+                elif math.isfinite(scale):
+                    steps = middles * 2 ** (1 - bits) * min(scale, CLIPS[bits] * math.sqrt(square / size))
+                    code = middles[(vector[:, None] - steps).abs().argmin(-1)] * 2 ** (1 - bits)
+                    longer = square / (vector @ code)
+                    vector[:] = code * scales[(scales / longer).log2().abs().argmin()]
+                else:
+                    vector[:] = math.nan
             out[..., group] = mixed @ matrix.mT
         start += size
     return out

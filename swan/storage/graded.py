@@ -19,12 +19,19 @@ __all__ = ["Graded"]
 class Graded:
     r"""The layout in which each vector keeps the same coordinates: groups of the sorted basis with their own bits.
 
-    Inside a group coordinates are mixed by an orthonormal Hadamard matrix, so that they have equal
-    variance, and share one scale per vector, $s = 2^{c/8 - 16}$ with a byte $c$, the smallest that is not
-    below $\max|x|$. With $b$ bits a coordinate is stored as the nearest of $2^b$ steps,
-    $\hat x = (n - (2^b - 1)/2)\, 2^{1-b} s$. The steps are nested: the code of fewer bits
-    is the leading bits of the code of more. A group some number of which, mixed, is NaN, infinite or above
-    $2^{15.75} \approx 55109$ has $c = 255$ and is read as NaN.
+    Inside a group coordinates are mixed by an orthonormal Hadamard matrix, so that they have equal variance, and share
+    one scale per vector, $s = 2^{c/8 - 16}$ with a byte $c$. With $b$ bits a coordinate is read as
+    $\hat x = (n - (2^b - 1)/2)\, 2^{1-b} s$ with its code $0 \le n < 2^b$.
+
+    - From 4 bits on, $s$ is the smallest scale that is not below $\max|x|$ of the group, and $n$ the nearest step:
+      $|\hat x - x| \le 2^{-b} s$.
+    - Of 3 bits and fewer, steps that reach to the largest coordinate would be too long for all others. Codes count
+      steps of $2^{1-b} \min(s, c_b\, \mathrm{rms}(x))$ with that $s$, $c_2 = 2.2$ and $c_3 = 2.6$ (the sign alone at 1
+      bit); larger coordinates take the outermost. The scale that is stored is the one with which $\hat x \cdot x$ is
+      nearest to $x \cdot x$: what is lost of a group is at right angles to it, and averages out over tokens.
+
+    A group some number of which, mixed, is NaN, infinite or above $2^{15.75} \approx 55109$ has $c = 255$ and is read
+    as NaN.
 
     Bytes per vector: ``ceil(size * bits / 8)`` for each group (each part of 4, 2 and 1 bits rounded up), together a
     whole number of words of four bytes, and a byte for each scale; at 16 bits the dtype of the cache, no scale and no
@@ -44,7 +51,8 @@ class Graded:
         >>> Graded(((16, 5), (48, 3))).vector_bytes()
         30
 
-    Source: this library; mixing by a Hadamard matrix before rounding is known from QuaRot, arXiv:2404.00456.
+    Source: this library; mixing by a Hadamard matrix before rounding is known from QuaRot, arXiv:2404.00456, a length
+    that keeps products right on average from RaBitQ, arXiv:2405.12497.
     """
 
     form: ClassVar[str] = "graded"

@@ -41,7 +41,7 @@ def originals(tmp_path_factory):
 
 
 def test_effects_of_other_layouts_are_left_out():
-    with pytest.warns(UserWarning, match="an older version of swan, which measured effects of other layouts"):
+    with pytest.warns(UserWarning, match="an older version of swan, which measured effects of other codes"):
         found = Calibration.load(DATA / "calibration-3.safetensors")
     assert found.effects is None
 
@@ -62,7 +62,7 @@ def test_files_written_now_have_a_checksum_and_a_format(tmp_path):
     OLD.save(tmp_path / "file")
     header = json.loads((tmp_path / "file").read_bytes()[8:].partition(b"}}")[0] + b"}}")["__metadata__"]
     assert len(header["sha256"]) == 64
-    assert json.loads(header["swan"])["format"] == "swan-calibration-7"
+    assert json.loads(header["swan"])["format"] == "swan-calibration-8"
     assert json.loads(Plan.for_retention(0.5, OLD).to_json())["format"] == "swan-plan-1"
 
 

@@ -155,7 +155,7 @@ def check(
         recent: a number of tokens.
         seen: the arguments that are masks, and the column of the first packed token.
         sizes: factors of the values of tokens, [tokens].
-        same: the results are also, to the bit, those of two kernels.
+        same: the results are also those of two kernels, up to the order in which weights of parts are summed.
         others: see `attend`.
     """
     d = keys.d
@@ -170,7 +170,8 @@ def check(
     beside = Recent(k[:, :, tokens:], v[:, :, tokens:], seen.pop("recent_mask", None)) if recent else None
     out, lse = attend(q, *history, scale, splits, beside, **seen, **others)
     if same:
-        assert all(map(torch.equal, (out, lse), attend(q, *history, scale, splits, beside, **seen)))
+        for found, expected in zip((out, lse), attend(q, *history, scale, splits, beside, **seen), strict=True):
+            torch.testing.assert_close(found, expected, rtol=torch.finfo(found.dtype).eps, atol=0)
     assert_right(out, lse, q, history, scale, beside, visible(q, tokens, **seen))
 
 
@@ -362,7 +363,7 @@ MERGES = {
 @pytest.mark.parametrize("in_turns", [False, True])
 @pytest.mark.parametrize("case", MERGES.values(), ids=MERGES)
 def test_the_last_program_merges(case, in_turns):
-    """To the bit as the second kernel does, whichever program is the last one."""
+    """As the second kernel does, up to the order of one sum, whichever program is the last one."""
     check(*SMALL, torch.float16, **case, batch=2, last_merges=True, in_turns=in_turns, same=True)
 
 

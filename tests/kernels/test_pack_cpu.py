@@ -21,8 +21,6 @@ def test_packs_as_tensor_code_does(seed, dtype, tokens, layout, power):
     matrix = layout.mix(x.dtype, x.device)
     mixed = x.double() if matrix is None else x.double() @ matrix.double()
     assert_packed(found, x, mixed, rounding=layout.d * 2.0**-23 * mixed.abs().amax(-1, keepdim=True))
-    if found.scales is not None and expected.scales is not None:
-        assert ((found.scales.int() - expected.scales.int()).abs() <= 1).all()
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 3e4])

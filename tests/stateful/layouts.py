@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from swan import ByHead, Graded, Layout, Packed, TopK
+from tests.coding import scale_of, stored_range
 
 __all__ = ["U32", "assert_stored", "is_mixed", "mixed", "plain", "read", "unit"]
 
@@ -173,8 +174,9 @@ def mixed(vectors: Tensor, layout: Layout) -> Tensor:
 def assert_stored(packed: Packed, source: Tensor, uncertain: Tensor | float) -> Tensor:
     """Check that stored vectors are `source` in their layout, and return what they say, in plain coordinates.
 
-    A coded coordinate is within half a step, one of 16 bits is itself, and a scale is the smallest (of its grid) that
-    covers its group. `uncertain` is how far the numbers that were stored may be from `source`, by coordinate.
+    A coded coordinate and its scale are what `stored_range` allows, or of `TopK` within half a step and the smallest
+    (of its grid) that covers them; one of 16 bits is itself. `uncertain` is how far the numbers that were stored may be
+    from `source`, by coordinate.
     """
     layout, u = packed.format, unit(packed.dtype)
     if isinstance(layout, ByHead):
@@ -189,41 +191,55 @@ def assert_stored(packed: Packed, source: Tensor, uncertain: Tensor | float) -> 
         loose = source.abs() @ mix(layout).abs()
         rounding = torch.where(bits < 16, 2 * u + (layout.d + 2) * U32, 0) * loose
         known, source = known @ mix(layout).abs() + rounding, source @ mix(layout)
+    if isinstance(layout, Graded):
+        assert_groups(packed, layout, values, source, known)
+        return plain(values, layout)
     # Steps are counted in float32: up to 256 half steps, off by a few units in the last place.
     limit = half * (1 + 2.0**-13) + known
     error = (values - source).abs()
     assert (error <= limit).all(), f"{layout}: off by {(error - limit).max():.3g} more than half a step"
     assert_scales(packed, source, known)
-    if isinstance(layout, TopK) and layout.keep < layout.d:
+    assert isinstance(layout, TopK)
+    if layout.keep < layout.d:
         least = source.abs().add(known).masked_fill(half.isinf(), math.inf).amin(-1)
         most = source.abs().sub(known).masked_fill(half.isfinite(), 0).amax(-1)
         assert (most <= least).all(), f"{layout}: a larger coordinate was pruned"
-    return plain(values, layout)
+    return values
+
+
+def assert_groups(packed: Packed, layout: Graded, values: Tensor, source: Tensor, known: Tensor) -> None:
+    """Check numbers that were read, and scales, against what the documentation says of each group."""
+    start = scale = 0
+    for size, bits in layout.groups:
+        here = slice(start, start + size)
+        start += size
+        if bits == 0:
+            assert not values[..., here].any()
+            continue
+        if bits == 16:
+            assert ((values - source)[..., here].abs() <= known[..., here]).all(), f"{layout}: 16 bits are others"
+            continue
+        assert packed.scales is not None
+        least, most, first, last = stored_range(source[..., here], known[..., here], bits)
+        number, byte = values[..., here], packed.scales[..., scale : scale + 1]
+        off = torch.maximum(least - number, number - most)
+        assert (off <= 0).all(), f"{layout}: {size} coordinates of {bits} bits are off by {off.max():.3g} too much"
+        assert ((first <= byte) & (byte <= last)).all(), f"{layout}: scale of {size} coordinates of {bits} bits"
+        scale += 1
 
 
 def assert_scales(packed: Packed, source: Tensor, known: Tensor) -> None:
-    """Check that scales are as small as they may be."""
-    layout = packed.format
+    """Check that the scales of `TopK` are as small as they may be."""
     if packed.scales is None:
         return
-    if isinstance(layout, Graded):
-        _, _, group, _ = fields(layout)
-        peaks = [(source.abs()[..., group == i], known[..., group == i]) for i in range(packed.scales.shape[-1])]
+    least, most = ((source.abs() + sign * known).amax(-1, keepdim=True) for sign in (-1, 1))
+    if packed.scales.dtype == torch.uint8:
+        scale = scale_of(packed.scales)
+        smallest = (packed.scales == 0) | (scale <= most * 2 ** (1 / 8) * (1 + 1e-6))
+        assert ((scale >= least * (1 - 1e-6)) & smallest).all(), f"{packed.format}: scale"
     else:
-        peaks = [(source.abs(), known)]
-    for i, (magnitudes, slack) in enumerate(peaks):
-        least, most = ((magnitudes + sign * slack).amax(-1) for sign in (-1, 1))
-        if packed.scales.dtype == torch.uint8:
-            byte, scale = packed.scales[..., i], scale_of(packed.scales[..., i])
-            covers = scale >= least * (1 - 1e-6)
-            assert (covers & ((byte == 0) | (scale <= most * 2 ** (1 / 8) * (1 + 1e-6)))).all(), f"{layout}: scale"
-        else:
-            scale = packed.scales[..., i].double() * 127
-            assert ((scale >= least * (1 - 2.0**-8)) & (scale <= most * (1 + 2.0**-8))).all(), f"{layout}: scale"
-
-
-def scale_of(byte: Tensor) -> Tensor:
-    return torch.exp2((byte.double() - 128) / 8)
+        scale = packed.scales.double() * 127
+        assert ((scale >= least * (1 - 2.0**-8)) & (scale <= most * (1 + 2.0**-8))).all(), f"{packed.format}: scale"
 
 
 def bits_of(octets: Tensor) -> Tensor:

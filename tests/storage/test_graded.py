@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from swan import Graded, Packed, TopK, graded_prune, pack, packed_attention, topk_prune, unpack
 from swan.functional import reference
 from swan.functional.dispatch import Impl
-from swan.storage.codes import PARTS, scale_of
+from swan.storage.codes import PARTS
 from swan.storage.mixing import hadamard
 from swan.storage.packed import mixing, unpack_mixed
+from tests.coding import scale_of, stored_range
 
 EPS = torch.finfo(torch.float32).eps
 GROUPS = [
@@ -34,7 +35,7 @@ def spectrum(*shape: int) -> torch.Tensor:
 
 
 def read_by_hand(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors in mixed coordinates and half a step of each, from the bytes, bit by bit, as `Graded` says it stores."""
+    """Vectors in mixed coordinates and the scale of each, from the bytes, bit by bit, as `Graded` says it stores."""
     layout = packed.format
     assert isinstance(layout, Graded)
     planes = [plane.flatten(0, 2).tolist() for plane in (*packed.planes, packed.scales) if plane is not None]
@@ -53,10 +54,10 @@ def read_by_hand(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
                 for i in range(size):
                     fields[i] = fields[i] << part | plane[i * part // 8] >> i * part % 8 & 2**part - 1
             scale = 2.0 ** (scales.pop(0) / 8 - 16)
-            numbers += [((n - (2**bits - 1) / 2) * 2.0 ** (1 - bits) * scale, 2.0**-bits * scale) for n in fields]
+            numbers += [((n - (2**bits - 1) / 2) * 2.0 ** (1 - bits) * scale, scale) for n in fields]
         vectors.append(numbers)
-    values, halves = torch.tensor(vectors, dtype=torch.float64).view(*packed.shape, 2).unbind(-1)
-    return values, halves
+    values, scales = torch.tensor(vectors, dtype=torch.float64).view(*packed.shape, 2).unbind(-1)
+    return values, scales
 
 
 @st.composite
@@ -67,40 +68,51 @@ def coded_groups(draw: st.DrawFn) -> tuple[tuple[int, int], ...]:
 
 
 @given(coded_groups(), st.integers(0, 2**31))
-def test_error_is_half_a_step(groups: tuple[tuple[int, int], ...], seed: int) -> None:
+def test_error_is_half_a_step_or_across_the_vector(groups: tuple[tuple[int, int], ...], seed: int) -> None:
+    """Of more than three bits; what fewer store is as long along a group as the group, up to half a step of scales."""
     torch.manual_seed(seed)
     layout = Graded(groups)
     x = spectrum(2, 2, 5, layout.d)
     packed = pack(x, layout)
     matrix = mixing(packed)
     mixed = x if matrix is None else x @ matrix
-    error = (mixed - unpack_mixed(packed)).abs()
+    found = unpack_mixed(packed)
     scales = iter(packed.scales.split(1, dim=-1) if packed.scales is not None else ())
     rounding = 4 * layout.d * EPS * x.abs().amax()  # of the mix, and of quotients near a step's edge
     for start, stop, bits in layout.stored:
-        bound = 0.0 if bits == 16 else scale_of(next(scales)) * 2.0**-bits
-        assert (error[..., start:stop] <= bound + rounding).all()
+        group, read = mixed[..., start:stop], found[..., start:stop]
+        if bits == 16:
+            assert torch.equal(read, group)
+            continue
+        scale = scale_of(next(scales))
+        if bits > 3:
+            assert ((read - group).abs() <= scale * 2.0**-bits + rounding).all()
+        else:
+            along, square = (read * group).sum(-1).double(), group.square().sum(-1).double()
+            assert ((along / square).log2().abs() <= 1 / 16 + 1e-5).all()
+            assert ((read * group).amin(-1) >= -scale[..., 0] * rounding).all()  # no number has changed its sign
     assert packed.nbytes == x[..., 0].numel() * layout.vector_bytes(itemsize=4)
 
 
 @every_impl
 @pytest.mark.parametrize("groups", [*GROUPS, tuple((7, bits) for bits in PARTS)], ids=[*IDS, "every bits"])
 def test_bytes_are_what_is_said(groups: tuple[tuple[int, int], ...], impl: Impl) -> None:
-    """Read without any of its code: the nearest steps of the smallest scale, and `unpack` reads the same."""
+    """Read without any of its code: the steps and the scales of `stored_range`, and `unpack` reads the same."""
     x = spectrum(1, 2, 7, sum(size for size, _ in groups))
     packed, mixed = pack(x, Graded(groups), impl=impl), x.double() @ reference.mix(groups)
-    values, halves = read_by_hand(packed)
+    values, scales = read_by_hand(packed)
     rounding = 4 * x.shape[-1] * EPS * x.abs().amax()  # of the mix, and of quotients near a step's edge
     start = 0
     for size, bits in groups:
         here = slice(start, start + size)
         start += size
-        expected, bound = (0 * mixed if bits == 0 else mixed)[..., here], halves[..., here] + rounding
-        assert ((values[..., here] - expected).abs() <= bound).all()
+        expected, number = mixed[..., here], values[..., here]
         if bits in PARTS:
-            scale, peak = halves[..., here].amax(-1) * 2**bits, mixed[..., here].abs().amax(-1)
-            assert (peak <= scale + rounding).all()
-            assert (scale <= (peak + rounding) * 2 ** (1 / 8)).all()
+            least, most, first, last = stored_range(expected, rounding.double(), bits)
+            assert ((least <= number) & (number <= most)).all()
+            assert ((scale_of(first) <= scales[..., here]) & (scales[..., here] <= scale_of(last))).all()
+        else:
+            assert ((number - expected * (bits == 16)).abs() <= rounding).all()
     found = unpack(dataclasses.replace(packed, dtype=torch.float64))
     assert (found - values @ reference.mix(groups).mT).abs().max() <= rounding
 
@@ -108,11 +120,21 @@ def test_bytes_are_what_is_said(groups: tuple[tuple[int, int], ...], impl: Impl)
 @every_impl
 def test_a_peak_on_the_grid_of_scales(impl: Impl) -> None:
     """A scale is then no larger than its coordinate, which falls on the end of the last step."""
-    layout = Graded(tuple((1, bits) for bits in PARTS))
+    layout = Graded(tuple((1, bits) for bits in PARTS if bits > 3))
     x = torch.tensor([1.0, -1.0, 2.0, -0.25]).view(1, 1, 4, 1).expand(1, 1, 4, layout.d)
-    values, halves = read_by_hand(pack(x, layout, impl=impl))
-    assert torch.equal((values - x).abs(), halves)
-    assert (values.abs() < x.abs()).all()
+    values, scales = read_by_hand(pack(x, layout, impl=impl))
+    assert torch.equal(scales, x.abs().double())
+    assert torch.equal(x.abs() - values.abs(), scales * 0.5 ** torch.tensor([bits for _, bits in layout.groups]))
+
+
+@every_impl
+def test_one_number_of_few_bits_takes_the_outermost_step(impl: Impl) -> None:
+    """Its scale is the one with which that is nearest to the number: the middle of the step is what is read."""
+    layout = Graded(tuple((1, bits) for bits in PARTS if bits <= 3))
+    x = torch.tensor([1.0, -1.0, 2.0, -0.25, 1e4, 0.0]).view(1, 1, 6, 1).expand(1, 1, 6, layout.d)
+    values, _ = read_by_hand(pack(x, layout, impl=impl))
+    assert ((values / x)[..., :5, :].log2().abs() <= 1 / 16 + 1e-6).all()
+    assert (values[..., 5, :] <= 2.0**-17).all()
 
 
 @every_impl

@@ -218,8 +218,8 @@ class SwanCache(Cache):
         """Report for each winnowed layer its layouts, retention, bytes, compression and captured energy.
 
         With a budget also the budget (of the whole cache), with `keep` also that, and with both the tokens dropped.
-        Captured energy is the share of squared length that the layouts keep of the keys and values now in the buffer:
-        tokens of the history are no longer dense, so it cannot be measured on them.
+        Captured energy is the share of squared length that the layouts keep of the keys and values now in the buffer,
+        1 less that of the error: tokens of the history are no longer dense, so it cannot be measured on them.
         """
         return report.report(self)
 

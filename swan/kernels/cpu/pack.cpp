@@ -13,18 +13,58 @@ using namespace swan;
 
 constexpr int64_t GRAIN = 64;  // vectors worth a thread
 
-// The smallest scale that is not below the numbers of a group, or NOT_A_NUMBER.
-uint8_t scale_byte(const float* x, int64_t size) {
+constexpr float CLIPS[] = {0, 1.0f, 2.2f, 2.6f};  // as in swan/storage/codes.py, by bits
+constexpr float HALF_AN_EIGHTH_DOWN = 0.95760328f;  // 2 ** (-1 / 16): what is rounded up from there is the nearest
+
+// The byte of the smallest scale that is not below a number; NOT_A_NUMBER for what is above all scales, and for NaN.
+uint8_t byte_of(float peak) {
   const auto& scales = scales_of_bytes();
-  const float largest = scales[NOT_A_NUMBER - 1];
+  if (!(peak <= scales[NOT_A_NUMBER - 1])) return NOT_A_NUMBER;
+  return static_cast<uint8_t>(std::lower_bound(scales.begin(), scales.end() - 1, peak) - scales.begin());
+}
+
+// The largest magnitude of a group, or NaN.
+float peak_of(const float* x, int64_t size) {
   float peak = 0;
-  bool fits = true;
+  bool numbers = true;
   for (int64_t i = 0; i < size; ++i) {
-    fits &= std::abs(x[i]) <= largest;  // not true of NaN
+    numbers &= x[i] == x[i];
     peak = std::max(peak, std::abs(x[i]));
   }
-  if (!fits) return NOT_A_NUMBER;
-  return static_cast<uint8_t>(std::lower_bound(scales.begin(), scales.end() - 1, peak) - scales.begin());
+  return numbers ? peak : NAN;
+}
+
+// The sum of products, in any order.
+float dot(const float* x, const float* y, int64_t size) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+// Writes the codes of a group and returns the byte of its scale, as quantize_group in swan/storage/codes.py does.
+uint8_t quantize(const float* x, int64_t size, int64_t bits, uint8_t* code) {
+  const uint8_t byte = byte_of(peak_of(x, size));
+  if (byte == NOT_A_NUMBER) {
+    std::fill_n(code, size, uint8_t(0));
+    return byte;
+  }
+  const float scale = scales_of_bytes()[byte], half = 1 << (bits - 1), most = (1 << bits) - 1;
+  float part[MAX_DIM], middle[MAX_DIM];
+  for (int64_t i = 0; i < size; ++i) part[i] = x[i] / scale;
+  const bool clipped = bits < int64_t(std::size(CLIPS));
+  const float square = clipped ? dot(part, part, size) : 0;
+  float clip = clipped ? CLIPS[bits] * std::sqrt(square / size) : 1;
+  if (!(clip > 0 && clip < 1)) clip = 1;
+  for (int64_t i = 0; i < size; ++i) {
+    const float step = std::min(std::max(std::floor(part[i] / clip * half) + half, 0.f), most);
+    code[i] = static_cast<uint8_t>(step);
+    middle[i] = step - (half - 0.5f);
+  }
+  if (!clipped) return byte;
+  const float along = dot(part, middle, size);
+  if (!(along > 0)) return 0;  // all numbers are 0
+  return std::min<uint8_t>(byte_of(scale * half * square / along * HALF_AN_EIGHTH_DOWN), NOT_A_NUMBER - 1);
 }
 
 template <int P>
@@ -39,12 +79,10 @@ void write_part(const uint8_t* code, int64_t size, int shift, uint8_t* to) {
   }
 }
 
-// Writes the parts of the codes of a group.
-void write_group(const float* x, const Source::Group& group, float scale, uint8_t* row) {
+// Writes the parts of the codes of a group; returns the byte of its scale.
+uint8_t write_group(const float* x, const Source::Group& group, uint8_t* row) {
   uint8_t code[MAX_DIM + 8] = {};
-  const float half = 1 << (group.bits - 1), most = (1 << group.bits) - 1;
-  for (int64_t i = 0; i < group.size; ++i)
-    code[i] = static_cast<uint8_t>(std::min(std::max(std::floor(x[i] / scale * half) + half, 0.f), most));
+  const uint8_t scale = quantize(x, group.size, group.bits, code);
   int shift = static_cast<int>(group.bits);
   uint8_t* to = row + group.byte;
   for (const int part : PARTS[group.bits]) {
@@ -55,6 +93,7 @@ void write_group(const float* x, const Source::Group& group, float scale, uint8_
     if (part == 4) write_part<4>(code, group.size, shift, to);
     to += part_bytes(group.size, part);
   }
+  return scale;
 }
 
 uint8_t* row_of(const Plane& plane, int64_t b, int64_t h, int64_t t) { return const_cast<uint8_t*>(plane.row(b, h, t)); }
@@ -97,12 +136,7 @@ class Target {
       mix_.apply(vector);
       uint8_t *row = row_of(to_.codes, b, h, t), *scale = row_of(to_.scales, b, h, t);
       std::fill_n(row, to_.row, 0);
-      for (const auto& group : to_.coded) {
-        const float* x = vector + group.start;
-        *scale = scale_byte(x, group.size);
-        if (*scale != NOT_A_NUMBER) write_group(x, group, scales_of_bytes()[*scale], row);
-        ++scale;
-      }
+      for (const auto& group : to_.coded) *scale++ = write_group(vector + group.start, group, row);
     }
     if (to_.dense.empty()) return;
     uint8_t* numbers = row_of(to_.whole, b, h, t);

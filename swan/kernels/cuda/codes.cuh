@@ -26,6 +26,16 @@ __device__ inline int scale_byte(float peak) {
   return min(max(byte, 0), 255);
 }
 
+constexpr float HALF_AN_EIGHTH_DOWN = 0.95760328f;  // 2^(-1 / 16): what is rounded up from there is the nearest
+
+// Where codes of so many bits are clipped, as in swan/storage/codes.py; 0: they are not.
+__device__ inline float clip_of(int bits) { return bits == 1 ? 1.0f : bits == 2 ? 2.2f : bits == 3 ? 2.6f : 0.0f; }
+
+__device__ inline float sum_of_warp(float x) {
+  for (int other = 16; other; other /= 2) x += __shfl_xor_sync(~0u, x, other);
+  return x;
+}
+
 // Codes of a group of a vector, by a warp. Returns the byte of its scale.
 template <class L, int N>
 __device__ int quantize(const Span& group, int n, bool mix) {
@@ -40,11 +50,28 @@ __device__ int quantize(const Span& group, int n, bool mix) {
   for (int other = 16; other; other /= 2) peak = max(peak, __shfl_xor_sync(~0u, peak, other));
   const int byte = scale_byte(__uint_as_float(peak));
   const float scale = scale_of(byte), half = 1 << (group.bits - 1), most = (1 << group.bits) - 1;
-  for (int i = group.start + lane; i < group.start + group.size; i += 32) {
-    const float step = floorf(*M::sum(0, n, i) / scale * half) + half;
-    *M::code(n, i) = static_cast<uint8_t>(fminf(fmaxf(step, 0), most));  // 0 where the scale is NaN
+  const float clip = clip_of(group.bits);
+  float square = 0, shorter = 1;
+  if (clip) {
+    for (int i = group.start + lane; i < group.start + group.size; i += 32) {
+      const float part = *M::sum(0, n, i) / scale;
+      square += part * part;
+    }
+    square = sum_of_warp(square);
+    const float limit = clip * sqrtf(square / group.size);
+    if (limit > 0 && limit < 1) shorter = limit;
   }
-  return byte;
+  float along = 0;
+  for (int i = group.start + lane; i < group.start + group.size; i += 32) {
+    const float part = *M::sum(0, n, i) / scale, step = floorf(part / shorter * half) + half;
+    const uint8_t code = static_cast<uint8_t>(fminf(fmaxf(step, 0), most));  // 0 where the scale is NaN
+    *M::code(n, i) = code;
+    along += part * (code - (half - 0.5f));
+  }
+  if (!clip || byte == NOT_A_NUMBER) return byte;
+  along = sum_of_warp(along);
+  if (!(along > 0)) return 0;  // all numbers are 0
+  return min(scale_byte(scale * half * square / along * HALF_AN_EIGHTH_DOWN), NOT_A_NUMBER - 1);
 }
 
 // A byte of a part of the codes of a group: fields of `part` bits that begin at bit `shift` of the codes.
