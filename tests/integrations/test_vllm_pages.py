@@ -22,8 +22,8 @@ LAYOUTS = {
 class Server:
     """Pages of a layer, and the sequences in them: of each its pages, in no order."""
 
-    def __init__(self, plan: LayerPlan, *, tokens=64, window=16, pages=12, dtype=torch.float32, sinks=3):
-        self.layout = PageLayout(plan, tokens, dtype, sinks)
+    def __init__(self, plan: LayerPlan, *, tokens=64, window=16, pages=12, dtype=torch.float32, sinks=3, padding=0):
+        self.layout = PageLayout(plan, tokens, dtype, sinks, padding)
         # As vLLM lays them: those of one layer far apart. What was never written is NaN.
         bytes_of_page = KV_HEADS * tokens * self.layout.slot_bytes
         memory = torch.full((pages, 3, bytes_of_page), 255, dtype=torch.uint8)
@@ -102,11 +102,11 @@ def test_many_queries_are_attended_a_few_at_a_time():
     torch.testing.assert_close(server.attend("a", q, buffer=20), cache(q, k, v), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("page", [64, 192])
-def test_packed_tokens_are_copied_a_few_at_a_time(page, monkeypatch):
-    """Whole pages of them."""
+@pytest.mark.parametrize(("page", "padding"), [(64, 0), (192, 0), (64, 7)])
+def test_packed_tokens_are_copied_a_few_at_a_time(page, padding, monkeypatch):
+    """Whole pages of them, padded or not."""
     q, k, v = states(700)
-    server, cache = Server(MIXED, tokens=page), KVCache(MIXED, buffer=20, sinks=3, prefill="windowed")
+    server, cache = Server(MIXED, tokens=page, padding=padding), KVCache(MIXED, buffer=20, sinks=3, prefill="windowed")
     server.add("a", k, v)
     monkeypatch.setattr("swan.integrations.vllm.attention.TOKENS", 150)
     torch.testing.assert_close(server.attend("a", q, buffer=20), cache(q, k, v), atol=2e-5, rtol=2e-5)

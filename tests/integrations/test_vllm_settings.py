@@ -8,9 +8,9 @@ import types
 import pytest
 import torch
 
-from swan import Calibration, Plan
+from swan import Calibration, Graded, LayerPlan, Plan
 from swan.integrations.vllm.capacity import dense_capacity, packed_capacity
-from swan.integrations.vllm.layer import ServedLayer, refusal
+from swan.integrations.vllm.layer import ServedLayer, layouts_of, refusal
 from swan.integrations.vllm.model import Heads, heads_of_config
 from swan.integrations.vllm.settings import Settings, check_version, load
 from tests.tiny import calibration_of, tiny, with_effects
@@ -124,6 +124,24 @@ def test_each_process_takes_the_bases_of_its_heads(calibration):
     assert [share.kv_heads for share in shares] == [1, 1]
     with pytest.raises(ValueError, match="has 2 layers of attention, and the model has a layer 2"):
         ServedLayer.of(made, plan, 2, rank=0, ranks=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("bits", "slots"),
+    [
+        ((4, 4, 4), [66, 66, 66]),
+        ((3, 4, 4), [50, 66, 66]),
+        ((3, 4, 4, 3), [51, 66, 66, 50]),
+        ((3, 4), [66, 66]),
+        ((3, 8, 4), [66, 130, 66]),
+    ],
+)
+def test_pages_of_layers_never_look_like_a_pattern(bits, slots):
+    """As many layers of each size are one to vLLM, which then gives parts of the windows blocks of their own."""
+    plan = Plan(tuple(LayerPlan(*[Graded(((64, each),))] * 2) for each in bits), sinks=0)
+    layouts = layouts_of(plan, 128, torch.bfloat16)
+    assert [layout.slot_bytes for layout in layouts] == slots
+    assert [layout.plan_layer for layout in layouts] == list(plan.layers)
 
 
 def config_of_vllm(**changes):

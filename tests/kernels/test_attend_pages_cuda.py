@@ -238,7 +238,7 @@ def test_a_server_compiles_ahead(monkeypatch):
     asked = []
     monkeypatch.setattr(cuda, "compile_ahead", lambda *arguments: asked.append(arguments))
     plans = LayerPlan(*SMALL), LayerPlan(*WHOLE)
-    for plan_layer in plans:
-        layer = ServedLayer(Plan(plans), plan_layer, torch.eye(64)[None], torch.eye(64)[None], torch.float16)
+    for index in range(2):
+        layer = ServedLayer(Plan(plans), index, torch.eye(64)[None], torch.eye(64)[None], torch.float16)
         layer.compile_ahead(192)
     assert asked == [([*plans], torch.float16, torch.device("cpu"), 192)]

@@ -1,6 +1,9 @@
 """`ServedLayer`: bases and pages of one layer in one process of a server; and what a server may not ask for."""
 
+import dataclasses
 import functools
+import itertools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +17,7 @@ from swan.kernels import cuda
 from swan.kernels.calls import kernels_on
 from swan.storage import LayerPlan
 
-__all__ = ["ServedLayer", "heads_of", "layers_of", "refusal", "slots_of", "window_tokens"]
+__all__ = ["ServedLayer", "heads_of", "layers_of", "layouts_of", "refusal", "slots_of", "window_tokens"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,14 @@ class ServedLayer:
 
     Attributes:
         plan: layouts of all layers, buffer and sinks.
-        plan_layer: layouts of this one.
+        index: of this one.
         key_basis: of the KV heads of this process ``[kv_heads, d, d]``.
         value_basis: likewise.
         dtype: dtype of the model.
     """
 
     plan: Plan
-    plan_layer: LayerPlan
+    index: int
     key_basis: Tensor
     value_basis: Tensor
     dtype: torch.dtype
@@ -65,7 +68,7 @@ class ServedLayer:
             )
         heads = heads_of(bases.key_basis.shape[0], rank, ranks)
         key_basis, value_basis = (b[heads].to(device, dtype) for b in (bases.key_basis, bases.value_basis))
-        return cls(plan, plan_layer, key_basis, value_basis, dtype)
+        return cls(plan, index, key_basis, value_basis, dtype)
 
     @property
     def kv_heads(self) -> int:
@@ -89,7 +92,7 @@ class ServedLayer:
         Raises:
             ValueError: pages cannot have so many.
         """
-        return PageLayout(self.plan_layer, tokens, self.dtype, self.plan.sinks)
+        return layouts_of(self.plan, tokens, self.dtype)[self.index]
 
 
 @functools.cache
@@ -110,13 +113,35 @@ def layers_of(plan: Plan) -> list[LayerPlan]:
     return layers
 
 
-def slots_of(plan: Plan, tokens: int, dtype: torch.dtype) -> list[int]:
-    """Return the bytes of a token and KV head in the pages of each layer.
+def layouts_of(plan: Plan, tokens: int, dtype: torch.dtype) -> list[PageLayout]:
+    """Return the pages of each layer.
+
+    Where as many layers have pages of each size, vLLM takes that for a pattern that repeats, and cuts the windows,
+    too, into groups, each of which gets whole blocks. So one layer is then padded, by a byte a slot, or to the next
+    size where no two are alike.
 
     Raises:
         ValueError: a layer has no history, or is not `Graded`, or pages cannot have so many tokens.
+
+    Example:
+        >>> from swan import Graded
+        >>> layers = [LayerPlan(*[Graded(((64, bits),))] * 2) for bits in (3, 4, 4, 3)]
+        >>> [layout.slot_bytes for layout in layouts_of(Plan(tuple(layers), sinks=0), 128, torch.bfloat16)]
+        [51, 66, 66, 50]
     """
-    return [PageLayout(layer, tokens, dtype, plan.sinks).slot_bytes for layer in layers_of(plan)]
+    layouts = [PageLayout(layer, tokens, dtype, plan.sinks) for layer in layers_of(plan)]
+    slots = [layout.slot_bytes for layout in layouts]
+    if len(counts := Counter(slots)) > 1 and len(set(counts.values())) == 1:
+        less, more = min(itertools.pairwise(sorted(counts)), key=lambda pair: pair[1] - pair[0])
+        index = slots.index(less)
+        alike = counts[less] > 1
+        layouts[index] = dataclasses.replace(layouts[index], padding=1 if alike else more - less)
+    return layouts
+
+
+def slots_of(plan: Plan, tokens: int, dtype: torch.dtype) -> list[int]:
+    """Return the bytes of a token and KV head in the pages of each layer, as `layouts_of` has them."""
+    return [layout.slot_bytes for layout in layouts_of(plan, tokens, dtype)]
 
 
 def window_tokens(plan: Plan, tokens: int, dtype: torch.dtype) -> int:

@@ -37,6 +37,7 @@ class PageLayout:
         tokens: tokens of a page, a multiple of 64.
         dtype: dtype of the model, which groups of 16 bits and sinks are stored in.
         sinks: first tokens of a page that it holds dense, too.
+        padding: bytes of a slot that hold nothing.
 
     Raises:
         ValueError: the number of tokens is none, or of sinks, or a layout is not `Graded`.
@@ -51,6 +52,7 @@ class PageLayout:
     tokens: int
     dtype: torch.dtype
     sinks: int = 0
+    padding: int = 0
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.tokens % PAGE:
@@ -63,9 +65,9 @@ class PageLayout:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one token and KV head, keys and values, with its share of the sinks, rounded up."""
+        """Bytes of one token and KV head, keys and values, with its share of the sinks, rounded up, and the padding."""
         share = -(-sum(self.plan_layer.dense_nbytes(self.sinks, self.dtype.itemsize)) // self.tokens)
-        return sum(self.plan_layer.nbytes(1, self.dtype.itemsize)) + share
+        return sum(self.plan_layer.nbytes(1, self.dtype.itemsize)) + share + self.padding
 
     def pool(self, memory: Tensor) -> "PackedPages":
         """Return all pages as views.
