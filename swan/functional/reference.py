@@ -41,9 +41,9 @@ def graded_prune(x: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
             out[..., group] = x[..., group]
         elif bits:
             matrix = hadamard(size).to(x)
-            mixed = x[..., group] @ matrix
-            middles = torch.arange(2**bits).to(x) - (2**bits - 1) / 2
-            scales = 2 ** ((torch.arange(255).to(x) - 128) / 8)
+            mixed = (x[..., group] @ matrix).double()
+            middles = torch.arange(2**bits).double() - (2**bits - 1) / 2
+            scales = 2 ** ((torch.arange(255).double() - 128) / 8)
             for vector in mixed.view(-1, size):
                 peak, square = float(vector.abs().max()), float(vector.square().sum())
                 scale = next((s for s in scales if s >= peak), torch.tensor(math.nan))
@@ -57,7 +57,7 @@ def graded_prune(x: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
                     vector[:] = code * scales[(scales / longer).log2().abs().argmin()]
                 else:
                     vector[:] = math.nan
-            out[..., group] = mixed @ matrix.mT
+            out[..., group] = mixed.to(x) @ matrix.mT
         start += size
     return out
 

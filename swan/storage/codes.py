@@ -27,8 +27,8 @@ def quantize_group(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Code vectors: scale byte ``[..., 1]`` and codes of `bits` bits.
 
     With more bits than `CLIPS` has, ``|x - x_hat| <= 2 ** -bits * scale``. With those, steps are shorter, the largest
-    numbers take the outermost ones, and the scale is the one with which ``x_hat @ x`` is nearest to ``x @ x``. Codes
-    under the byte `NOT_A_NUMBER` are 0.
+    numbers take the outermost ones, and the scale is the one of all with which ``x_hat @ x`` is nearest to ``x @ x``,
+    by their ratio. Codes under the byte `NOT_A_NUMBER` are 0.
     """
     byte = _byte_of(x.abs().amax(dim=-1, keepdim=True).float())
     scale = scale_of(byte)

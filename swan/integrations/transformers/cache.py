@@ -219,7 +219,8 @@ class SwanCache(Cache):
 
         With a budget also the budget (of the whole cache), with `keep` also that, and with both the tokens dropped.
         Captured energy is the share of squared length that the layouts keep of the keys and values now in the buffer,
-        1 less that of the error: tokens of the history are no longer dense, so it cannot be measured on them.
+        1 less that of the error (below 0 where that is larger, as of spikes in codes of 1 bit): tokens of the history
+        are no longer dense, so it cannot be measured on them.
         """
         return report.report(self)
 

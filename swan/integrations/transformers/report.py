@@ -37,7 +37,7 @@ def report(cache: "SwanCache") -> list[dict[str, Any]]:
 
 
 def _energy(dense: Tensor, layout: Layout) -> float:
-    """Measure the share of the squared length that a layout keeps: 1 less that of the error."""
+    """Measure the share of squared length that a layout keeps: 1 less that of the error, which may be larger."""
     lost = (unpack(pack(dense, layout)).double() - dense).square().sum()
     total = dense.double().square().sum()
     return (1 - lost / total).item() if total > 0 else 1.0
