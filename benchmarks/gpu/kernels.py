@@ -135,9 +135,10 @@ def steps_off(packed: Packed, x: Tensor) -> tuple[float, float]:
             continue
         assert packed.scales is not None
         largest = scale_of(packed.scales[..., scale : scale + 1]).double()
-        steps = (error - 2 * rounding * largest) / (largest * 2.0 ** (1 - bits))
         if bits in CLIPS:
             steps = OCTAVE * ((number * group).sum(-1) / group.square().sum(-1)).log2().abs()
+        else:
+            steps = (error - 2 * rounding * largest) / (largest * 2.0 ** (1 - bits))
         worst = max(worst, float(steps.max()))
         scale += 1
     return worst, 0.5 + 1e-3
